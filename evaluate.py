@@ -1,0 +1,169 @@
+"""Who beats whom: judges, win / lose / Delta with 95% intervals, the learning curves, the report.
+
+An answer to each held-out prompt is sampled once for each side, and every comparison looks at the same answers. Two judges:
+the exact quality, where the task is the synthetic one, and a Bradley-Terry model trained on pairs that no reward model saw.
+"""
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import infer
+from data import quality
+from run import seed_all, write_text
+
+SAME = 1e-4  # judges' scores closer than this are a tie: equal texts in different batches differ by rounding
+
+
+def compare(a, b, resamples=2000, seed=0):
+    """Scores of two sides for the same n prompts -> n, win, lose, tie, delta = win - lose, its 95% interval.
+
+    The interval is a paired bootstrap: prompts are drawn with replacement, and both sides' scores go with their prompt.
+    """
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    outcome = np.where(np.abs(difference) < SAME, 0, np.sign(difference))  # (n,) in {-1, 0, 1}
+    draws = np.random.default_rng(seed).integers(len(outcome), size=(resamples, len(outcome)))
+    low, high = np.quantile(outcome[draws].mean(1), [0.025, 0.975])
+    return {
+        "n": len(outcome),
+        "win": (outcome > 0).mean().item(),
+        "lose": (outcome < 0).mean().item(),
+        "tie": (outcome == 0).mean().item(),
+        "delta": outcome.mean().item(),
+        "ci95": [low.item(), high.item()],
+    }
+
+
+def write_answers(lm, run, pairs, last):
+    """Every side's answer to every held-out prompt -> {side: texts}. `last` is the adapter of PIT's last round."""
+    cfg = run.config
+    prompts = [pair.prompt for pair in pairs]
+    sides = {"y_w": [pair.chosen for pair in pairs]}
+    jobs = [
+        ("original", "policy_rl"),
+        ("second_sample", "policy_rl"),
+        ("pit_sft", "pit_sft"),
+        ("pit_rl0", "pit_rl0"),
+        ("pit", last),
+    ]
+    for step in run.steps(len(jobs)):  # each side is seeded by its own number
+        side, role = jobs[step]
+        if role == "policy_rl":
+            sides[side] = infer.answer(lm, role, prompts, cfg)
+        else:
+            sides[side] = infer.improve(lm, role, prompts, sides["original"], cfg)
+    sides["best_of_2"] = infer.best_of_n(lm, prompts, [sides["original"], sides["second_sample"]], cfg)
+    return sides
+
+
+COMPARISONS = [
+    *[("original", "y_w"), ("pit_sft", "original"), ("pit_rl0", "original"), ("pit", "original"), ("best_of_2", "original")],
+    *[("pit", "pit_sft"), ("pit", "pit_rl0"), ("pit", "best_of_2")],
+]
+
+
+def evaluate(lm, run, pairs, last):
+    """Write, judge and compare all sides on held-out pairs -> results.json, report.md, curves.png; prints the table."""
+    cfg = run.config
+    pairs = pairs[: cfg.eval_n]
+    prompts = [pair.prompt for pair in pairs]
+    sides = write_answers(lm, run, pairs, last)
+    judged = {"judge": {side: infer.rewards(lm, "judge", prompts, texts, cfg).tolist() for side, texts in sides.items()}}
+    if cfg.data == "synthetic":
+        judged["quality"] = {
+            side: [quality(prompt[-1]["content"], text) for prompt, text in zip(prompts, texts)]
+            for side, texts in sides.items()
+        }
+    rows = []
+    for judge in reversed(judged):
+        for a, b in COMPARISONS:
+            rows.append({"a": a, "b": b, "judge": judge} | compare(judged[judge][a], judged[judge][b]))
+    means = {judge: {side: float(np.mean(scores)) for side, scores in by_side.items()} for judge, by_side in judged.items()}
+    lengths = {side: float(np.mean([len(lm.encode_response(text)) for text in texts])) for side, texts in sides.items()}
+    run.add_results(table1=rows, mean_score=means, mean_tokens=lengths)
+    plot_curves(run)
+    write_report(run)
+    print(table(rows))
+    for judge, by_side in means.items():
+        print(f"mean by {judge}: " + "  ".join(f"{side} {mean:.2f}" for side, mean in by_side.items()))
+
+
+def table(rows):
+    """Comparisons as text that is also Markdown; all but n in percent."""
+    lines = ["| judge   | a         | b         |   n |  win | lose |  tie | delta | 95% interval   |",
+             "|---------|-----------|-----------|-----|------|------|------|-------|----------------|"]  # fmt: skip
+    for r in rows:
+        low, high = (100 * end for end in r["ci95"])
+        lines.append(
+            f"| {r['judge']:7} | {r['a']:9} | {r['b']:9} | {r['n']:3} | {100 * r['win']:4.0f} | {100 * r['lose']:4.0f} "
+            f"| {100 * r['tie']:4.0f} | {100 * r['delta']:+5.1f} | {low:+5.1f} to {high:+5.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_report(run):
+    results = run.results()
+    parts = [
+        f"# {run.path.name}",
+        "",
+        "Delta = win - lose, in points; intervals by paired bootstrap over prompts.",
+        "",
+        table(results["table1"]),
+    ]
+    for judge, means in results["mean_score"].items():
+        parts += ["", f"Mean score by {judge}: " + ", ".join(f"{side} {mean:.3f}" for side, mean in means.items())]
+    parts += ["", "Mean length in tokens: " + ", ".join(f"{side} {mean:.1f}" for side, mean in results["mean_tokens"].items())]
+    for role, measured in results["reward"].items():
+        parts += ["", f"{role} on held-out pairs: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items())]
+    parts += ["", "Seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in results["time_s"].items())]
+    parts += ["", "![learning curves](curves.png)", ""]
+    write_text(run.path / "report.md", "\n".join(parts))
+
+
+PANELS = [("loss", "SFT: loss (nats a token)", ("policy_sft", "pit_sft")),
+          ("accuracy", "Reward models: training accuracy", ("reward_policy", "reward_gap", "judge")),
+          ("score", "Policy RL: mean reward R_P", ("policy_rl",)),
+          ("score", "PIT RL: mean gap R_PIT (0 = no change)", ("pit_rl",)),
+          ("kl", "RL: KL to SFT (nats an answer)", ("policy_rl", "pit_rl")),
+          ("length", "RL: answer length (tokens)", ("policy_rl", "pit_rl")),
+          ("eos", "RL: share of answers that end", ("policy_rl", "pit_rl")),
+          ("explained", "RL: variance explained by critic", ("policy_rl", "pit_rl"))]  # fmt: skip
+
+
+def plot_curves(run):
+    """All stages' learning curves, one panel a quantity -> curves.png."""
+    lines = run.metrics()
+    figure, axes = plt.subplots(2, 4, figsize=(18, 7), layout="constrained")
+    for ax, (name, title, prefixes) in zip(axes.flat, PANELS):
+        for stage in dict.fromkeys(line["stage"] for line in lines if line["stage"].startswith(prefixes)):
+            points = [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
+            ax.plot(*zip(*points), label=stage)
+        ax.set(title=title, xlabel="step")
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend()
+    figure.savefig(run.path / "curves.png", dpi=100)
+    plt.close(figure)
+
+
+def show_samples(lm, run, stage, pairs):
+    """Answer the same prompts after each stage, and improve the answers once there is a PIT model -> samples.md, console."""
+    cfg, policy = run.config, "policy_rl" if "policy_rl" in lm.roles else "policy_sft"
+    prompts = [pair.prompt for pair in pairs]
+    seed_all(cfg.seed, "samples")
+    answers = infer.answer(lm, policy, prompts, cfg)
+    improved = infer.improve(lm, stage, prompts, answers, cfg) if stage.startswith("pit") else None
+    text = f"\n## after {stage}\n"
+    for i, prompt in enumerate(prompts):
+        text += f"\n- prompt: {prompt[-1]['content']}\n  - {policy}: {answers[i]}\n"
+        if improved:
+            text += f"  - {stage}: {improved[i]}\n"
+    with open(run.path / "samples.md", "a", encoding="utf-8") as file:
+        file.write(text)
+    i = 0
+    print(
+        f"  prompt    {prompts[i][-1]['content']}\n  {policy:9} {answers[i]}"
+        + (f"\n  {stage:9} {improved[i]}" if improved else "")
+    )

@@ -1,0 +1,342 @@
+"""One frozen base, many LoRA adapters: the single model-loading helper of the project.
+
+Every role of PIT (policy, PIT model, reward models, critic, judge) is one small LoRA adapter on the same base, which is
+loaded once, in 4-bit. A reward model or critic has a scalar head besides: one nn.Linear that reads the last hidden states.
+
+                      head (D -> 1)                  LM head (D -> V)
+                           ^                               ^
+    ids (B, L) -> [ base in 4-bit + the active adapter ] -> hidden (B, L, D)
+
+Shapes everywhere: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size. Prompts are padded
+on the left and responses on the right, so that all responses of a batch start in the same column:
+
+    ids    pad pad  x   x   x | y   y  eos pad
+           x   x    x   x   x | y  eos pad pad
+           <------ P -------> | <----- R ---->
+
+This file knows nothing of data sets and of training.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from run import UserError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+TINY = Path(__file__).parent / "tiny"  # the built-in base, made by `python sft.py`
+LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at one time; 256 x 152k in fp32 is 150 MiB
+
+
+@dataclass
+class Tokens:
+    """A batch of prompts with their responses, padded as drawn above. Slicing selects rows."""
+
+    ids: torch.Tensor  # (B, L) int64
+    mask: torch.Tensor  # (B, L) 1 for real tokens, 0 for padding
+    response_mask: torch.Tensor  # (B, R) 1 for each response token up to and including EOS
+
+    def __getitem__(self, rows):
+        return Tokens(self.ids[rows], self.mask[rows], self.response_mask[rows])
+
+    @property
+    def responses(self):  # (B, R)
+        return self.ids[:, -self.response_mask.shape[1] :]
+
+
+class LM:
+    """A frozen base with named adapters. One adapter is active at a time; `activate` it before each use."""
+
+    def __init__(self, base, tokenizer, lora):
+        self.tokenizer, self.lora = tokenizer, lora
+        self.device = base.device
+        self.eos = end_of_turn(tokenizer)
+        self.pad = next(
+            i
+            for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
+            if i not in (None, self.eos)
+        )
+        self.lm_head, self.hidden_size = base.get_output_embeddings(), base.get_input_embeddings().embedding_dim
+        self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank", autocast_adapter_dtype=True)
+        self.heads = nn.ModuleDict()
+        self.roles = {"blank"}  # "blank" is the base itself: a new LoRA's B is zero
+
+    def describe(self):
+        """The base in one line."""
+        base = self.peft.get_base_model()
+        size = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for n, p in base.named_parameters() if "lora" not in n)
+        four_bit = any(p.dtype == torch.uint8 for p in base.parameters())
+        return (
+            f"{size / 1e6:.1f}M parameters in {'4-bit' if four_bit else '16-bit'} on {self.device.type}, LoRA r={self.lora.r}"
+        )
+
+    # ---- adapters ------------------------------------------------------------------------------------------------
+
+    def add(self, role, like="blank", head=False):
+        """A new adapter with the weights of `like`; with `head`, also a scalar head: `like`'s own where it has one."""
+        self.remove(role)
+        self.peft.add_adapter(role, copy.deepcopy(self.lora))
+        weights = get_peft_model_state_dict(self.peft, adapter_name=like)
+        set_peft_model_state_dict(self.peft, {k: v.clone() for k, v in weights.items()}, adapter_name=role)
+        self.roles.add(role)
+        if head:
+            self.heads[role] = (
+                copy.deepcopy(self.heads[like]) if like in self.heads else new_head(self.hidden_size, self.device)
+            )
+
+    def remove(self, role):
+        if role in self.roles:
+            self.activate("blank")
+            self.peft.delete_adapter(role)
+            self.roles.discard(role)
+            if role in self.heads:
+                del self.heads[role]
+
+    def activate(self, role, train=False):
+        """Compute with `role` from here on. Only with `train` do its parameters, and no others, require gradients.
+
+        All adapters share one set of layers: a forward and its backward must see the same active adapter.
+        """
+        self.peft.set_adapter(role, inference_mode=not train)
+        self.peft.eval()  # dropout is 0 everywhere, so nothing is lost, and sampling never meets a training mode
+        for name, head in self.heads.items():
+            head.requires_grad_(train and name == role)
+
+    def parameters(self, role):
+        """The trainable tensors of `role`: LoRA's A and B, and its head where it has one."""
+        self.activate(role, train=True)
+        return [p for p in [*self.peft.parameters(), *self.heads.parameters()] if p.requires_grad]
+
+    def save(self, role, folder):
+        """Write `role` as a standard PEFT folder, with head.safetensors beside the adapter where it has a head."""
+        folder = Path(folder)
+        config = copy.deepcopy(self.peft.peft_config[role])
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        weights = get_peft_model_state_dict(self.peft, adapter_name=role)
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors")
+        if role in self.heads:
+            save_file(self.heads[role].state_dict(), folder / "head.safetensors")
+
+    def load(self, role, folder):
+        """Add `role` as `save` wrote it."""
+        folder = Path(folder)
+        self.add(role, head=(folder / "head.safetensors").exists())
+        set_peft_model_state_dict(self.peft, load_peft_weights(str(folder), device=str(self.device)), adapter_name=role)
+        if role in self.heads:
+            self.heads[role].load_state_dict(load_file(folder / "head.safetensors", device=str(self.device)))
+
+    # ---- text to tokens ------------------------------------------------------------------------------------------
+
+    def encode_prompt(self, messages):
+        """Chat messages -> token ids, up to the point where the assistant starts to write."""
+        messages = [{"role": m["role"], "content": self.plain(m["content"]).strip()} for m in messages]
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:"
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_response(self, text):
+        """An answer -> token ids, EOS at the end."""
+        space = "" if self.tokenizer.chat_template else " "  # "Assistant: text" in the plain dialogue form
+        return self.tokenizer(space + self.plain(text).strip(), add_special_tokens=False)["input_ids"] + [self.eos]
+
+    def plain(self, text):
+        """Text typed by somebody must not act as a control token: break `<|im_end|>` up, and its like."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, token[:1] + " " + token[1:])
+        return text
+
+    def decode(self, responses):
+        """(B, R) token ids, or lists of ids -> answers as text. Everything from EOS on is dropped."""
+        rows = [row.tolist() if torch.is_tensor(row) else row for row in responses]
+        rows = [row[: row.index(self.eos)] if self.eos in row else row for row in rows]
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def collate(self, prompts, responses):
+        """Lists of token ids -> Tokens, padded as drawn at the top. Masks come from lengths, never from `ids != pad`."""
+        P, R = max(map(len, prompts)), max(map(len, responses))
+        ids = [[self.pad] * (P - len(p)) + p + r + [self.pad] * (R - len(r)) for p, r in zip(prompts, responses)]
+        mask = [[0] * (P - len(p)) + [1] * len(p + r) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
+        mask = torch.tensor(mask, device=self.device)
+        return Tokens(torch.tensor(ids, device=self.device), mask, mask[:, P:])
+
+    # ---- forward passes with the active adapter --------------------------------------------------------------------
+
+    def hidden(self, tokens):
+        """Last hidden states from the last prompt token on: (B, R + 1, D). State t has seen t response tokens."""
+        positions = (tokens.mask.cumsum(1) - 1).clamp(min=0)  # count real tokens only, so left padding changes nothing
+        trunk = self.peft.get_base_model().get_decoder()
+        out = trunk(input_ids=tokens.ids, attention_mask=tokens.mask, position_ids=positions, use_cache=False)
+        return out.last_hidden_state[:, -tokens.response_mask.shape[1] - 1 :]
+
+    def logprobs(self, tokens, temperature=1.0):
+        """log pi(token | everything before it) of each response token: (B, R), 0 after EOS.
+
+        The LM head sees response positions only, a chunk at a time, and its logits are recomputed in the backward pass:
+        the full (B, L, V) tensor, the largest of all by far, never exists.
+        """
+        real = tokens.response_mask.bool()
+        states, targets = self.hidden(tokens)[:, :-1][real], tokens.responses[real]  # (N, D), (N,)
+        chunks = zip(states.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))
+        chosen = [checkpoint(token_logprobs, self.lm_head, h, y, temperature, use_reentrant=False) for h, y in chunks]
+        return torch.zeros(real.shape, device=self.device).masked_scatter(real, torch.cat(chosen))
+
+    def scalars(self, role, tokens):
+        """The scalar head on each state: (B, R + 1), before the first response token up to after the last."""
+        return self.heads[role](self.hidden(tokens).float()).squeeze(-1)
+
+    def scores(self, role, tokens):
+        """A reward model's verdict, read at the last real token, the EOS: (B,)."""
+        last = tokens.response_mask.sum(1, keepdim=True)  # state n has seen all n tokens
+        return self.scalars(role, tokens).gather(1, last).squeeze(1)
+
+    @torch.no_grad()
+    def generate(self, role, prompts, max_tokens, temperature=1.0):
+        """Sample one response for each prompt (lists of token ids) -> Tokens. Temperature 0 takes the likeliest token."""
+        self.activate(role)
+        P = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (P - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
+        # the model's own generation_config would leak in wherever an option is not given
+        out = self.peft.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, top_k=0, top_p=1.0, repetition_penalty=1.0,
+            pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
+        )  # fmt: skip
+        response_mask = mask_after_eos(out[:, P:], self.eos)
+        return Tokens(out, torch.cat([mask, response_mask], 1), response_mask)
+
+
+def in_parts(function, tokens, size):
+    """Apply `function` to `size` rows at a time and join the results: memory for one part, the same values."""
+    return torch.cat([function(tokens[start : start + size]) for start in range(0, len(tokens.ids), size)])
+
+
+def adamw(parameters, lr, eps=1e-8):
+    return torch.optim.AdamW(parameters, lr=lr, eps=eps, weight_decay=0.0)
+
+
+def take_step(optimizer, lr, clip=1.0):
+    """One optimiser step on the gradients gathered so far, their norm clipped -> the norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def token_logprobs(lm_head, states, targets, temperature):
+    """(N, D) states, (N,) token ids -> (N,) log-probabilities at the temperature."""
+    logits = lm_head(states.to(lm_head.weight.dtype)).float() / temperature  # (N, V)
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def mask_after_eos(responses, eos):
+    """(B, R) token ids -> (B, R) mask: 1 up to and including the first EOS, 0 after it.
+
+    responses   y   y  eos pad pad
+    is eos      0   0   1   0   0
+    cumsum      0   0   1   1   1
+    minus       0   0   0   1   1   -> real where this is 0
+    """
+    is_eos = (responses == eos).long()
+    return ((is_eos.cumsum(1) - is_eos) == 0).long()
+
+
+def new_head(hidden_size, device):
+    """A scalar head with outputs of about unit variance on normalised states (Stiennon et al., 2020: std 1/sqrt(D + 1))."""
+    head = nn.Linear(hidden_size, 1, device=device)
+    nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def end_of_turn(tokenizer):
+    """The id of the token that ends an answer: what the chat template writes after one, else the tokenizer's EOS.
+
+    Qwen2's base model is why: its EOS is <|endoftext|>, which is also its padding, while its template ends turns in <|im_end|>.
+    """
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        if first and first[0] in tokenizer.all_special_ids:
+            return first[0]
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token.")
+    return tokenizer.eos_token_id
+
+
+def pick_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
+    """Load a base once, freeze it, and wrap it for adapters.
+
+    name: "tiny" (built in), a local Hugging Face folder, or a hub id. bits: 4 (NF4 through bitsandbytes) or 16 (as it is).
+    Raises UserError, in one or two lines, when there is no such model.
+    """
+    device = pick_device()
+    source = TINY if name == "tiny" else name
+    four_bit = bits == 4 and has_4bit(device)
+    # bf16 matrix products where the hardware has them; the frozen part of a CPU model otherwise stays in fp32
+    dtype = torch.float32 if device == "cpu" and not four_bit else torch.bfloat16 if device == "cpu" else torch.float16
+    if device == "cuda" and torch.cuda.is_bf16_supported():
+        dtype = torch.bfloat16
+    options = {}
+    if four_bit:
+        from transformers import BitsAndBytesConfig  # imports bitsandbytes: only here, only when asked for
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        base = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32 if device == "cpu" else dtype, device_map={"": device}, use_safetensors=True,
+            attn_implementation="eager" if device == "cpu" else "sdpa", **options,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"Cannot load the model {name!r}: {reason}\nGive a local folder, a hub id, or --model tiny (built in)."
+        ) from None
+    base.requires_grad_(False)
+    for module in base.modules():  # bitsandbytes' AVX512 layout for CPUs has no backward, yet gives gradients, wrong ones
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
+    lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
+    return LM(base, tokenizer, lora)
+
+
+def has_4bit(device):
+    """Whether bitsandbytes can hold 4-bit weights on this device; says so in one line where it cannot."""
+    try:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        print("bitsandbytes is not installed: the base stays unquantised, as with --bits 16.")
+        return False
+    if device == "mps":
+        print("bitsandbytes has no 4-bit backend for this device: the base stays unquantised, as with --bits 16.")
+        return False
+    return True

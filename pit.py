@@ -1,0 +1,249 @@
+"""The command line. `all` chains the stages of PIT; the other commands run one stage of a run, or use its result.
+
+    python pit.py all                                  the built-in tiny base and task: minutes on a CPU, no download
+    python pit.py all --smoke                          the same in miniature: every stage, under a minute
+    python pit.py infer --run runs/tiny "Write a list for Mia: ..."
+
+The signature of `all` is the configuration: every option is written to runs/NAME/config.json, and the other commands read it
+from there. Options that depend on the size of the base are None here and filled in from PRESETS.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import datasets  # noqa: F401  on Windows it must be imported before torch
+import typer
+
+import curriculum
+import evaluate
+import infer as inference
+import reward
+import sft
+from data import dialogue, load_pairs, split
+from models import load_model
+from run import Run, UserError, seed_all
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+PRESETS = {
+    # a 1M-parameter base bears, and needs, learning rates ten times those of real models
+    "tiny": dict(data="synthetic", pairs=6000, max_prompt=200, max_response=56, sft_steps=80, sft_lr=5e-3, rm_steps=80,
+                 rm_lr=3e-3, rl_steps=24, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
+    "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
+                 rm_lr=1e-4, rl_steps=150, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
+    "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
+}  # fmt: skip
+
+
+def option(panel, text, **kwargs):
+    return typer.Option(help=text, rich_help_panel=panel, **kwargs)
+
+
+RunOption = Annotated[Optional[Path], option("Run", "Folder of the run. [dim](default: runs/MODEL)[/dim]")]
+
+
+@app.command(name="all")
+def run_all(
+    run: RunOption = None,
+    smoke: Annotated[bool, option("Run", "Everything in miniature: to see that it works, not to learn anything.")] = False,
+    seed: Annotated[int, option("Run", "Seed of data, sampling and initialisation.", min=0)] = 0,
+    model: Annotated[str, option("Model", "tiny (built in), a local folder, or a hub id.")] = "tiny",
+    bits: Annotated[int, option("Model", "4: NF4 through bitsandbytes; 16: no quantisation.")] = 4,
+    lora_r: Annotated[int, option("Model", "Rank of every adapter.", min=1)] = 16,
+    lora_alpha: Annotated[int, option("Model", "Scale of every adapter: alpha / r.", min=1)] = 32,
+    target_modules: Annotated[
+        str, option("Model", "Layers with adapters: all-linear, or a regular expression.")
+    ] = "all-linear",
+    data: Annotated[Optional[str], option("Data", "synthetic, or a .jsonl(.gz) file of prompt, chosen, rejected.")] = None,
+    pairs: Annotated[Optional[int], option("Data", "Use at most this many pairs.", min=80)] = None,
+    max_prompt: Annotated[Optional[int], option("Data", "Leave out pairs whose prompt has more tokens.", min=8)] = None,
+    max_response: Annotated[
+        Optional[int], option("Data", "Longest answer in tokens; longer pairs are left out.", min=4)
+    ] = None,
+    sft_steps: Annotated[Optional[int], option("SFT", "Optimiser steps of each SFT stage.", min=1)] = None,
+    sft_lr: Annotated[Optional[float], option("SFT", "Learning rate.", min=0)] = None,
+    sft_batch: Annotated[int, option("SFT", "Pairs a step.", min=1)] = 32,
+    keep_better: Annotated[float, option("SFT", "Weight beta of the term -log M(y_w | x, y_w).", min=0)] = 0.0,
+    unlikelihood: Annotated[float, option("SFT", "Weight gamma of the term -log(1 - M(y_l | x, y_w)).", min=0)] = 0.0,
+    rm_steps: Annotated[Optional[int], option("Reward models", "Optimiser steps of each reward model.", min=1)] = None,
+    rm_lr: Annotated[Optional[float], option("Reward models", "Learning rate.", min=0)] = None,
+    rm_batch: Annotated[int, option("Reward models", "Pairs a step.", min=1)] = 32,
+    rounds: Annotated[str, option("RL", "Sources of y_ref, one round each: annotated, policy, sft.")] = "annotated,policy",
+    rl_steps: Annotated[Optional[int], option("RL", "PPO iterations of each RL stage.", min=1)] = None,
+    rl_batch: Annotated[int, option("RL", "Answers an iteration.", min=2)] = 64,
+    rl_lr: Annotated[Optional[float], option("RL", "Learning rate of the policy.", min=0)] = None,
+    critic_lr: Annotated[Optional[float], option("RL", "Learning rate of the critic.", min=0)] = None,
+    kl: Annotated[float, option("RL", "Weight beta of the KL penalty.", min=0)] = 0.05,
+    target_kl: Annotated[
+        float, option("RL", "Adapt beta to hold the KL at this many nats an answer; 0 keeps it fixed.", min=0)
+    ] = 0.0,
+    epochs: Annotated[int, option("RL", "Passes over each iteration's answers.", min=1)] = 2,
+    minibatch: Annotated[int, option("RL", "Answers an update.", min=1)] = 16,
+    micro_batch: Annotated[Optional[int], option("RL", "Sequences in memory at one time; changes no result.", min=1)] = None,
+    temperature: Annotated[float, option("RL", "Sampling temperature, in rollouts and their log-probs.", min=0.01)] = 1.0,
+    eval_n: Annotated[Optional[int], option("Evaluation", "Held-out prompts.", min=8)] = None,
+):
+    """Run every stage of PIT, or continue a run where it stopped."""
+    options = {name: value for name, value in locals().items() if name not in ("run", "smoke")}
+    if bits not in (4, 16):
+        raise UserError(f"--bits {bits}: choose 4 or 16.")
+    curriculum.parse(rounds)
+    preset = PRESETS["tiny" if model == "tiny" else "real"] | (PRESETS["smoke"] if smoke else {})
+    for name, value in preset.items():
+        if options[name] is None or smoke and name in PRESETS["smoke"]:
+            options[name] = value
+    folder = run or Path("runs") / (Path(model).name + ("-smoke" if smoke else ""))
+    session = Session(Run.start(folder, options))
+    for stage in (sft_stage, reward_stage, rl_stage, eval_stage):
+        stage(session)
+    print(f"\nReport: {folder / 'report.md'}   curves: {folder / 'curves.png'}   samples: {folder / 'samples.md'}")
+
+
+def load_base(cfg):
+    return load_model(cfg.model, cfg.bits, cfg.lora_r, cfg.lora_alpha, cfg.target_modules, cfg.seed)
+
+
+class Session:
+    """What the stages of one process share: the run, the base loaded once, the pairs dealt out."""
+
+    def __init__(self, run):
+        self.run, cfg = run, run.config
+        self.lm = load_base(cfg)
+        pairs = load_pairs(cfg.data, cfg.pairs, cfg.seed)
+        fitting = [pair for pair in pairs if self.fits(pair)]
+        self.parts = split(fitting, cfg.seed)
+        sizes = ", ".join(f"{name} {len(part)}" for name, part in self.parts.items())
+        print(f"{cfg.model}: {self.lm.describe()}")
+        print(f"{cfg.data}: {len(fitting)} pairs, {len(pairs) - len(fitting)} more too long; {sizes}")
+        self.rounds = curriculum.parse(cfg.rounds)
+        self.last = f"pit_rl{len(self.rounds) - 1}"
+
+    def fits(self, pair):
+        cfg, lm = self.run.config, self.lm
+        longest = max(len(lm.encode_response(text)) for text in (pair.chosen, pair.rejected))
+        return longest <= cfg.max_response and len(lm.encode_prompt(pair.prompt)) <= cfg.max_prompt
+
+    def train(self, role, why, function, *args):
+        """Train `role` by function(lm, run, *args), or load it where the run has it already."""
+        if self.run.done(role):
+            self.load(role)
+            return
+        with self.run.stage(role, why):
+            function(self.lm, self.run, *args)
+        if role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl"):
+            evaluate.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
+
+    def load(self, role):
+        if role not in self.lm.roles:
+            self.lm.load(role, self.run.adapter(role))
+
+    def require(self, command, *roles):
+        """Load roles that an earlier command has trained."""
+        for role in roles:
+            self.run.need(role, command)
+            self.load(role)
+
+
+def sft_stage(session):
+    pairs = session.parts["sft"]
+    session.train("policy_sft", "learn to answer, from the better answers (x -> y_w)", sft.train_policy, pairs)
+    session.train("pit_sft", "learn to improve, from both answers (x, y_l -> y_w)", sft.train_pit, pairs)
+
+
+def reward_stage(session):
+    pairs, held_out, judge = session.parts["rm"], session.parts["held_out"], session.parts["judge"]
+    session.train("reward_policy", "R_P, how good is an answer? (Bradley-Terry)", reward.train_policy_reward, pairs, held_out)
+    session.train(
+        "reward_gap", "R_PIT, how much better is it than a reference? (Eq. 2)", reward.train_gap_reward, pairs, held_out
+    )
+    session.train("judge", "a judge for the tables, on pairs of its own", reward.train_policy_reward, judge, held_out, "judge")
+
+
+def rl_stage(session):
+    pairs = session.parts["rl"]
+    session.require("sft", "policy_sft", "pit_sft")
+    session.require("reward", "reward_policy", "reward_gap")
+    session.train("policy_rl", "PPO: better answers by R_P (Eq. 3)", curriculum.train_policy_rl, pairs)
+    for number, source in enumerate(session.rounds):
+        why = f"PPO: larger gaps by R_PIT over {source} answers (Eq. {4 if source == 'annotated' else 5})"
+        session.train(f"pit_rl{number}", why, curriculum.train_pit_round, pairs, number, source)
+
+
+def eval_stage(session):
+    session.require("reward", "reward_policy", "reward_gap", "judge")
+    session.require("sft", "pit_sft")
+    session.require("rl", "policy_rl", "pit_rl0", session.last)
+    with session.run.stage("eval", "who beats whom, on held-out prompts"):
+        evaluate.evaluate(session.lm, session.run, session.parts["held_out"], session.last)
+
+
+StageRun = Annotated[Path, typer.Option(help="Folder of a run that `all` has started.")]
+
+
+@app.command(name="sft")
+def sft_command(run: StageRun):
+    """Stage 1 of a run: M_P^SFT and M_PIT^SFT."""
+    sft_stage(Session(Run(run)))
+
+
+@app.command(name="reward")
+def reward_command(run: StageRun):
+    """Stage 2 of a run: R_P, R_PIT and the judge."""
+    reward_stage(Session(Run(run)))
+
+
+@app.command(name="rl")
+def rl_command(run: StageRun):
+    """Stage 3 of a run: PPO for the policy, then for PIT, round by round."""
+    rl_stage(Session(Run(run)))
+
+
+@app.command(name="eval")
+def eval_command(run: StageRun):
+    """Judge a run again: table, curves, report."""
+    eval_stage(Session(Run(run)))
+
+
+@app.command(name="infer")
+def infer_command(
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    run: StageRun,
+    response: Annotated[Optional[str], typer.Option(help="Improve this text instead of the policy's own answer.")] = None,
+    rounds: Annotated[int, typer.Option(help="How many times to improve.", min=1)] = 3,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.", min=0)] = 0.4,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
+):
+    """Answer a prompt, and improve the answer round by round.
+
+    Example: python pit.py infer --run runs/tiny "Write a list for Mia: tent, soap, apple, map and book. Put it in order of the
+    alphabet. Start with Hello and end with Have fun."
+    """
+    if not prompt.strip():
+        raise UserError("The prompt is empty. Say what to answer.")
+    if response is not None and not response.strip():
+        raise UserError("--response is empty. Leave it out to start from the policy's own answer.")
+    opened = Run(run)
+    cfg = opened.config
+    last = f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"
+    for role in ("policy_rl", last, "reward_gap"):
+        opened.need(role, "all")
+    lm = load_base(cfg)
+    for role in ("policy_rl", last, "reward_gap"):
+        lm.load(role, opened.adapter(role))
+    seed_all(seed, "infer")
+    messages = dialogue(prompt)
+    for k, (text, gap) in enumerate(inference.iterate(lm, "policy_rl", last, messages, cfg, rounds, temperature, response)):
+        print(f"original        {text}" if k == 0 else f"round {k}  {gap:+5.2f}  {text}")
+
+
+def main():
+    try:
+        app()
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

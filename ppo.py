@@ -1,0 +1,228 @@
+"""PPO for language models, written out: any (prompt -> response -> score) problem, nothing about PIT.
+
+The objective, for prompts x and responses y sampled from the policy pi:   max E[ score(x, y) - beta KL(pi || pi_ref) ]
+
+One iteration:
+    1. sample     responses y ~ pi(. | x)                                                     rollout()
+    2. score      each response with the reward model, at its last token                      rollout()
+    3. reward     per token: -beta (log pi - log pi_ref), and the score on the last token     token_rewards()
+    4. credit     advantages by GAE from the critic's values                                  gae()
+    5. update     a few epochs of minibatches on the clipped objective                        ppo_update()
+
+All tensors of responses are (B, R). One mask serves rewards, KL, advantages, losses and metrics:
+
+    response        y    y    y   eos  pad  pad
+    response_mask   1    1    1    1    0    0
+    rewards        -bk  -bk  -bk  s-bk  0    0      b = beta, k = the token's KL estimate, s = score
+    values          v0   v1   v2   v3   0    0      v_t has seen the prompt and t response tokens
+
+Left out: value and policy sharing a trunk, reward whitening, entropy bonus. Defaults follow "The N implementation details
+of RLHF with PPO" (Huang et al., 2024) unless a line says otherwise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from models import Tokens, adamw, in_parts, take_step
+from run import seed_all
+
+GAMMA = 1.0  # an answer is judged as a whole: its first token counts as much as its last
+LAMBDA = 0.95
+CLIP = 0.2  # of the probability ratio (Schulman et al., 2017)
+VALUE_CLIP = 0.2
+SCORE_CLIP = 5.0  # in standard deviations: one freak score must not rule a batch
+NO_EOS = -1.0  # added to the normalised score of an answer that was cut off
+STOP_KL = 0.1  # end the updates of an iteration once the policy has moved this far from the one that sampled
+
+
+@dataclass
+class Rollout:
+    """What was sampled, and what was thought of it at that time. Made without gradients; B responses of up to R tokens."""
+
+    tokens: Tokens
+    logprobs: torch.Tensor  # (B, R) by the policy
+    ref_logprobs: torch.Tensor  # (B, R) by the frozen reference
+    values: torch.Tensor  # (B, R) by the critic
+    scores: torch.Tensor  # (B,) raw, by the reward model
+
+
+# ---- the maths: pure functions of tensors ------------------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """Mean 0 and variance 1 over the real tokens of the whole batch."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def k1(logprobs, ref_logprobs):
+    """log pi - log pi_ref: an unbiased estimate of KL(pi || pi_ref) on samples of pi; single values may be negative."""
+    return logprobs - ref_logprobs
+
+
+def k3(logprobs, ref_logprobs):
+    """(r - 1) - log r with r = pi_ref / pi: unbiased too, never negative, and of lower variance (Schulman, 2020)."""
+    log_r = ref_logprobs - logprobs
+    return torch.expm1(log_r) - log_r
+
+
+def normalise(scores, shift, scale):
+    return ((scores - shift) / scale).clamp(-SCORE_CLIP, SCORE_CLIP)
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """(B,) scores -> (B, R) rewards: the KL penalty on every token, the score added to the last real one."""
+    rewards = -beta * k1(logprobs, ref_logprobs) * mask
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1)
+    return rewards.scatter_add(1, last, scores.unsqueeze(1))
+
+
+def gae(rewards, values, mask):
+    """Generalised advantage estimation (Schulman et al., 2016) -> advantages and returns, (B, R) each.
+
+    delta_t = r_t + gamma v_{t+1} - v_t        A_t = delta_t + gamma lambda A_{t+1}        return_t = A_t + v_t
+    After the last real token both v and A are 0.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    next_advantage = next_value = torch.zeros_like(values[:, 0])  # (B,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
+        next_advantage = (delta + GAMMA * LAMBDA * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages):
+    """The clipped objective of each token, as a loss: -min(ratio A, clip(ratio) A). All (B, R)."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
+
+
+def value_loss(values, old_values, returns):
+    """The squared error of each value, clipped to a step of VALUE_CLIP from the old value. All (B, R)."""
+    clipped = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+# ---- one iteration ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rollout(lm, policy, reference, critic, prompts, score, cfg):
+    """Sample one response for each prompt, and evaluate it with everything that the update needs."""
+    tokens = lm.generate(policy, prompts, cfg.max_response, cfg.temperature)
+
+    def evaluate(role, function):  # one role at a time
+        lm.activate(role)
+        return in_parts(function, tokens, cfg.micro_batch)
+
+    return Rollout(
+        tokens,
+        # not the log-probs of the sampler: recomputed by the same forward pass as in training, so that the first ratio is 1
+        logprobs=evaluate(policy, lambda part: lm.logprobs(part, cfg.temperature)),
+        ref_logprobs=evaluate(reference, lambda part: lm.logprobs(part, cfg.temperature)),
+        values=evaluate(critic, lambda part: lm.scalars(critic, part)[:, :-1]),
+        scores=score(tokens),
+    )
+
+
+def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_left, cfg):
+    """Update policy and critic on one rollout. scores: (B,) normalised, penalties included -> dict of metrics."""
+    mask = sample.tokens.response_mask
+    rewards = token_rewards(scores, sample.logprobs, sample.ref_logprobs, mask, beta)
+    advantages, returns = gae(rewards, sample.values, mask)
+    advantages = whiten(advantages, mask)
+    sums = {"policy_loss": 0.0, "value_loss": 0.0, "approx_kl": 0.0, "clipped": 0.0}
+    updates = 0
+    for _ in range(cfg.epochs):
+        epoch_kl = []
+        for rows in torch.randperm(len(mask)).split(cfg.minibatch):
+            # all sums are divided by the minibatch's tokens, so that the micro-batch size does not change the gradient
+            n_tokens = mask[rows].sum()
+            step = dict.fromkeys(sums, 0.0)
+            lm.activate(policy, train=True)
+            for part in rows.split(cfg.micro_batch):
+                logprobs = lm.logprobs(sample.tokens[part], cfg.temperature)
+                loss = (policy_loss(logprobs, sample.logprobs[part], advantages[part]) * mask[part]).sum() / n_tokens
+                loss.backward()
+                log_ratio = (logprobs.detach() - sample.logprobs[part]) * mask[part]
+                step["policy_loss"] += loss.item()
+                step["approx_kl"] += ((torch.expm1(log_ratio) - log_ratio).sum() / n_tokens).item()  # k3 against the old policy
+                step["clipped"] += (((log_ratio.exp() - 1).abs() > CLIP).sum() / n_tokens).item()
+            take_step(optimizers[0], cfg.rl_lr * fraction_left)
+            lm.activate(critic, train=True)
+            for part in rows.split(cfg.micro_batch):
+                values = lm.scalars(critic, sample.tokens[part])[:, :-1]
+                loss = (value_loss(values, sample.values[part], returns[part]) * mask[part]).sum() / n_tokens
+                loss.backward()
+                step["value_loss"] += loss.item()
+            take_step(optimizers[1], cfg.critic_lr * fraction_left)
+            sums = {name: sums[name] + step[name] for name in sums}
+            updates += 1
+            epoch_kl.append(step["approx_kl"])
+        if sum(epoch_kl) / len(epoch_kl) > STOP_KL:
+            break
+    residual = masked_mean((returns - sample.values) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return {name: total / updates for name, total in sums.items()} | {"explained": (1 - residual / (spread + 1e-8)).item()}
+
+
+def adapt_beta(beta, kl, target, batch, horizon=10_000):
+    """The adaptive KL controller of Ziegler et al. (2019): beta drifts until the KL (nats an answer) is at its target."""
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return beta * (1 + error * batch / horizon)
+
+
+def train(lm, run, role, reference, critic, prompts, score, shift=None):
+    """PPO on adapter `role`, held to `reference`, for cfg.rl_steps iterations.
+
+    prompts(step) gives the token ids of the prompts of an iteration, score(tokens) the scores of responses, (B,). Scores are
+    normalised once, by the spread of the first batch and, where `shift` is None, by its mean: the first batch is written
+    before any update. The critic's head is rescaled to the same units. Logged metrics, one line an iteration:
+
+    score      mean raw score              kl         nats an answer between policy and reference, k1 summed over tokens
+    eos        share that ended itself     length     tokens an answer, EOS included
+    k3         the same KL by k3, nats a token        approx_kl  nats a token between the policy before and after the update
+    clipped    share of tokens whose ratio left the clip range       explained  share of the returns' variance in the values
+    """
+    cfg = run.config
+    optimizers = adamw(lm.parameters(role), cfg.rl_lr, eps=1e-5), adamw(lm.parameters(critic), cfg.critic_lr, eps=1e-5)
+    beta, scale = cfg.kl, None
+    for step in run.steps(cfg.rl_steps):
+        batch = prompts(step)
+        seed_all(cfg.seed, run.name, step, "sample")  # however much randomness the prompts took
+        sample = rollout(lm, role, reference, critic, batch, score, cfg)
+        if scale is None:
+            scale = sample.scores.std().item() + 1e-6
+            shift = sample.scores.mean().item() if shift is None else shift
+            sample.values = (sample.values - shift) / scale
+            with torch.no_grad():
+                lm.heads[critic].weight /= scale
+                lm.heads[critic].bias.sub_(shift).div_(scale)
+        mask = sample.tokens.response_mask
+        ended = (sample.tokens.responses == lm.eos).any(1)
+        scores = normalise(sample.scores, shift, scale) + NO_EOS * ~ended
+        fraction_left = 1 - step / cfg.rl_steps
+        metrics = ppo_update(lm, role, critic, optimizers, sample, scores, beta, fraction_left, cfg)
+        kl = (k1(sample.logprobs, sample.ref_logprobs) * mask).sum(1).mean().item()
+        run.log(
+            score=sample.scores.mean(),
+            kl=kl,
+            length=mask.sum(1).float().mean(),
+            eos=ended.float().mean(),
+            k3=masked_mean(k3(sample.logprobs, sample.ref_logprobs), mask),
+            beta=beta,
+            **metrics,
+        )
+        if cfg.target_kl:
+            beta = adapt_beta(beta, kl, cfg.target_kl, len(batch))
+    with run.new_adapter(role) as folder:
+        lm.save(role, folder)

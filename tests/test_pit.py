@@ -1,0 +1,105 @@
+"""The command line, end to end at miniature size, and what it says to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MINI = "--pairs 120 --sft-steps 2 --sft-batch 4 --rm-steps 2 --rm-batch 4 --rl-steps 2 --rl-batch 8 --minibatch 4 --eval-n 8"
+
+
+def pit(*words):
+    """Run `python pit.py WORDS` -> (exit code, stdout, stderr)."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "pit.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "mini"
+    code, out, err = pit("all", "--run", folder, *MINI.split())
+    assert code == 0, err
+    return folder, out
+
+
+ROLES = ["policy_sft", "pit_sft", "reward_policy", "reward_gap", "judge", "policy_rl", "pit_rl0", "pit_rl1"]
+
+
+def test_every_stage_runs_and_leaves_its_files(mini):
+    folder, out = mini
+    for role in ROLES:
+        assert (folder / "adapters" / role / "adapter_model.safetensors").is_file()
+        assert (folder / "adapters" / role / "head.safetensors").is_file() == (role.startswith("reward") or role == "judge")
+        assert role in out
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [(role, step) for role in ROLES for step in (0, 1)]
+    results = json.loads((folder / "results.json").read_text())
+    assert {row["judge"] for row in results["table1"]} == {"quality", "judge"}
+    assert all(abs(row["win"] + row["lose"] + row["tie"] - 1) < 1e-9 for row in results["table1"])
+    assert set(results["time_s"]) == {*ROLES, "eval"}
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert "| quality | pit " in (folder / "report.md").read_text()
+    assert (folder / "samples.md").read_text().count("## after") == 5
+
+
+def test_the_same_seed_gives_the_same_run(mini, tmp_path):
+    code, _, err = pit("all", "--run", tmp_path / "mini", *MINI.split())
+    assert code == 0, err
+    for role in ROLES:
+        file = Path("adapters") / role / "adapter_model.safetensors"
+        assert (mini[0] / file).read_bytes() == (tmp_path / "mini" / file).read_bytes()
+    assert (mini[0] / "metrics.jsonl").read_text() == (tmp_path / "mini" / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_is_not_trained_again(mini):
+    before = (mini[0] / "metrics.jsonl").read_text()
+    for command in ("sft", "reward", "rl"):
+        code, out, err = pit(command, "--run", mini[0])
+        assert code == 0, err
+    assert (mini[0] / "metrics.jsonl").read_text() == before
+
+
+def test_infer_shows_the_original_and_each_round(mini):
+    code, out, err = pit("infer", "--run", mini[0], "Write a list for Mia: tea and map.", "--rounds", 2)
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["original", "round", "round"]
+    code, out, err = pit("infer", "--run", mini[0], "Write a list.", "--response", "Hello Mia", "--rounds", 1)
+    assert code == 0 and "Hello Mia" in out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["infer", "--run", "{mini}", "  "], "prompt is empty"),
+        (["infer", "--run", "{mini}", "hello", "--response", ""], "--response is empty"),
+        (["infer", "--run", "{mini}", "hello", "--temperature", "-1"], "--temperature"),
+        (["rl", "--run", "runs/nowhere"], "no run in"),
+        (["all", "--run", "{tmp}/new", "--model", "no/such-model"], "no/such-model"),
+        (["all", "--run", "{tmp}/new", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
+        (["all", "--run", "{tmp}/new", "--rounds", "annotated,magic"], "magic"),
+        (["all", "--run", "{tmp}/new", "--bits", "7"], "--bits 7"),
+        (["all", "--run", "{mini}", "--seed", "5"], "other settings"),
+    ],
+)
+def test_bad_input_gets_two_lines_and_exit_code_2(mini, tmp_path, words, said):
+    code, out, err = pit(*(word.format(mini=mini[0], tmp=tmp_path) for word in words))
+    assert code == 2, out + err
+    assert said in err and "Traceback" not in err
+    if err.startswith("Error"):
+        assert len(err.splitlines()) <= 3
+
+
+def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "config.json").write_text((mini[0] / "config.json").read_text())
+    for command, missing in (("rl", "python pit.py sft"), ("eval", "python pit.py reward")):
+        code, _, err = pit(command, "--run", folder)
+        assert code == 2 and missing in err
