@@ -9,6 +9,8 @@ to improve. A curriculum is a list of sources of y_ref: "annotated" (y_w and y_l
 That a round starts where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 """
 
+from torch.nn.init import zeros_
+
 from data import improve_prompt
 from models import in_parts
 from ppo import train
@@ -64,6 +66,10 @@ def solve(lm, run, role, start, reference, reward, prompts, shift=None):
         return in_parts(lambda part: lm.scores(reward, part), tokens, run.config.micro_batch)
 
     lm.add(role, like=start)
+    # The reward model's trunk knows what is good. Its head, read before the end of an answer, says nothing of returns: as a
+    # first value function it explained -3.4 of their variance. A head of zeros explains 0, and learns.
     lm.add("critic", like=reward, head=True)
+    zeros_(lm.heads["critic"].weight)
+    zeros_(lm.heads["critic"].bias)
     train(lm, run, role, reference, "critic", prompts, score, shift)
     lm.remove("critic")

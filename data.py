@@ -29,8 +29,8 @@ IMPROVE = "Please improve your answer."  # our own wording; the paper's is open
 # The synthetic task: write somebody a packing list, in order of the alphabet
 # ---------------------------------------------------------------------------------------------------------------------
 #
-#   prompt    Write a list for Mia: tent, soap, apple, map and book. Put it in order of the alphabet. Start with Hello
-#             and end with Have fun.
+#   prompt    Write a list for Mia in order of the alphabet: tent, soap, apple, map and book. Start with Hello and end
+#             with Have fun.
 #   perfect   Hello Mia: apple, book, map, soap, tent. Have fun!
 #   flawed    Hello Mia: apple, map, book, soap, hat. Have fun!          (order; the tent forgotten; a hat nobody asked for)
 #
@@ -63,8 +63,8 @@ class Note:
 def ask(note):
     """The prompt that asks for `note`."""
     return (
-        f"Write a list for {note.name}: {', '.join(note.things[:-1])} and {note.things[-1]}. "
-        f"Put it in order of the alphabet. Start with {note.greeting} and end with {note.closing}."
+        f"Write a list for {note.name} in order of the alphabet: {', '.join(note.things[:-1])} and {note.things[-1]}. "
+        f"Start with {note.greeting} and end with {note.closing}."
     )
 
 
@@ -75,7 +75,7 @@ def tell(note):
 
 def parse(text):
     """The Note in a prompt or in an answer. Where the form is broken, a part that cannot be found is empty."""
-    prompt = re.search(r"list for (\w+): ([\w, ]+)\. Put it .* Start with (\w+) and end with ([\w ]+)\.", text)
+    prompt = re.search(r"list for (\w+) in order of the alphabet: ([\w, ]+)\. Start with (\w+) and end with ([\w ]+)\.", text)
     if prompt:
         return Note(prompt[3], prompt[1], tuple(re.split(r", | and ", prompt[2])), prompt[4])
     answer = re.fullmatch(r"(\w*) ?(\w*): ([^.]*)\. ([\w ]+)!", text.strip())
@@ -101,16 +101,16 @@ def quality(prompt, answer):
 
 
 def draw_note(rng):
-    things = rng.sample(THINGS, rng.randint(5, 8))
+    things = rng.sample(THINGS, rng.randint(5, 7))
     return Note(rng.choice(GREETINGS), rng.choice(NAMES), tuple(things), rng.choice(CLOSINGS))
 
 
 def spoil(note, flaws, rng):
-    """Put `flaws` random flaws into a note, one after the other. Half of them concern the order."""
+    """Put `flaws` random flaws into a note, one after the other."""
     for _ in range(flaws):
         things = list(note.things)
         i = rng.randrange(len(things))
-        kind = rng.choice(["swap", "swap", "move", "move", "forget", "repeat", "other", "frame"])
+        kind = rng.choice(["swap", "swap", "move", "forget", "repeat", "other", "other", "frame"])
         if kind == "swap":
             things[i - 1], things[i] = things[i], things[i - 1]
         elif kind == "move":
@@ -129,14 +129,14 @@ def spoil(note, flaws, rng):
 
 
 def synthetic_pairs(n, seed):
-    """n pairs: two answers with different numbers of flaws, the one that meets more requirements being the chosen one."""
+    """n pairs: two answers with flaws, where one meets clearly more requirements (by a fifth of them) and so is the chosen one."""
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
         note = draw_note(rng)
         prompt = ask(note)
         answers = [tell(spoil(note.in_order(), rng.randint(0, 6), rng)) for _ in range(2)]
         worse, better = sorted(answers, key=lambda answer: quality(prompt, answer))
-        if quality(prompt, worse) < quality(prompt, better):
+        if quality(prompt, better) - quality(prompt, worse) >= 0.2:
             pairs.append(Pair([{"role": "user", "content": prompt}], better, worse))
     return pairs
 

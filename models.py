@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from run import UserError
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel that nothing here uses
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -331,7 +332,6 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
 def has_4bit(device):
     """Whether bitsandbytes can hold 4-bit weights on this device; says so in one line where it cannot."""
     try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         import bitsandbytes  # noqa: F401
     except ImportError:
         print("bitsandbytes is not installed: the base stays unquantised, as with --bits 16.")

@@ -28,9 +28,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 PRESETS = {
     # a 1M-parameter base bears, and needs, learning rates ten times those of real models
-    "tiny": dict(data="synthetic", pairs=6000, max_prompt=200, max_response=56, sft_steps=80, sft_lr=5e-3, rm_steps=80,
-                 rm_lr=3e-3, rl_steps=24, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
-    "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
+    "tiny": dict(data="synthetic", pairs=6000, max_prompt=200, max_response=56, sft_steps=70, sft_lr=5e-3, rm_steps=60,
+                 rm_lr=3e-3, rl_steps=18, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
+    "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=700, sft_lr=1e-4, rm_steps=600,
                  rm_lr=1e-4, rl_steps=150, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
@@ -216,8 +216,8 @@ def infer_command(
 ):
     """Answer a prompt, and improve the answer round by round.
 
-    Example: python pit.py infer --run runs/tiny "Write a list for Mia: tent, soap, apple, map and book. Put it in order of the
-    alphabet. Start with Hello and end with Have fun."
+    Example: python pit.py infer --run runs/tiny "Write a list for Mia in order of the alphabet: tent, soap, apple, map and
+    book. Start with Hello and end with Have fun."
     """
     if not prompt.strip():
         raise UserError("The prompt is empty. Say what to answer.")

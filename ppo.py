@@ -140,7 +140,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_le
     rewards = token_rewards(scores, sample.logprobs, sample.ref_logprobs, mask, beta)
     advantages, returns = gae(rewards, sample.values, mask)
     advantages = whiten(advantages, mask)
-    sums = {"policy_loss": 0.0, "value_loss": 0.0, "approx_kl": 0.0, "clipped": 0.0}
+    sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clipped", "grad_norm"), 0.0)
     updates = 0
     for _ in range(cfg.epochs):
         epoch_kl = []
@@ -157,7 +157,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_le
                 step["policy_loss"] += loss.item()
                 step["approx_kl"] += ((torch.expm1(log_ratio) - log_ratio).sum() / n_tokens).item()  # k3 against the old policy
                 step["clipped"] += (((log_ratio.exp() - 1).abs() > CLIP).sum() / n_tokens).item()
-            take_step(optimizers[0], cfg.rl_lr * fraction_left)
+            step["grad_norm"] = take_step(optimizers[0], cfg.rl_lr * fraction_left)
             lm.activate(critic, train=True)
             for part in rows.split(cfg.micro_batch):
                 values = lm.scalars(critic, sample.tokens[part])[:, :-1]
@@ -186,7 +186,7 @@ def train(lm, run, role, reference, critic, prompts, score, shift=None):
 
     prompts(step) gives the token ids of the prompts of an iteration, score(tokens) the scores of responses, (B,). Scores are
     normalised once, by the spread of the first batch and, where `shift` is None, by its mean: the first batch is written
-    before any update. The critic's head is rescaled to the same units. Logged metrics, one line an iteration:
+    before any update. Logged metrics, one line an iteration:
 
     score      mean raw score              kl         nats an answer between policy and reference, k1 summed over tokens
     eos        share that ended itself     length     tokens an answer, EOS included
@@ -203,10 +203,6 @@ def train(lm, run, role, reference, critic, prompts, score, shift=None):
         if scale is None:
             scale = sample.scores.std().item() + 1e-6
             shift = sample.scores.mean().item() if shift is None else shift
-            sample.values = (sample.values - shift) / scale
-            with torch.no_grad():
-                lm.heads[critic].weight /= scale
-                lm.heads[critic].bias.sub_(shift).div_(scale)
         mask = sample.tokens.response_mask
         ended = (sample.tokens.responses == lm.eos).any(1)
         scores = normalise(sample.scores, shift, scale) + NO_EOS * ~ended

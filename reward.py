@@ -48,7 +48,7 @@ def gap_transcripts(lm, pair):
 
 def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     """A Bradley-Terry model of single answers -> adapter and head `role`: R_P from D_RM, the judge from pairs of its own."""
-    train(lm, run, role, answer_transcripts, bradley_terry, pairs)
+    train(lm, run, role, "policy_sft", answer_transcripts, bradley_terry, pairs)
     chosen, rejected = score_pairs(lm, role, answer_transcripts, held_out, run.config.micro_batch)
     report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()})
 
@@ -56,7 +56,7 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
 def train_gap_reward(lm, run, pairs, held_out):
     """R_PIT from D_RM -> adapter and head reward_gap, with "no change" worth 0 on average."""
     role = "reward_gap"
-    train(lm, run, role, gap_transcripts, gap_loss, pairs)
+    train(lm, run, role, "reward_policy", gap_transcripts, gap_loss, pairs)
     scores = score_pairs(lm, role, gap_transcripts, held_out, run.config.micro_batch)  # (4, N)
     # Measure what "no change" is worth, and take it off the head's bias: from here on, above 0 means better than y_ref.
     # Only the differences of the four enter Eq. 2, so the loss is as before.
@@ -82,10 +82,10 @@ def report(lm, run, role, measured):
         lm.save(role, folder)
 
 
-def train(lm, run, role, transcripts_of, loss_of, pairs):
+def train(lm, run, role, start, transcripts_of, loss_of, pairs):
     """Minimise loss_of(the k scores of a pair) where transcripts_of(lm, pair) gives the k transcripts to score."""
     cfg = run.config
-    lm.add(role, head=True)
+    lm.add(role, like=start, head=True)
     optimizer = adamw(lm.parameters(role), cfg.rm_lr)
     transcripts = [transcripts_of(lm, pair) for pair in pairs]
     for step in run.steps(cfg.rm_steps):

@@ -92,15 +92,17 @@ def dialogue(rng):
     than another is not. Seven lists in ten are in no order at all.
     """
     note = data.draw_note(rng)
-    start = data.replace(note, things=tuple(rng.sample(note.things, len(note.things)))) if rng.random() < 0.7 else note.in_order()
-    first = data.spoil(start, rng.randint(0, 4), rng)
+    start = (
+        data.replace(note, things=tuple(rng.sample(note.things, len(note.things)))) if rng.random() < 0.7 else note.in_order()
+    )
+    first = data.spoil(start, rng.choice([0, 0, 1, 2, 3]), rng)
     turns = [data.ask(note), data.tell(first)]
     if rng.random() < 0.5:
         turns += [data.IMPROVE, data.tell(data.spoil(first, rng.randint(0, 3), rng))]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def make_tiny(steps=600, batch=64, lr=3e-3, seed=1):
+def make_tiny(steps=1300, batch=64, lr=3e-3, seed=1):
     """Pretrain the built-in base: a 1M-parameter Qwen2 on the language of the synthetic task -> the folder tiny/.
 
     initializer_range is large on purpose: with the usual 0.02, copying from the prompt took ten times as many steps to appear.
@@ -121,9 +123,18 @@ def make_tiny(steps=600, batch=64, lr=3e-3, seed=1):
     )
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.08,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=0.08,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
         )  # fmt: skip
     )
     model.set_attn_implementation("eager")  # on a CPU, faster than SDPA at this size

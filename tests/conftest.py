@@ -1,11 +1,13 @@
 """Fixtures of all tests: the built-in base, and batches of its own language."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test needs a hub
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import improve_prompt, synthetic_pairs  # noqa: E402

@@ -150,7 +150,7 @@ def test_micro_batch_size_does_not_change_the_update(lm, pairs):
 def test_updates_stop_early_when_the_policy_has_moved_too_far(lm, pairs, monkeypatch):
     sample = make_rollout(lm, pairs, SimpleNamespace(**CFG))
     steps = []
-    monkeypatch.setattr(ppo, "take_step", lambda optimizer, lr: steps.append(lr))
+    monkeypatch.setattr(ppo, "take_step", lambda optimizer, lr: steps.append(lr) or 0.0)
     for limit, expected in ((math.inf, 4), (-1.0, 1)):
         steps.clear()
         monkeypatch.setattr(ppo, "STOP_KL", limit)
