@@ -110,7 +110,7 @@ def spoil(note, flaws, rng):
     for _ in range(flaws):
         things = list(note.things)
         i = rng.randrange(len(things))
-        kind = rng.choice(["swap", "swap", "move", "forget", "repeat", "other", "other", "frame"])
+        kind = rng.choice(["swap", "swap", "move", "forget", "repeat", "other", "add", "add", "frame"])
         if kind == "swap":
             things[i - 1], things[i] = things[i], things[i - 1]
         elif kind == "move":
@@ -119,6 +119,8 @@ def spoil(note, flaws, rng):
             del things[i]
         elif kind == "repeat":
             things[i] = rng.choice(things)
+        elif kind == "add":
+            things.insert(i, rng.choice(THINGS))
         elif kind == "other":
             things[i] = rng.choice(THINGS)
         elif kind == "frame":
@@ -129,13 +131,17 @@ def spoil(note, flaws, rng):
 
 
 def synthetic_pairs(n, seed):
-    """n pairs: two answers with flaws, where one meets clearly more requirements (by a fifth of them) and so is the chosen one."""
+    """n pairs: a chosen answer with few flaws, and a rejected one with more put into it.
+
+    The chosen one meets clearly more requirements: a fifth of all, or more. That the two are versions of one text, as drafts
+    are, is what lets M_PIT^SFT see that improving means keeping most of y_ref.
+    """
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
         note = draw_note(rng)
         prompt = ask(note)
-        answers = [tell(spoil(note.in_order(), rng.randint(0, 6), rng)) for _ in range(2)]
-        worse, better = sorted(answers, key=lambda answer: quality(prompt, answer))
+        good = spoil(note.in_order(), rng.randint(0, 3), rng)
+        better, worse = tell(good), tell(spoil(good, rng.randint(2, 5), rng))
         if quality(prompt, better) - quality(prompt, worse) >= 0.2:
             pairs.append(Pair([{"role": "user", "content": prompt}], better, worse))
     return pairs

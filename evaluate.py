@@ -155,15 +155,10 @@ def show_samples(lm, run, stage, pairs):
     seed_all(cfg.seed, "samples")
     answers = infer.answer(lm, policy, prompts, cfg)
     improved = infer.improve(lm, stage, prompts, answers, cfg) if stage.startswith("pit") else None
-    text = f"\n## after {stage}\n"
-    for i, prompt in enumerate(prompts):
-        text += f"\n- prompt: {prompt[-1]['content']}\n  - {policy}: {answers[i]}\n"
-        if improved:
-            text += f"  - {stage}: {improved[i]}\n"
     with open(run.path / "samples.md", "a", encoding="utf-8") as file:
-        file.write(text)
-    i = 0
-    print(
-        f"  prompt    {prompts[i][-1]['content']}\n  {policy:9} {answers[i]}"
-        + (f"\n  {stage:9} {improved[i]}" if improved else "")
-    )
+        file.write(f"\n## after {stage}\n")
+        for i, prompt in enumerate(prompts):
+            rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | ({stage: improved[i]} if improved else {})
+            file.write("\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items()))
+            if i < 2:
+                print("".join(f"  {who:10} {text}\n" for who, text in rows.items()), end="")

@@ -19,8 +19,13 @@ This file knows nothing of data sets and of training.
 
 import copy
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+# Said by the libraries at each start, and nothing to act on: an optional kernel is missing, a method was renamed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # set here, since importing peft imports bitsandbytes
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +39,6 @@ from transformers.utils import logging as transformers_logging
 
 from run import UserError
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel that nothing here uses
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 

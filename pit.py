@@ -28,9 +28,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 PRESETS = {
     # a 1M-parameter base bears, and needs, learning rates ten times those of real models
-    "tiny": dict(data="synthetic", pairs=6000, max_prompt=200, max_response=56, sft_steps=70, sft_lr=5e-3, rm_steps=60,
+    "tiny": dict(data="synthetic", pairs=12_000, max_prompt=200, max_response=56, sft_steps=70, sft_lr=5e-3, rm_steps=70,
                  rm_lr=3e-3, rl_steps=18, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
-    "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=700, sft_lr=1e-4, rm_steps=600,
+    "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=700, sft_lr=1e-4, rm_steps=700,
                  rm_lr=1e-4, rl_steps=150, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
@@ -74,12 +74,12 @@ def run_all(
     rl_batch: Annotated[int, option("RL", "Answers an iteration.", min=2)] = 64,
     rl_lr: Annotated[Optional[float], option("RL", "Learning rate of the policy.", min=0)] = None,
     critic_lr: Annotated[Optional[float], option("RL", "Learning rate of the critic.", min=0)] = None,
-    kl: Annotated[float, option("RL", "Weight beta of the KL penalty.", min=0)] = 0.05,
+    kl: Annotated[float, option("RL", "Weight beta of the KL penalty.", min=0)] = 0.1,
     target_kl: Annotated[
         float, option("RL", "Adapt beta to hold the KL at this many nats an answer; 0 keeps it fixed.", min=0)
     ] = 0.0,
     epochs: Annotated[int, option("RL", "Passes over each iteration's answers.", min=1)] = 2,
-    minibatch: Annotated[int, option("RL", "Answers an update.", min=1)] = 16,
+    minibatch: Annotated[int, option("RL", "Answers an update.", min=1)] = 32,
     micro_batch: Annotated[Optional[int], option("RL", "Sequences in memory at one time; changes no result.", min=1)] = None,
     temperature: Annotated[float, option("RL", "Sampling temperature, in rollouts and their log-probs.", min=0.01)] = 1.0,
     eval_n: Annotated[Optional[int], option("Evaluation", "Held-out prompts.", min=8)] = None,
