@@ -30,7 +30,7 @@ PRESETS = {
     # a 1M-parameter base bears, and needs, learning rates ten times those of real models
     "tiny": dict(data="synthetic", pairs=12_000, max_prompt=200, max_response=56, sft_steps=70, sft_lr=5e-3, rm_steps=70,
                  rm_lr=3e-3, rl_steps=18, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
-    "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=700, sft_lr=1e-4, rm_steps=700,
+    "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
                  rm_lr=1e-4, rl_steps=150, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip

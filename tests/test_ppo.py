@@ -160,26 +160,20 @@ def test_updates_stop_early_when_the_policy_has_moved_too_far(lm, pairs, monkeyp
 
 
 def test_ppo_finds_the_best_answer_of_a_toy_problem(lm, tmp_path):
-    """Ask for anything, and score 1 for answers whose first token is "Hi": the base says so one time in four."""
-    options = CFG | dict(
-        seed=0, rl_steps=12, rl_batch=32, minibatch=16, max_response=4, epochs=2, kl=0.01, target_kl=0.0, rl_lr=3e-3
-    )
+    """Four greetings to choose from, of which the base takes "Hi" nine times in ten: score 1 for the other three."""
+    options = CFG | dict(seed=0, rl_steps=16, minibatch=16, max_response=4, epochs=2, kl=0.01, target_kl=0.0, rl_lr=3e-3)
     run = Run.start(tmp_path / "toy", options)
-    best = lm.encode_response("Hi")[0]
-    prompt = lm.encode_prompt([{"role": "user", "content": "Hello"}])
+    worst = lm.encode_response("Hi")[0]
+    others = torch.tensor([lm.encode_response(word)[0] for word in ("Dear", "Hello", "Hey")])
+    prompt = lm.encode_prompt([{"role": "user", "content": "Start with Hi, Dear, Hello or Hey"}])
     for role in ("reference", "policy"):
         lm.add(role)
     lm.add("critic", head=True)
-    run.name = "toy"
+
+    def score(tokens):
+        return torch.isin(tokens.responses[:, 0], others).float()
+
     with run.stage("toy", "find the best answer"):
-        ppo.train(
-            lm,
-            run,
-            "policy",
-            "reference",
-            "critic",
-            lambda step: [prompt] * 32,
-            lambda tokens: (tokens.responses[:, 0] == best).float(),
-        )
+        ppo.train(lm, run, "policy", "reference", "critic", lambda step: [prompt] * 32, score)
     scores = [line["score"] for line in run.metrics()]
-    assert scores[0] < 0.6 and sum(scores[-3:]) / 3 > 0.9
+    assert worst not in others and scores[0] < 0.4 and sum(scores[-3:]) / 3 > 0.9
