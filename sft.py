@@ -105,7 +105,8 @@ def dialogue(rng):
 def make_tiny(steps=1300, batch=64, lr=3e-3, seed=1):
     """Pretrain the built-in base: a 1M-parameter Qwen2 on the language of the synthetic task -> the folder tiny/.
 
-    initializer_range is large on purpose: with the usual 0.02, copying from the prompt took ten times as many steps to appear.
+    initializer_range is large on purpose: on lists told three times over, copying appeared within 200 steps; with the usual
+    0.02 there was no sign of it after 300.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
