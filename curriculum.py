@@ -59,7 +59,7 @@ def train_pit_round(lm, run, pairs, number, source):
 
 
 def solve(lm, run, role, start, reference, reward, prompts, shift=None):
-    """PPO from adapter `start` to the new adapter `role`, scored by `reward`, with a critic that starts as its copy."""
+    """PPO from adapter `start` to the new adapter `role`, scored by `reward`, with a critic on a copy of its trunk."""
 
     def score(tokens):
         lm.activate(reward)
