@@ -21,6 +21,7 @@ import copy
 import logging
 import warnings
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 # Said by the libraries at each start, and nothing to act on: an optional kernel is missing, a method was renamed.
@@ -209,6 +210,38 @@ class LM:
         """A reward model's verdict, read at the last real token, the EOS: (B,)."""
         last = tokens.response_mask.sum(1, keepdim=True)  # state n has seen all n tokens
         return self.scalars(role, tokens).gather(1, last).squeeze(1)
+
+    def scores_of_candidates(self, role, prompts, candidates):
+        """The same verdict on k responses to each prompt, with the prompt read once for all of them: (B, k).
+
+        A row holds a prompt and all its responses. Positions start again with each, and no response sees another:
+
+            ids        x   x   x   a   a  eos  b  eos pad
+            part       0   0   0   1   1   1   2   2  -1       a token sees part 0 and its own part, up to itself
+            position   0   1   2   3   4   5   3   4   0
+        """
+        ids, part, position, ends = [], [], [], []
+        for prompt, responses in zip(prompts, candidates):
+            pieces = [prompt, *responses]
+            ids.append([token for piece in pieces for token in piece])
+            part.append([k for k, piece in enumerate(pieces) for _ in piece])
+            position.append([i + (k > 0) * len(prompt) for k, piece in enumerate(pieces) for i in range(len(piece))])
+            ends.append([end - 1 for end in accumulate(map(len, pieces))][1:])
+
+        def pad(rows, value):
+            longest = max(map(len, rows))
+            return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=self.device)
+
+        part = pad(part, -1)
+        query, key = part[:, :, None], part[:, None, :]
+        sees = ((key == 0) | (key == query)).tril()  # (B, L, L)
+        dtype = self.lm_head.weight.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill(~sees, torch.finfo(dtype).min)
+        trunk = self.peft.get_base_model().get_decoder()
+        out = trunk(input_ids=pad(ids, self.pad), attention_mask=mask[:, None], position_ids=pad(position, 0), use_cache=False)
+        rows = torch.arange(len(prompts), device=self.device)[:, None]
+        states = out.last_hidden_state[rows, torch.tensor(ends, device=self.device)]  # (B, k, D)
+        return self.heads[role](states.float()).squeeze(-1)
 
     @torch.no_grad()
     def generate(self, role, prompts, max_tokens, temperature=1.0):

@@ -14,16 +14,13 @@ from data import improve_prompt
 from models import adamw, take_step
 from run import shuffled_batch
 
-FOUR = [("chosen", "rejected"), ("chosen", "chosen"), ("rejected", "rejected"), ("rejected", "chosen")]  # (y, y_ref)
-NAMES = ["wl", "ww", "ll", "lw"]  # the paper's superscripts: candidate first
-
 
 def bradley_terry(chosen, rejected):
     """- log sigma(r_w - r_l) of each pair; both arguments and the result (B,). log 2 at a tie."""
     return -F.logsigmoid(chosen - rejected)
 
 
-def gap_loss(wl, ww, ll, lw):
+def gap_loss(ww, lw, wl, ll):
     """Eq. 2 of each pair: -log sigma over the five comparisons of Eq. 1, r^wl >= r^ww ~ r^ll >= r^lw; all (B,).
 
     Nothing pins r^ww and r^ll to 0, but both are pulled up against r^lw as strongly as down against r^wl: they end halfway.
@@ -32,45 +29,39 @@ def gap_loss(wl, ww, ll, lw):
     return sum(bradley_terry(better, worse) for better, worse in comparisons)
 
 
-def answer_transcripts(lm, pair):
-    """What R_P reads of a pair: [(x, y_w), (x, y_l)], each as (prompt ids, response ids)."""
-    prompt = lm.encode_prompt(pair.prompt)
-    return [(prompt, lm.encode_response(pair.chosen)), (prompt, lm.encode_response(pair.rejected))]
+def answer_contexts(lm, pair):
+    """What R_P reads before y: x -> a list of one, of token ids."""
+    return [lm.encode_prompt(pair.prompt)]
 
 
-def gap_transcripts(lm, pair):
-    """What R_PIT reads of a pair: (x, y_ref, y) for wl, ww, ll, lw, each as (prompt ids, response ids)."""
-    return [
-        (lm.encode_prompt(improve_prompt(pair.prompt, getattr(pair, y_ref))), lm.encode_response(getattr(pair, y)))
-        for y, y_ref in FOUR
-    ]
+def gap_contexts(lm, pair):
+    """What R_PIT reads before y: (x, y_ref) for y_ref = y_w and y_l -> a list of two, of token ids."""
+    return [lm.encode_prompt(improve_prompt(pair.prompt, y_ref)) for y_ref in (pair.chosen, pair.rejected)]
 
 
 def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     """A Bradley-Terry model of single answers -> adapter and head `role`: R_P from D_RM, the judge from pairs of its own."""
-    train(lm, run, role, "policy_sft", answer_transcripts, bradley_terry, pairs)
-    chosen, rejected = score_pairs(lm, role, answer_transcripts, held_out, run.config.micro_batch)
+    train(lm, run, role, "policy_sft", answer_contexts, bradley_terry, pairs)
+    chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config.micro_batch)
     report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()})
 
 
 def train_gap_reward(lm, run, pairs, held_out):
     """R_PIT from D_RM -> adapter and head reward_gap, with "no change" worth 0 on average."""
     role = "reward_gap"
-    train(lm, run, role, "reward_policy", gap_transcripts, gap_loss, pairs)
-    scores = score_pairs(lm, role, gap_transcripts, held_out, run.config.micro_batch)  # (4, N)
+    train(lm, run, role, "reward_policy", gap_contexts, gap_loss, pairs)
+    ww, lw, wl, ll = score_pairs(lm, role, gap_contexts, held_out, run.config.micro_batch)
     # Measure what "no change" is worth, and take it off the head's bias: from here on, above 0 means better than y_ref.
     # Only the differences of the four enter Eq. 2, so the loss is as before.
-    wl, ww, ll, lw = scores
     no_change = torch.cat([ww, ll]).mean()
     with torch.no_grad():
         lm.heads[role].bias -= no_change
-    outer = (wl - lw).mean()
     measured = {
         "accuracy": torch.cat([wl > no_change, lw < no_change]).float().mean().item(),  # is the sign right?
         "order": ((wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)).float().mean().item(),  # Eq. 1 in full
         "no_change": no_change.item(),
-        "middle": ((ww - ll).mean() / outer).item(),  # distance of the two middles, as a share of the outer gap
-        **{f"mean_{name}": (row - no_change).mean().item() for name, row in zip(NAMES, scores)},
+        "middle": ((ww - ll).mean() / (wl - lw).mean()).item(),  # distance of the two middles, as a share of the outer gap
+        **{f"mean_{name}": (r - no_change).mean().item() for name, r in dict(wl=wl, ww=ww, ll=ll, lw=lw).items()},
     }
     report(lm, run, role, measured)
 
@@ -82,35 +73,35 @@ def report(lm, run, role, measured):
         lm.save(role, folder)
 
 
-def train(lm, run, role, start, transcripts_of, loss_of, pairs):
-    """Minimise loss_of(the k scores of a pair) where transcripts_of(lm, pair) gives the k transcripts to score."""
+def train(lm, run, role, start, contexts_of, loss_of, pairs):
+    """Minimise loss_of(the scores of y_w and y_l in the first context, in the second ...) from adapter `start` on."""
     cfg = run.config
     lm.add(role, like=start, head=True)
     optimizer = adamw(lm.parameters(role), cfg.rm_lr)
-    transcripts = [transcripts_of(lm, pair) for pair in pairs]
     for step in run.steps(cfg.rm_steps):
-        rows = shuffled_batch(len(pairs), cfg.rm_batch, step, cfg.seed)
+        batch = [pairs[row] for row in shuffled_batch(len(pairs), cfg.rm_batch, step, cfg.seed)]
         total, right = 0.0, 0
         lm.activate(role, train=True)
-        for start in range(0, len(rows), cfg.micro_batch):
-            scores = score_rows(lm, role, [transcripts[row] for row in rows[start : start + cfg.micro_batch]])  # (k, B)
-            loss = loss_of(*scores).sum() / len(rows)
+        for at in range(0, len(batch), cfg.micro_batch):
+            scores = score_batch(lm, role, contexts_of, batch[at : at + cfg.micro_batch])
+            loss = loss_of(*scores).sum() / len(batch)
             loss.backward()
-            total, right = total + loss.item(), right + (scores[0] > scores[-1]).sum().item()
+            total, right = total + loss.item(), right + (scores[0] > scores[1]).sum().item()
         norm = take_step(optimizer, cfg.rm_lr * (1 - step / cfg.rm_steps))
-        run.log(loss=total, accuracy=right / len(rows), grad_norm=norm)
+        run.log(loss=total, accuracy=right / len(batch), grad_norm=norm)
 
 
-def score_rows(lm, role, rows):
-    """Score B rows of k transcripts in one pass -> (k, B)."""
-    tokens = lm.collate(*zip(*(transcript for k in range(len(rows[0])) for transcript in (row[k] for row in rows))))
-    return lm.scores(role, tokens).view(len(rows[0]), len(rows))
+def score_batch(lm, role, contexts_of, pairs):
+    """Score y_w and y_l after each of the c contexts of a pair -> (2c, B): y_w, y_l in the first, y_w, y_l in the second."""
+    contexts = [contexts_of(lm, pair) for pair in pairs]
+    candidates = [[lm.encode_response(pair.chosen), lm.encode_response(pair.rejected)] for pair in pairs]
+    by_context = [lm.scores_of_candidates(role, prompts, candidates).T for prompts in zip(*contexts)]  # (2, B) each
+    return torch.cat(by_context)
 
 
 @torch.no_grad()
-def score_pairs(lm, role, transcripts_of, pairs, micro_batch):
-    """Score every transcript of every pair -> (k, number of pairs), on the CPU."""
+def score_pairs(lm, role, contexts_of, pairs, micro_batch):
+    """`score_batch` of any number of pairs, without gradients -> (2c, number of pairs), on the CPU."""
     lm.activate(role)
-    rows = [transcripts_of(lm, pair) for pair in pairs]
-    parts = [score_rows(lm, role, rows[start : start + micro_batch]) for start in range(0, len(rows), micro_batch)]
-    return torch.cat(parts, 1).cpu()
+    parts = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
+    return torch.cat([score_batch(lm, role, contexts_of, part) for part in parts], 1).cpu()

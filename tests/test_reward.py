@@ -1,12 +1,15 @@
 """The losses of stage 2."""
 
-import itertools
 import math
 
 import pytest
 import torch
+from conftest import shake
 
 import reward
+from data import improve_prompt
+
+ORDER = ["ww", "lw", "wl", "ll"]  # of the scores of a pair: y_w and y_l after (x, y_w), then after (x, y_l)
 
 
 def test_bradley_terry_at_a_tie_is_log_2():
@@ -23,7 +26,7 @@ def test_eq_2_by_hand_and_only_its_five_terms():
     published = {("wl", "ww"), ("wl", "ll"), ("wl", "lw"), ("ww", "lw"), ("ll", "lw")}
     by_hand = sum(math.log(1 + math.exp(r[b] - r[a])) for a, b in published)
     tensors = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in r.items()}
-    loss = reward.gap_loss(*(tensors[name] for name in reward.NAMES))
+    loss = reward.gap_loss(*(tensors[name] for name in ORDER))
     assert math.isclose(loss.item(), by_hand, rel_tol=1e-12)
     # a sixth term, such as ww against ll, would show in the gradients
     loss.backward()
@@ -36,23 +39,36 @@ def test_eq_2_by_hand_and_only_its_five_terms():
 
 
 def test_eq_2_ignores_a_common_shift_and_is_least_with_the_middles_halfway():
-    wl, lw = torch.tensor(1.0), torch.tensor(-1.0)
-    losses = {m: reward.gap_loss(wl, torch.tensor(m), torch.tensor(m), lw).item() for m in (-0.6, -0.3, 0.0, 0.3, 0.6)}
-    assert min(losses, key=losses.get) == 0.0
-    assert reward.gap_loss(wl + 5, torch.tensor(5.0), torch.tensor(5.0), lw + 5).item() == pytest.approx(losses[0.0])
+    def loss(middle, shift=0.0):
+        r = {"wl": 1.0, "ww": middle, "ll": middle, "lw": -1.0}
+        return reward.gap_loss(*(torch.tensor(r[name] + shift) for name in ORDER)).item()
+
+    assert min((-0.6, -0.3, 0.0, 0.3, 0.6), key=loss) == 0.0
+    assert loss(0.0, shift=5.0) == pytest.approx(loss(0.0))
 
 
-def test_four_transcripts_hold_candidate_and_reference_in_their_places(lm, pairs):
-    pair = pairs[0]
-    for (y, y_ref), (prompt, response) in zip(reward.FOUR, reward.gap_transcripts(lm, pair)):
-        assert lm.decode([response]) == [getattr(pair, y)]
-        assert getattr(pair, y_ref) in lm.tokenizer.decode(prompt)
-    letter = {"chosen": "w", "rejected": "l"}
-    assert reward.NAMES == [letter[y] + letter[y_ref] for y, y_ref in reward.FOUR]
-
-
-def test_scores_do_not_depend_on_the_micro_batch(lm, pairs):
+def test_scores_of_a_pair_are_those_of_its_transcripts_one_by_one(lm, pairs):
     lm.add("role", head=True)
-    parts = [reward.score_pairs(lm, "role", reward.gap_transcripts, pairs, size) for size in (1, 5, 12)]
-    for a, b in itertools.combinations(parts, 2):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    shake(lm, "role")
+    together = reward.score_pairs(lm, "role", reward.gap_contexts, pairs, 5)
+    by_name = {"w": "chosen", "l": "rejected"}
+    for scores, name in zip(together, ORDER):
+        y, y_ref = ([getattr(pair, by_name[letter]) for pair in pairs] for letter in name)
+        prompts = [lm.encode_prompt(improve_prompt(pair.prompt, text)) for pair, text in zip(pairs, y_ref)]
+        with torch.no_grad():
+            alone = lm.scores("role", lm.collate(prompts, [lm.encode_response(text) for text in y]))
+        torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_candidates_that_share_a_prompt_have_the_gradients_of_separate_ones(lm, pairs):
+    lm.add("role", head=True)
+    shake(lm, "role")
+    parameters = lm.parameters("role")
+    prompts = [lm.encode_prompt(pair.prompt) for pair in pairs]
+    candidates = [[lm.encode_response(pair.chosen), lm.encode_response(pair.rejected)] for pair in pairs]
+    shared = lm.scores_of_candidates("role", prompts, candidates)
+    alone = torch.stack([lm.scores("role", lm.collate(prompts, list(texts))) for texts in zip(*candidates)], 1)
+    torch.testing.assert_close(shared, alone, atol=1e-4, rtol=1e-4)
+    weights = torch.randn_like(shared)
+    for a, b in zip(*(torch.autograd.grad((scores * weights).sum(), parameters) for scores in (shared, alone))):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
