@@ -65,7 +65,7 @@ COMPARISONS = [
 
 
 def evaluate(lm, run, pairs, last):
-    """Write, judge and compare all sides on held-out pairs -> results.json, report.md, curves.png; prints the table."""
+    """Write, judge and compare all sides on held-out pairs -> results.json; prints the table."""
     cfg = run.config
     pairs = pairs[: cfg.eval_n]
     prompts = [pair.prompt for pair in pairs]
@@ -83,8 +83,6 @@ def evaluate(lm, run, pairs, last):
     means = {judge: {side: float(np.mean(scores)) for side, scores in by_side.items()} for judge, by_side in judged.items()}
     lengths = {side: float(np.mean([len(lm.encode_response(text)) for text in texts])) for side, texts in sides.items()}
     run.add_results(table1=rows, mean_score=means, mean_tokens=lengths)
-    plot_curves(run)
-    write_report(run)
     print(table(rows))
     for judge, by_side in means.items():
         print(f"mean by {judge}: " + "  ".join(f"{side} {mean:.2f}" for side, mean in by_side.items()))
@@ -103,10 +101,20 @@ def table(rows):
     return "\n".join(lines)
 
 
+LABELS = {
+    "pit_sft": "PIT after SFT only", "pit_rl0": "PIT after round 0", "pit": "PIT", "best_of_2": "best of 2 answers by R_P",
+}  # fmt: skip
+
+
 def write_report(run):
+    """All results so far as a page for people -> report.md, with its two figures beside it."""
+    plot_curves(run)
+    plot_result(run)
     results = run.results()
     parts = [
         f"# {run.path.name}",
+        "",
+        "![result](result.png)",
         "",
         "Delta = win - lose, in points; intervals by paired bootstrap over prompts.",
         "",
@@ -145,6 +153,31 @@ def plot_curves(run):
         if ax.lines:
             ax.legend()
     figure.savefig(run.path / "curves.png", dpi=100)
+    plt.close(figure)
+
+
+def plot_result(run):
+    """The result in one picture: who beats the policy's own answers, and the gap reward over PIT's rounds -> result.png."""
+    table1 = run.results()["table1"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
+    rows = [row for row in table1 if row["b"] == "original" and row["judge"] == table1[0]["judge"]][::-1]
+    delta = 100 * np.array([row["delta"] for row in rows])
+    low, high = 100 * np.array([row["ci95"] for row in rows]).T
+    left.errorbar(delta, range(len(rows)), xerr=[delta - low, high - delta], fmt="o", capsize=4)
+    left.set_yticks(range(len(rows)), [LABELS[row["a"]] for row in rows])
+    left.set(title="Better than the policy's own answer?", xlabel="win - lose, points of held-out prompts (95% interval)")
+    left.set_ylim(-0.5, len(rows) - 0.5)
+    left.axvline(0, color="gray", linewidth=1)
+    lines = [line for line in run.metrics() if line["stage"].startswith("pit_rl")]
+    for number, source in enumerate(run.config.rounds.split(",")):
+        points = [(at, line["score"]) for at, line in enumerate(lines) if line["stage"] == f"pit_rl{number}"]
+        right.plot(*zip(*points), label=f"round {number}: {source} answers")
+    right.axhline(0, color="gray", linewidth=1)
+    right.set(title="How much better than what it was given?", xlabel="PPO iteration", ylabel="gap reward (0 = no change)")
+    right.legend()
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    figure.savefig(run.path / "result.png", dpi=100)
     plt.close(figure)
 
 
