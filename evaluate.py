@@ -4,6 +4,8 @@ An answer to each held-out prompt is sampled once for each side, and every compa
 the exact quality, where the task is the synthetic one, and a Bradley-Terry model trained on pairs that no reward model saw.
 """
 
+from textwrap import shorten
+
 import matplotlib
 import numpy as np
 
@@ -194,4 +196,4 @@ def show_samples(lm, run, stage, pairs):
             rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | ({stage: improved[i]} if improved else {})
             file.write("\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items()))
             if i < 2:
-                print("".join(f"  {who:10} {text}\n" for who, text in rows.items()), end="")
+                print("".join(f"  {who:10} {shorten(text, 87)}\n" for who, text in rows.items()), end="")

@@ -176,6 +176,7 @@ def eval_stage(session):
     session.require("rl", "policy_rl", "pit_rl0", session.last)
     with session.run.stage("eval", "who beats whom, on held-out prompts"):
         evaluate.evaluate(session.lm, session.run, session.parts["held_out"], session.last)
+    evaluate.write_report(session.run)
 
 
 StageRun = Annotated[Path, typer.Option(help="Folder of a run that `all` has started.")]

@@ -41,9 +41,9 @@ class Run:
 
     @classmethod
     def start(cls, path, options):
-        """Open the run in `path`. A new folder gets `options` as its configuration; an old one must have had the same."""
+        """Open the run in `path`. A new one gets `options` as its configuration; one with adapters must have had them."""
         config = Path(path) / "config.json"
-        if config.exists():
+        if config.exists() and (Path(path) / "adapters").exists():
             run = cls(path)
             old = vars(run.config)
             differs = [f"{k}={old.get(k)!r} (now {v!r})" for k, v in options.items() if old.get(k) != v]
