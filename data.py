@@ -4,7 +4,7 @@ A *pair* is (prompt, chosen, rejected): a list of chat messages, the better answ
 ever learns from: nobody writes down *why* one answer is better.
 
 Two sources:
-  synthetic       the built-in task, "write a list" (below): made on the spot, with an exact quality function
+  synthetic       the built-in task, who looks where in the end (below): made on the spot, with an exact quality function
   FILE.jsonl      one JSON object a line (the file may be gzipped): prompt (text, or a list of chat messages), chosen, rejected
 
 Two prompt templates, both natural turns without any rubric in words (the paper's own template is not known):
@@ -18,7 +18,8 @@ import gzip
 import json
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from run import UserError
@@ -26,123 +27,109 @@ from run import UserError
 IMPROVE = "Please improve your answer."  # our own wording; the paper's is open
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The synthetic task: write somebody a packing list, in order of the alphabet
+# The synthetic task: where does each look in the end?
 # ---------------------------------------------------------------------------------------------------------------------
 #
-#   prompt    Write a list for Mia in order of the alphabet: tent, soap, apple, map and book. Start with Hello and end
-#             with Have fun.
-#   perfect   Hello Mia: apple, book, map, soap, tent. Have fun!
-#   flawed    Hello Mia: apple, map, book, soap, hat. Have fun!          (order; the tent forgotten; a hat nobody asked for)
+#   prompt    Where does each look in the end? Ann north: left left back. Ben west: right left right.
+#   perfect   Now Ann north: west south north. Ben north: north west north.
+#   flawed    Now Ann east: west south north. Ben north: north west.        (Ann's end is wrong, Ben's way too short)
 #
-# Why this task shows self-improvement. Writing the list in one pass means sorting while writing: each step must look for
-# the next word among all the others, and a slip cannot be taken back. A draft in view is nearly sorted already: it is
-# enough to copy it and to mend what stands out. The same asymmetry makes people better at editing than at drafting.
+# Why self-improvement has something to show here. A line says where somebody looks in the end before the way to it, as people
+# like to. The way is easy, one turn after the other. The end, said first, takes all the turns at once: a small model guesses,
+# however many right answers it has read. In a draft the way can be read, and the end is its last word: what was hard to say
+# at first is easy to put right.
 
-NAMES = "Adam Anna Ben Ella Eva Finn Fred Hugo Ida Jane Karl Lena Leo Lily Max Mia Nora Otto Paul Rosa Ruth Sam Tom Zoe".split()
-THINGS = (
-    "apple bag ball bread camera candle cup drum egg film fork game glove hat honey ink jam juice key knife lamp lemon "
-    "map milk nut oil pan pen phone radio rice rope salt soap sugar tea tent towel umbrella violin water yarn".split()
-)  # in order of the alphabet
-GREETINGS = "Dear Hello Hey Hi".split()
-CLOSINGS = ["Bye for now", "Good luck", "Have fun", "See you soon", "Take care", "With love"]
-
-
-@dataclass(frozen=True)
-class Note:
-    """What a prompt asks for, or what an answer says. `things` stand in the order in which they are written."""
-
-    greeting: str
-    name: str
-    things: tuple
-    closing: str
-
-    def in_order(self):
-        return replace(self, things=tuple(sorted(self.things)))
+NAMES = (
+    "Ada Amy Ann Ben Bob Dan Eli Eva Fay Gus Ian Ida Jan Jim Joe Kay Lea Leo Max May Mia Ned Pam Ray Ron Roy Sam Sue Tim Tom "
+    "Una Zoe".split()
+)
+LOOKS = "north east south west".split()  # clockwise
+TURNS = {"right": 1, "back": 2, "left": 3}  # in quarters, clockwise
 
 
-def ask(note):
-    """The prompt that asks for `note`."""
-    return (
-        f"Write a list for {note.name} in order of the alphabet: {', '.join(note.things[:-1])} and {note.things[-1]}. "
-        f"Start with {note.greeting} and end with {note.closing}."
-    )
+def ask(people):
+    """The prompt about `people`: {name: (where he or she looks at first, turns)}."""
+    lines = [f"{name} {start}: {' '.join(turns)}." for name, (start, turns) in people.items()]
+    return f"Where does each look in the end? {' '.join(lines)}"
 
 
-def tell(note):
-    """The answer that says `note`."""
-    return f"{note.greeting} {note.name}: {', '.join(note.things)}. {note.closing}!"
+def asked_about(prompt):
+    """The people in a prompt."""
+    lines = re.findall(r"(\w+) (\w+): ([\w ]+)\.", prompt)
+    return {name: (start, turns.split()) for name, start, turns in lines}
 
 
-def parse(text):
-    """The Note in a prompt or in an answer. Where the form is broken, a part that cannot be found is empty."""
-    prompt = re.search(r"list for (\w+) in order of the alphabet: ([\w, ]+)\. Start with (\w+) and end with ([\w ]+)\.", text)
-    if prompt:
-        return Note(prompt[3], prompt[1], tuple(re.split(r", | and ", prompt[2])), prompt[4])
-    answer = re.fullmatch(r"(\w*) ?(\w*): ([^.]*)\. ([\w ]+)!", text.strip())
-    if answer:
-        return Note(answer[1], answer[2], tuple(answer[3].split(", ")), answer[4])
-    return Note("", "", tuple(re.findall(r"\w+", text)), "")
+def solve(people):
+    """The perfect answer about `people` -> {name: (end, way)}, the way being where he or she looks after each turn."""
+    lines = {}
+    for name, (start, turns) in people.items():
+        quarters = accumulate((TURNS[turn] for turn in turns), initial=LOOKS.index(start))
+        way = [LOOKS[quarter % 4] for quarter in quarters][1:]
+        lines[name] = (way[-1], way)
+    return lines
+
+
+def tell(lines):
+    """The answer that says `lines`."""
+    return "Now " + " ".join(f"{name} {end}: {' '.join(way)}." for name, (end, way) in lines.items())
+
+
+def read(answer):
+    """The lines of an answer -> {name: (end, way)}. What has not the form of a line is not read."""
+    return {name: (end, way.split()) for name, end, way in re.findall(r"(\w+) (\w+): ([\w ]+)\.", answer)}
 
 
 def quality(prompt, answer):
     """The share of the prompt's requirements that the answer meets, in [0, 1]: exact, and for judging alone.
 
-    With n things asked for there are 2n + 3 requirements: the right greeting, name and closing, each of the n things named
-    once, nothing else named, and each of the n - 1 neighbours in the alphabet in the right order.
+    With n people there are 2n + 1: for each the right end and the right way, and nothing else besides.
     """
-    asked, told = parse(prompt), parse(answer)
-    things = asked.in_order().things
-    once = [told.things.count(thing) == 1 for thing in things]
-    met = [asked.greeting == told.greeting, asked.name == told.name, asked.closing == told.closing, *once]
-    met.append(bool(told.things) and set(told.things) <= set(things))
-    for i in range(len(things) - 1):
-        met.append(once[i] and once[i + 1] and told.things.index(things[i]) < told.things.index(things[i + 1]))
+    perfect, told = solve(asked_about(prompt)), read(answer)
+    met = [bool(told) and set(told) <= set(perfect) and answer == tell(told)]
+    for name, (end, way) in perfect.items():
+        told_end, told_way = told.get(name, ("", []))
+        met += [told_end == end, told_way == way]
     return sum(met) / len(met)
 
 
-def draw_note(rng):
-    things = rng.sample(THINGS, rng.randint(5, 7))
-    return Note(rng.choice(GREETINGS), rng.choice(NAMES), tuple(things), rng.choice(CLOSINGS))
+def draw_people(rng):
+    """Three people, who turn three to five times each."""
+    return {
+        name: (rng.choice(LOOKS), [rng.choice([*TURNS]) for _ in range(rng.randint(3, 5))]) for name in rng.sample(NAMES, 3)
+    }
 
 
-def spoil(note, flaws, rng):
-    """Put `flaws` random flaws into a note, one after the other."""
+def spoil(lines, flaws, rng):
+    """Put `flaws` random flaws into the lines of an answer, one after the other. Ends go wrong the most."""
+    lines = dict(lines)
     for _ in range(flaws):
-        things = list(note.things)
-        i = rng.randrange(len(things))
-        kind = rng.choice(["swap", "swap", "move", "forget", "repeat", "other", "add", "add", "frame"])
-        if kind == "swap":
-            things[i - 1], things[i] = things[i], things[i - 1]
-        elif kind == "move":
-            things.insert(rng.randrange(len(things)), things.pop(i))
-        elif kind == "forget" and len(things) > 2:
-            del things[i]
-        elif kind == "repeat":
-            things[i] = rng.choice(things)
-        elif kind == "add":
-            things.insert(i, rng.choice(THINGS))
+        name = rng.choice([*lines])
+        end, way = lines[name]
+        kind = rng.choice(["end", "end", "end", "short", "other", "forget"])
+        if kind == "end":
+            lines[name] = (rng.choice(LOOKS), way)
+        elif kind == "short" and len(way) > 1:
+            lines[name] = (end, way[:-1])
         elif kind == "other":
-            things[i] = rng.choice(THINGS)
-        elif kind == "frame":
-            part, words = rng.choice([("greeting", GREETINGS), ("name", NAMES), ("closing", CLOSINGS)])
-            note = replace(note, **{part: rng.choice(words)})
-        note = replace(note, things=tuple(things))
-    return note
+            at = rng.randrange(len(way))
+            lines[name] = (end, [*way[:at], rng.choice(LOOKS), *way[at + 1 :]])
+        elif kind == "forget" and len(lines) > 1:
+            del lines[name]
+    return lines
 
 
 def synthetic_pairs(n, seed):
     """n pairs: a chosen answer with few flaws, and a rejected one with more put into it.
 
-    The chosen one meets clearly more requirements: a fifth of all, or more. That the two are versions of one text, as drafts
-    are, is what lets M_PIT^SFT see that improving means keeping most of y_ref.
+    The chosen one meets at least one requirement more. That the two are versions of one text, as drafts are, is what lets
+    M_PIT^SFT see that improving means keeping most of y_ref.
     """
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
-        note = draw_note(rng)
-        prompt = ask(note)
-        good = spoil(note.in_order(), rng.randint(0, 3), rng)
-        better, worse = tell(good), tell(spoil(good, rng.randint(2, 5), rng))
-        if quality(prompt, better) - quality(prompt, worse) >= 0.2:
+        people = draw_people(rng)
+        good = spoil(solve(people), rng.randint(0, 2), rng)
+        prompt, better, worse = ask(people), tell(good), tell(spoil(good, rng.randint(1, 4), rng))
+        if quality(prompt, better) > quality(prompt, worse):
             pairs.append(Pair([{"role": "user", "content": prompt}], better, worse))
     return pairs
 

@@ -85,24 +85,45 @@ def log_unlikelihood(logprobs, mask):
 # ---- the built-in base ---------------------------------------------------------------------------------------------------
 
 
-def dialogue(rng):
-    """What the base has read: somebody asks for a list, gets one of any quality, and may ask for another, no better one.
+def check(perfect, lines):
+    """What can be said of an answer, line by line."""
+    words = []
+    for name, (end, way) in lines.items():
+        right_end, right_way = perfect[name]
+        state = "right" if way == right_way else "short" if way == right_way[: len(way)] else "wrong"
+        words.append(f"{name}: end {'right' if end == right_end else 'wrong'}, way {state}.")
+    return " ".join(["Seen", *words, "Missing:", *([name for name in perfect if name not in lines] or ["nobody"])])
 
-    Copying, the alphabet and editing are all in there, as they are in the texts of real base models; that one list is better
-    than another is not. Seven lists in ten are in no order at all.
+
+CHECK = "Check it line by line."
+EDITS = {
+    "Add who is missing.": lambda perfect, lines: {name: lines.get(name, perfect[name]) for name in perfect},
+    "Tell each way again.": lambda perfect, lines: {name: (end, perfect[name][1]) for name, (end, _) in lines.items()},
+    "Read each end off its way.": lambda perfect, lines: {name: (way[-1], way) for name, (_, way) in lines.items()},
+    data.IMPROVE: lambda perfect, lines: lines,  # this it has yet to learn: it says the same again
+}
+
+
+def dialogue(rng):
+    """What the base has read: somebody asks, gets an answer of any quality, and talks about it -> chat messages.
+
+    Following turns, copying, editing on request and telling right from wrong are all in there, as they are in the texts of real
+    base models. What is not: that any of this is better, or what "Please improve your answer." asks for.
     """
-    note = data.draw_note(rng)
-    start = (
-        data.replace(note, things=tuple(rng.sample(note.things, len(note.things)))) if rng.random() < 0.7 else note.in_order()
-    )
-    first = data.spoil(start, rng.choice([0, 0, 1, 2, 3]), rng)
-    turns = [data.ask(note), data.tell(first)]
-    if rng.random() < 0.5:
-        turns += [data.IMPROVE, data.tell(data.spoil(first, rng.randint(0, 3), rng))]
+    people = data.draw_people(rng)
+    perfect = data.solve(people)
+    lines = data.spoil(perfect, rng.randint(0, 4), rng)
+    turns = [data.ask(people), data.tell(lines)]
+    for request in rng.choices([CHECK, *EDITS], weights=[3, 1, 1, 2, 2], k=2):
+        if request == CHECK:
+            turns += [CHECK, check(perfect, lines)]
+        else:
+            lines = EDITS[request](perfect, lines)
+            turns += [request, data.tell(lines)]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def make_tiny(steps=1300, batch=64, lr=3e-3, seed=1):
+def make_tiny(steps=1500, batch=32, lr=3e-3, seed=1):
     """Pretrain the built-in base: a 1M-parameter Qwen2 on the language of the synthetic task -> the folder tiny/.
 
     initializer_range is large on purpose: on lists told three times over, copying appeared within 200 steps; with the usual
@@ -115,12 +136,12 @@ def make_tiny(steps=1300, batch=64, lr=3e-3, seed=1):
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         (turn["content"] for _ in range(4000) for turn in dialogue(rng)),
         600,  # every word of the task becomes one token; any other text is spelled in bytes
-        new_special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        new_special_tokens=["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"],
     )
-    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>", "eos_token": "<|end|>"})
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -143,8 +164,11 @@ def make_tiny(steps=1300, batch=64, lr=3e-3, seed=1):
     tokenizer.padding_side = "right"
     bar = progress(range(steps))
     for step in bar:
-        texts = [tokenizer.apply_chat_template(dialogue(rng), tokenize=False) for _ in range(batch)]
-        encoded = tokenizer(texts, return_tensors="pt", padding=True)
+        dialogues = [dialogue(rng) for _ in range(batch)]
+        encoded = tokenizer(
+            [tokenizer.apply_chat_template(messages, tokenize=False) for messages in dialogues],
+            return_tensors="pt", padding=True,
+        )  # fmt: skip
         labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**encoded, labels=labels).loss

@@ -9,37 +9,40 @@ import pytest
 import data
 from run import UserError
 
-NOTE = data.Note("Hello", "Mia", ("tent", "soap", "apple", "map"), "Have fun")
-PROMPT = data.ask(NOTE)
+PROMPT = "Where does each look in the end? Ann north: left left back. Ben west: right left right."
 
 
 @pytest.mark.parametrize(
     "answer, met",
     [
-        ("Hello Mia: apple, map, soap, tent. Have fun!", 11),
-        ("Hi Mia: apple, map, soap, tent. Have fun!", 10),
-        ("Hello Tom: apple, map, soap, tent. Take care!", 9),
-        ("Hello Mia: map, apple, soap, tent. Have fun!", 10),  # one pair of neighbours out of order
-        ("Hello Mia: apple, soap, tent. Have fun!", 8),  # the map is missing, and two orders with it
-        ("Hello Mia: apple, map, map, soap, tent. Have fun!", 8),  # the map twice
-        ("Hello Mia: apple, hat, map, soap, tent. Have fun!", 10),  # a hat nobody asked for
+        ("Now Ann north: west south north. Ben north: north west north.", 5),
+        ("Now Ben north: north west north. Ann north: west south north.", 5),  # in any order
+        ("Now Ann east: west south north. Ben north: north west north.", 4),  # a wrong end
+        ("Now Ann north: west south east. Ben north: north west north.", 4),  # a wrong way
+        ("Now Ann north: west south. Ben north: north west north.", 4),  # a way too short
+        ("Now Ann north: west south north.", 3),  # Ben is missing
+        ("Now Ann north: west south north. Ben north: north west north. Tom east: east.", 4),  # Tom was not asked about
+        ("Now Ann north: west south north. Ben north: north west north. And so on.", 4),
+        ("Ann north: west south north. Ben north: north west north.", 4),
         ("", 0),
         ("?!", 0),
     ],
 )
 def test_quality_counts_the_requirements_met(answer, met):
-    assert data.quality(PROMPT, answer) == met / 11
+    assert data.quality(PROMPT, answer) == met / 5
 
 
 def test_a_perfect_answer_exists_for_every_prompt_and_flaws_lower_it():
     rng = random.Random(0)
     means = dict.fromkeys((0, 2, 6), 0.0)
     for _ in range(200):
-        note = data.draw_note(rng)
-        assert data.parse(data.ask(note)) == note
+        people = data.draw_people(rng)
+        prompt = data.ask(people)
+        assert data.asked_about(prompt) == people
         for flaws in means:
-            answer = data.tell(data.spoil(note.in_order(), flaws, rng))
-            means[flaws] += data.quality(data.ask(note), answer) / 200
+            lines = data.spoil(data.solve(people), flaws, rng)
+            assert data.read(data.tell(lines)) == lines
+            means[flaws] += data.quality(prompt, data.tell(lines)) / 200
     assert means[0] == pytest.approx(1) and means[0] > means[2] + 0.1 > means[6] + 0.2
 
 
