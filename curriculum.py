@@ -14,6 +14,7 @@ from torch.nn.init import zeros_
 from data import improve_prompt
 from models import in_parts
 from ppo import train
+from reward import gap
 from run import UserError, shuffled_batch
 
 SOURCES = {"annotated": None, "policy": "policy_rl", "sft": "policy_sft"}  # who writes y_ref
@@ -32,44 +33,45 @@ def train_policy_rl(lm, run, pairs):
     """Eq. 3 -> adapter policy_rl."""
     cfg = run.config
 
-    def prompts(step):
-        rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
-        return [lm.encode_prompt(pairs[row].prompt) for row in rows]
+    def score(tokens):
+        lm.activate("reward_policy")
+        return in_parts(lambda part: lm.scores("reward_policy", part), tokens, cfg.micro_batch)
 
-    solve(lm, run, "policy_rl", "policy_sft", "policy_sft", "reward_policy", prompts)
+    def problem(step):
+        rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
+        return [lm.encode_prompt(pairs[row].prompt) for row in rows], score
+
+    solve(lm, run, "policy_rl", "policy_sft", "policy_sft", "reward_policy", problem)
 
 
 def train_pit_round(lm, run, pairs, number, source):
     """One round of PIT (Eqs. 4 and 5) -> adapter pit_rl{number}."""
     cfg = run.config
 
-    def prompts(step):
+    def problem(step):
         if SOURCES[source] is None:  # each triple twice: once from its worse, once from its better answer
             rows = [pairs[row] for row in shuffled_batch(len(pairs), cfg.rl_batch // 2, step, cfg.seed)]
-            references = [(pair, y_ref) for pair in rows for y_ref in (pair.rejected, pair.chosen)]
+            rows, references = rows + rows, [pair.rejected for pair in rows] + [pair.chosen for pair in rows]
         else:
             rows = [pairs[row] for row in shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)]
             written = lm.generate(SOURCES[source], [lm.encode_prompt(pair.prompt) for pair in rows], cfg.max_response)
-            references = zip(rows, lm.decode(written.responses))
-        return [lm.encode_prompt(improve_prompt(pair.prompt, y_ref)) for pair, y_ref in references]
+            references = lm.decode(written.responses)
+        prompts = [lm.encode_prompt(improve_prompt(pair.prompt, y_ref)) for pair, y_ref in zip(rows, references)]
+        unchanged = [lm.encode_response(y_ref) for y_ref in references]
+        return prompts, lambda tokens: gap(lm, prompts, tokens.lists(), unchanged, cfg.micro_batch)
 
     start = f"pit_rl{number - 1}" if number else "pit_sft"
-    # "no change" is worth 0 to R_PIT: shift=0 keeps it so, and a positive reward means better than y_ref
-    solve(lm, run, f"pit_rl{number}", start, "pit_sft", "reward_gap", prompts, shift=0.0)
+    # a gap of 0 is "no change": shift=0 keeps it so, and a positive reward means better than y_ref
+    solve(lm, run, f"pit_rl{number}", start, "pit_sft", "reward_gap", problem, shift=0.0)
 
 
-def solve(lm, run, role, start, reference, reward, prompts, shift=None):
-    """PPO from adapter `start` to the new adapter `role`, scored by `reward`, with a critic on a copy of its trunk."""
-
-    def score(tokens):
-        lm.activate(reward)
-        return in_parts(lambda part: lm.scores(reward, part), tokens, run.config.micro_batch)
-
+def solve(lm, run, role, start, reference, reward, problem, shift=None):
+    """PPO from adapter `start` to the new adapter `role`, held to `reference`, with a critic on a copy of `reward`'s trunk."""
     lm.add(role, like=start)
     # The reward model's trunk knows what is good. Its head, read before the end of an answer, says nothing of returns: as a
     # first value function it explained -3.4 of their variance. A head of zeros explains 0, and learns.
     lm.add("critic", like=reward, head=True)
     zeros_(lm.heads["critic"].weight)
     zeros_(lm.heads["critic"].bias)
-    train(lm, run, role, reference, "critic", prompts, score, shift)
+    train(lm, run, role, reference, "critic", problem, shift)
     lm.remove("critic")

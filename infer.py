@@ -5,6 +5,7 @@ y_0 ~ M_P^RL(x)            y_{k+1} ~ M_PIT^RL(x, y_k)            gap_k = R_PIT(x
 
 import torch
 
+import reward
 from data import improve_prompt
 from models import in_parts
 
@@ -29,9 +30,10 @@ def write(lm, role, prompts, cfg, temperature):
 
 
 def gaps(lm, prompts, answers, references, cfg):
-    """R_PIT of each answer over its reference -> (N,) on the CPU. "No change" is worth 0 on average."""
+    """How much better R_PIT holds each answer to be than its reference -> (N,) on the CPU; 0 means no change."""
     encoded = [lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(prompts, references)]
-    return score(lm, "reward_gap", encoded, answers, cfg)
+    answers, references = ([lm.encode_response(text) for text in texts] for texts in (answers, references))
+    return reward.gap(lm, encoded, answers, references, cfg.micro_batch).cpu()
 
 
 def rewards(lm, role, prompts, answers, cfg):

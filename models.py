@@ -62,6 +62,10 @@ class Tokens:
     def responses(self):  # (B, R)
         return self.ids[:, -self.response_mask.shape[1] :]
 
+    def lists(self):
+        """The responses without padding, as lists of token ids."""
+        return [row[:n].tolist() for row, n in zip(self.responses, self.response_mask.sum(1))]
+
 
 class LM:
     """A frozen base with named adapters. One adapter is active at a time; `activate` it before each use."""

@@ -2,7 +2,7 @@
 
     python pit.py all                                  the built-in tiny base and task: minutes on a CPU, no download
     python pit.py all --smoke                          the same in miniature: every stage, under a minute
-    python pit.py infer --run runs/tiny "Write a list for Mia: ..."
+    python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
 
 The signature of `all` is the configuration: every option is written to runs/NAME/config.json, and the other commands read it
 from there. Options that depend on the size of the base are None here and filled in from PRESETS.
@@ -28,8 +28,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 PRESETS = {
     # a 1M-parameter base bears, and needs, learning rates ten times those of real models
-    "tiny": dict(data="synthetic", pairs=12_000, max_prompt=200, max_response=56, sft_steps=70, sft_lr=5e-3, rm_steps=70,
-                 rm_lr=3e-3, rl_steps=18, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
+    "tiny": dict(data="synthetic", pairs=12_000, max_prompt=48, max_response=30, sft_steps=70, sft_lr=5e-3, rm_steps=80,
+                 rm_lr=3e-3, rl_steps=20, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
     "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
                  rm_lr=1e-4, rl_steps=150, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
@@ -217,8 +217,7 @@ def infer_command(
 ):
     """Answer a prompt, and improve the answer round by round.
 
-    Example: python pit.py infer --run runs/tiny "Write a list for Mia in order of the alphabet: tent, soap, apple, map and
-    book. Start with Hello and end with Have fun."
+    Example: python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
     """
     if not prompt.strip():
         raise UserError("The prompt is empty. Say what to answer.")

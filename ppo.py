@@ -181,12 +181,12 @@ def adapt_beta(beta, kl, target, batch, horizon=10_000):
     return beta * (1 + error * batch / horizon)
 
 
-def train(lm, run, role, reference, critic, prompts, score, shift=None):
+def train(lm, run, role, reference, critic, problem, shift=None):
     """PPO on adapter `role`, held to `reference`, for cfg.rl_steps iterations.
 
-    prompts(step) gives the token ids of the prompts of an iteration, score(tokens) the scores of responses, (B,). Scores are
-    normalised once, by the spread of the first batch and, where `shift` is None, by its mean: the first batch is written
-    before any update. Logged metrics, one line an iteration:
+    problem(step) gives an iteration's prompts, a list of token ids, and a function that scores the responses to them: Tokens ->
+    (B,). Scores are normalised once, by the spread of the first batch and, where `shift` is None, by its mean: the first batch
+    is written before any update. Logged metrics, one line an iteration:
 
     score      mean raw score              kl         nats an answer between policy and reference, k1 summed over tokens
     eos        share that ended itself     length     tokens an answer, EOS included
@@ -197,9 +197,9 @@ def train(lm, run, role, reference, critic, prompts, score, shift=None):
     optimizers = adamw(lm.parameters(role), cfg.rl_lr, eps=1e-5), adamw(lm.parameters(critic), cfg.critic_lr, eps=1e-5)
     beta, scale = cfg.kl, None
     for step in run.steps(cfg.rl_steps):
-        batch = prompts(step)
+        prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")  # however much randomness the prompts took
-        sample = rollout(lm, role, reference, critic, batch, score, cfg)
+        sample = rollout(lm, role, reference, critic, prompts, score, cfg)
         if scale is None:
             scale = sample.scores.std().item() + 1e-6
             shift = sample.scores.mean().item() if shift is None else shift
@@ -219,6 +219,6 @@ def train(lm, run, role, reference, critic, prompts, score, shift=None):
             **metrics,
         )
         if cfg.target_kl:
-            beta = adapt_beta(beta, kl, cfg.target_kl, len(batch))
+            beta = adapt_beta(beta, kl, cfg.target_kl, len(prompts))
     with run.new_adapter(role) as folder:
         lm.save(role, folder)

@@ -47,23 +47,35 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
 
 
 def train_gap_reward(lm, run, pairs, held_out):
-    """R_PIT from D_RM -> adapter and head reward_gap, with "no change" worth 0 on average."""
+    """R_PIT from D_RM -> adapter and head reward_gap."""
     role = "reward_gap"
     train(lm, run, role, "reward_policy", gap_contexts, gap_loss, pairs)
     ww, lw, wl, ll = score_pairs(lm, role, gap_contexts, held_out, run.config.micro_batch)
-    # Measure what "no change" is worth, and take it off the head's bias: from here on, above 0 means better than y_ref.
-    # Only the differences of the four enter Eq. 2, so the loss is as before.
-    no_change = torch.cat([ww, ll]).mean()
-    with torch.no_grad():
-        lm.heads[role].bias -= no_change
+    no_change = torch.cat([ww, ll])
     measured = {
-        "accuracy": torch.cat([wl > no_change, lw < no_change]).float().mean().item(),  # is the sign right?
+        "accuracy": torch.cat([wl > ll, lw < ww]).float().mean().item(),  # is the sign of the gap right?
         "order": ((wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)).float().mean().item(),  # Eq. 1 in full
-        "no_change": no_change.item(),
+        "no_change": no_change.mean().item(),
+        "no_change_std": no_change.std().item(),
         "middle": ((ww - ll).mean() / (wl - lw).mean()).item(),  # distance of the two middles, as a share of the outer gap
-        **{f"mean_{name}": (r - no_change).mean().item() for name, r in dict(wl=wl, ww=ww, ll=ll, lw=lw).items()},
+        **{f"mean_{name}": (r - no_change.mean()).mean().item() for name, r in dict(wl=wl, ww=ww, ll=ll, lw=lw).items()},
     }
     report(lm, run, role, measured)
+
+
+@torch.no_grad()
+def gap(lm, prompts, responses, references, micro_batch):
+    """How much better than y_ref is y?   gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)   -> (B,)
+
+    Nothing in Eq. 2 pins the value of "no change", r(x, y_ref, y_ref), to 0, and it differs from one y_ref to the next.
+    Measured against it, a gap of 0 means no change, for every y_ref. prompts, responses, references: lists of B lists of
+    token ids; the prompts are those of M_PIT, (x, y_ref).
+    """
+    lm.activate("reward_gap")
+    candidates = list(zip(responses, references))
+    parts = [slice(at, at + micro_batch) for at in range(0, len(prompts), micro_batch)]
+    scores = torch.cat([lm.scores_of_candidates("reward_gap", prompts[part], candidates[part]) for part in parts])  # (B, 2)
+    return scores[:, 0] - scores[:, 1]
 
 
 def report(lm, run, role, measured):

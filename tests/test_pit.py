@@ -44,7 +44,7 @@ def test_every_stage_runs_and_leaves_its_files(mini):
     assert {row["judge"] for row in results["table1"]} == {"quality", "judge"}
     assert all(abs(row["win"] + row["lose"] + row["tie"] - 1) < 1e-9 for row in results["table1"])
     assert set(results["time_s"]) == {*ROLES, "eval"}
-    assert (folder / "curves.png").stat().st_size > 10_000
+    assert all((folder / figure).stat().st_size > 10_000 for figure in ("curves.png", "result.png"))
     assert "| quality | pit " in (folder / "report.md").read_text()
     assert (folder / "samples.md").read_text().count("## after") == 5
 
@@ -67,11 +67,11 @@ def test_a_finished_run_is_not_trained_again(mini):
 
 
 def test_infer_shows_the_original_and_each_round(mini):
-    code, out, err = pit("infer", "--run", mini[0], "Write a list for Mia: tea and map.", "--rounds", 2)
+    code, out, err = pit("infer", "--run", mini[0], "Where does each look in the end? Ann north: left back.", "--rounds", 2)
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["original", "round", "round"]
-    code, out, err = pit("infer", "--run", mini[0], "Write a list.", "--response", "Hello Mia", "--rounds", 1)
-    assert code == 0 and "Hello Mia" in out
+    code, out, err = pit("infer", "--run", mini[0], "Where?", "--response", "Now Ann west: west", "--rounds", 1)
+    assert code == 0 and "Now Ann west: west" in out
 
 
 @pytest.mark.parametrize(

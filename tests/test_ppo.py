@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ppo
+from data import ask
 from run import Run
 
 CFG = dict(max_response=12, temperature=1.0, micro_batch=64, minibatch=8, epochs=1, rl_lr=1e-3, critic_lr=1e-3)
@@ -160,20 +161,19 @@ def test_updates_stop_early_when_the_policy_has_moved_too_far(lm, pairs, monkeyp
 
 
 def test_ppo_finds_the_best_answer_of_a_toy_problem(lm, tmp_path):
-    """Four greetings to choose from, of which the base takes "Hi" nine times in ten: score 1 for the other three."""
+    """Score 1 for an answer that has the first person look north in the end: the base says so once in four times."""
     options = CFG | dict(seed=0, rl_steps=16, minibatch=16, max_response=4, epochs=2, kl=0.01, target_kl=0.0, rl_lr=3e-3)
     run = Run.start(tmp_path / "toy", options)
-    worst = lm.encode_response("Hi")[0]
-    others = torch.tensor([lm.encode_response(word)[0] for word in ("Dear", "Hello", "Hey")])
-    prompt = lm.encode_prompt([{"role": "user", "content": "Start with Hi, Dear, Hello or Hey"}])
+    prompt = lm.encode_prompt([{"role": "user", "content": ask({"Ann": ("west", ["left", "back", "right", "back"])})}])
+    best = lm.encode_response("Now Ann north")[-2]
     for role in ("reference", "policy"):
         lm.add(role)
     lm.add("critic", head=True)
 
     def score(tokens):
-        return torch.isin(tokens.responses[:, 0], others).float()
+        return (tokens.responses[:, 2] == best).float()
 
     with run.stage("toy", "find the best answer"):
-        ppo.train(lm, run, "policy", "reference", "critic", lambda step: [prompt] * 32, score)
+        ppo.train(lm, run, "policy", "reference", "critic", lambda step: ([prompt] * 32, score))
     scores = [line["score"] for line in run.metrics()]
-    assert worst not in others and scores[0] < 0.4 and sum(scores[-3:]) / 3 > 0.9
+    assert scores[0] < 0.5 and sum(scores[-3:]) / 3 > 0.9
