@@ -190,10 +190,10 @@ def show_samples(lm, run, stage, pairs):
     seed_all(cfg.seed, "samples")
     answers = infer.answer(lm, policy, prompts, cfg)
     improved = infer.improve(lm, stage, prompts, answers, cfg) if stage.startswith("pit") else None
-    with open(run.path / "samples.md", "a", encoding="utf-8") as file:
-        file.write(f"\n## after {stage}\n")
-        for i, prompt in enumerate(prompts):
-            rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | ({stage: improved[i]} if improved else {})
-            file.write("\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items()))
-            if i < 2:
-                print("".join(f"  {who:10} {shorten(text, 87)}\n" for who, text in rows.items()), end="")
+    page = f"\n## after {stage}\n"
+    for i, prompt in enumerate(prompts):
+        rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | ({stage: improved[i]} if improved else {})
+        page += "\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items())
+        if i < 2:
+            print("".join(f"  {who:10} {shorten(text, 87)}\n" for who, text in rows.items()), end="")
+    run.add_sample(page)

@@ -32,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from run import UserError
+from run import UserError, finite
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -137,9 +137,9 @@ class LM:
         config.inference_mode = True
         config.save_pretrained(folder)
         weights = get_peft_model_state_dict(self.peft, adapter_name=role)
-        save_file({k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").write_bytes(save({k: v.contiguous() for k, v in weights.items()}))
         if role in self.heads:
-            save_file(self.heads[role].state_dict(), folder / "head.safetensors")
+            (folder / "head.safetensors").write_bytes(save(self.heads[role].state_dict()))
 
     def load(self, role, folder):
         """Add `role` as `save` wrote it."""
@@ -279,6 +279,7 @@ def take_step(optimizer, lr, clip=1.0):
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    finite(grad_norm=norm)  # before it spoils the parameters
     optimizer.step()
     optimizer.zero_grad()
     return norm.item()

@@ -8,6 +8,9 @@ The signature of `all` is the configuration: every option is written to runs/NAM
 from there. Options that depend on the size of the base are None here and filled in from PRESETS.
 """
 
+import errno
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -22,7 +25,7 @@ import reward
 import sft
 from data import dialogue, load_pairs, split
 from models import load_model
-from run import Run, UserError, seed_all
+from run import Run, UserError, same_command, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -47,6 +50,8 @@ RunOption = Annotated[Optional[Path], option("Run", "Folder of the run. [dim](de
 def run_all(
     run: RunOption = None,
     smoke: Annotated[bool, option("Run", "Everything in miniature: to see that it works, not to learn anything.")] = False,
+    overwrite: Annotated[bool, option("Run", "Start anew where the folder holds a run, and lose what it has learned.")] = False,
+    save_every: Annotated[int, option("Run", "Steps from one checkpoint to the next.", min=1)] = 10,
     seed: Annotated[int, option("Run", "Seed of data, sampling and initialisation.", min=0)] = 0,
     model: Annotated[str, option("Model", "tiny (built in), a local folder, or a hub id.")] = "tiny",
     bits: Annotated[int, option("Model", "4: NF4 through bitsandbytes; 16: no quantisation.")] = 4,
@@ -85,7 +90,7 @@ def run_all(
     eval_n: Annotated[Optional[int], option("Evaluation", "Held-out prompts.", min=8)] = None,
 ):
     """Run every stage of PIT, or continue a run where it stopped."""
-    options = {name: value for name, value in locals().items() if name not in ("run", "smoke")}
+    options = {name: value for name, value in locals().items() if name not in ("run", "smoke", "overwrite")}
     if bits not in (4, 16):
         raise UserError(f"--bits {bits}: choose 4 or 16.")
     curriculum.parse(rounds)
@@ -94,7 +99,7 @@ def run_all(
         if options[name] is None or smoke and name in PRESETS["smoke"]:
             options[name] = value
     folder = run or Path("runs") / (Path(model).name + ("-smoke" if smoke else ""))
-    session = Session(Run.start(folder, options))
+    session = Session(Run.start(folder, options, overwrite))
     for stage in (sft_stage, reward_stage, rl_stage, eval_stage):
         stage(session)
     print(f"\nReport: {folder / 'report.md'}   curves: {folder / 'curves.png'}   samples: {folder / 'samples.md'}")
@@ -109,8 +114,10 @@ class Session:
 
     def __init__(self, run):
         self.run, cfg = run, run.config
+        run.hold()
         self.lm = load_base(cfg)
         pairs = load_pairs(cfg.data, cfg.pairs, cfg.seed)
+        run.pin(data_fingerprint=hashlib.sha256(json.dumps([vars(pair) for pair in pairs]).encode()).hexdigest())
         fitting = [pair for pair in pairs if self.fits(pair)]
         self.parts = split(fitting, cfg.seed)
         sizes = ", ".join(f"{name} {len(part)}" for name, part in self.parts.items())
@@ -128,10 +135,11 @@ class Session:
         """Train `role` by function(lm, run, *args), or load it where the run has it already."""
         if self.run.done(role):
             self.load(role)
-            return
-        with self.run.stage(role, why):
-            function(self.lm, self.run, *args)
-        if role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl"):
+        else:
+            with self.run.stage(role, why):
+                function(self.lm, self.run, *args)
+        writes = role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl")
+        if writes and not self.run.has_sample(role):
             evaluate.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
     def load(self, role):
@@ -152,6 +160,7 @@ def sft_stage(session):
 
 
 def reward_stage(session):
+    session.require("sft", "policy_sft")
     pairs, held_out, judge = session.parts["rm"], session.parts["held_out"], session.parts["judge"]
     session.train("reward_policy", "R_P, how good is an answer? (Bradley-Terry)", reward.train_policy_reward, pairs, held_out)
     session.train(
@@ -242,6 +251,11 @@ def main():
         app()
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"Error: The disk is full. Free some space, then go on with: {same_command()}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from models import Tokens, adamw, in_parts, take_step
-from run import seed_all
+from run import finite, seed_all
 
 GAMMA = 1.0  # an answer is judged as a whole: its first token counts as much as its last
 LAMBDA = 0.95
@@ -33,6 +33,7 @@ CLIP = 0.2  # of the probability ratio (Schulman et al., 2017)
 VALUE_CLIP = 0.2
 SCORE_CLIP = 5.0  # in standard deviations: one freak score must not rule a batch
 NO_EOS = -1.0  # added to the normalised score of an answer that was cut off
+WILD_KL = 1.0  # nats a token from the reference: that of a healthy run stays several times lower
 STOP_KL = 0.1  # end the updates of an iteration once the policy has moved this far from the one that sampled
 
 
@@ -157,6 +158,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_le
                 step["policy_loss"] += loss.item()
                 step["approx_kl"] += ((torch.expm1(log_ratio) - log_ratio).sum() / n_tokens).item()  # k3 against the old policy
                 step["clipped"] += (((log_ratio.exp() - 1).abs() > CLIP).sum() / n_tokens).item()
+            finite("Lower --rl-lr.", policy_loss=step["policy_loss"])
             step["grad_norm"] = take_step(optimizers[0], cfg.rl_lr * fraction_left)
             lm.activate(critic, train=True)
             for part in rows.split(cfg.micro_batch):
@@ -164,6 +166,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_le
                 loss = (value_loss(values, sample.values[part], returns[part]) * mask[part]).sum() / n_tokens
                 loss.backward()
                 step["value_loss"] += loss.item()
+            finite("Lower --critic-lr.", value_loss=step["value_loss"])
             take_step(optimizers[1], cfg.critic_lr * fraction_left)
             sums = {name: sums[name] + step[name] for name in sums}
             updates += 1
@@ -173,6 +176,18 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_le
     residual = masked_mean((returns - sample.values) ** 2, mask)
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return {name: total / updates for name, total in sums.items()} | {"explained": (1 - residual / (spread + 1e-8)).item()}
+
+
+def check(run, sample, eos):
+    """Stop at scores that are no numbers; warn once of what usually means that the training goes wrong."""
+    finite("The reward model is broken: train it again with a lower --rm-lr.", score=sample.scores.sum())
+    mask, answers = sample.tokens.response_mask, sample.tokens.responses * sample.tokens.response_mask
+    if masked_mean(k1(sample.logprobs, sample.ref_logprobs), mask) > WILD_KL:
+        run.warn(f"the KL is above {WILD_KL} nats a token; answers may turn to gibberish. Try a higher --kl, a lower --rl-lr.")
+    if not (sample.tokens.responses == eos).any():
+        run.warn("no answer of this batch ended by itself. Try a higher --max-response, more --sft-steps.")
+    if len(answers.unique(dim=0)) == 1 < len(answers):
+        run.warn("all answers of this batch are alike. Try a higher --kl or --temperature, a lower --rl-lr.")
 
 
 def adapt_beta(beta, kl, target, batch, horizon=10_000):
@@ -195,17 +210,19 @@ def train(lm, run, role, reference, critic, problem, shift=None):
     """
     cfg = run.config
     optimizers = adamw(lm.parameters(role), cfg.rl_lr, eps=1e-5), adamw(lm.parameters(critic), cfg.critic_lr, eps=1e-5)
-    beta, scale = cfg.kl, None
-    for step in run.steps(cfg.rl_steps):
+    numbers = {"beta": cfg.kl, "shift": shift, "scale": None}  # what a later iteration needs besides, for the checkpoint
+    for step in run.steps(cfg.rl_steps, optimizers, numbers):
         prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")  # however much randomness the prompts took
         sample = rollout(lm, role, reference, critic, prompts, score, cfg)
-        if scale is None:
-            scale = sample.scores.std().item() + 1e-6
-            shift = sample.scores.mean().item() if shift is None else shift
+        check(run, sample, lm.eos)
+        if numbers["scale"] is None:
+            mean = sample.scores.mean().item()
+            numbers |= {"scale": sample.scores.std().item() + 1e-6, "shift": mean if shift is None else shift}
+        beta = numbers["beta"]
         mask = sample.tokens.response_mask
         ended = (sample.tokens.responses == lm.eos).any(1)
-        scores = normalise(sample.scores, shift, scale) + NO_EOS * ~ended
+        scores = normalise(sample.scores, numbers["shift"], numbers["scale"]) + NO_EOS * ~ended
         fraction_left = 1 - step / cfg.rl_steps
         metrics = ppo_update(lm, role, critic, optimizers, sample, scores, beta, fraction_left, cfg)
         kl = (k1(sample.logprobs, sample.ref_logprobs) * mask).sum(1).mean().item()
@@ -219,6 +236,6 @@ def train(lm, run, role, reference, critic, problem, shift=None):
             **metrics,
         )
         if cfg.target_kl:
-            beta = adapt_beta(beta, kl, cfg.target_kl, len(prompts))
+            numbers["beta"] = adapt_beta(beta, kl, cfg.target_kl, len(prompts))
     with run.new_adapter(role) as folder:
         lm.save(role, folder)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data import improve_prompt
 from models import adamw, take_step
-from run import shuffled_batch
+from run import finite, shuffled_batch
 
 
 def bradley_terry(chosen, rejected):
@@ -43,7 +43,7 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     """A Bradley-Terry model of single answers -> adapter and head `role`: R_P from D_RM, the judge from pairs of its own."""
     train(lm, run, role, "policy_sft", answer_contexts, bradley_terry, pairs)
     chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config.micro_batch)
-    report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()})
+    report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()}, len(chosen))
 
 
 def train_gap_reward(lm, run, pairs, held_out):
@@ -60,7 +60,7 @@ def train_gap_reward(lm, run, pairs, held_out):
         "middle": ((ww - ll).mean() / (wl - lw).mean()).item(),  # distance of the two middles, as a share of the outer gap
         **{f"mean_{name}": (r - no_change.mean()).mean().item() for name, r in dict(wl=wl, ww=ww, ll=ll, lw=lw).items()},
     }
-    report(lm, run, role, measured)
+    report(lm, run, role, measured, 2 * len(ww))
 
 
 @torch.no_grad()
@@ -78,7 +78,10 @@ def gap(lm, prompts, responses, references, micro_batch):
     return scores[:, 0] - scores[:, 1]
 
 
-def report(lm, run, role, measured):
+def report(lm, run, role, measured, n):
+    """Print, store and save; n is the number of comparisons behind the accuracy."""
+    if measured["accuracy"] < 0.5 + n**-0.5:  # two standard errors
+        run.warn(f"{role} is no better than chance on held-out pairs. Try more --rm-steps, more --pairs, another --rm-lr.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
     print("  held out: " + "  ".join(f"{name} {value:.2f}" for name, value in measured.items()))
     with run.new_adapter(role) as folder:
@@ -90,7 +93,7 @@ def train(lm, run, role, start, contexts_of, loss_of, pairs):
     cfg = run.config
     lm.add(role, like=start, head=True)
     optimizer = adamw(lm.parameters(role), cfg.rm_lr)
-    for step in run.steps(cfg.rm_steps):
+    for step in run.steps(cfg.rm_steps, [optimizer]):
         batch = [pairs[row] for row in shuffled_batch(len(pairs), cfg.rm_batch, step, cfg.seed)]
         total, right = 0.0, 0
         lm.activate(role, train=True)
@@ -99,6 +102,7 @@ def train(lm, run, role, start, contexts_of, loss_of, pairs):
             loss = loss_of(*scores).sum() / len(batch)
             loss.backward()
             total, right = total + loss.item(), right + (scores[0] > scores[1]).sum().item()
+        finite("Lower --rm-lr, or look for odd texts in the data.", loss=total)
         norm = take_step(optimizer, cfg.rm_lr * (1 - step / cfg.rm_steps))
         run.log(loss=total, accuracy=right / len(batch), grad_norm=norm)
 

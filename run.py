@@ -1,17 +1,25 @@
 """A run's folder: what was asked, what was measured, what was learned. Nothing here knows how anything is learned.
 
-runs/NAME/config.json      everything needed to repeat the run
-runs/NAME/adapters/ROLE/   one trained role; the folder exists only when it is complete
-runs/NAME/metrics.jsonl    one line per optimiser step or PPO iteration
-runs/NAME/samples.md       the same few prompts, answered after every stage
-runs/NAME/results.json     every number of the report
+runs/NAME/config.json          everything needed to repeat the run
+runs/NAME/adapters/ROLE/       one trained role; the folder exists only when it is complete
+runs/NAME/checkpoints/STAGE/N  the stage in progress after N steps: what is in training, and all that its next step depends on
+runs/NAME/metrics.jsonl        one line per optimiser step or PPO iteration
+runs/NAME/samples.md           the same few prompts, answered after every stage
+runs/NAME/results.json         every number of the report
 
-Whatever must not be half there is written beside its place and renamed, so that a kill leaves the old state or the new one.
+Nothing is lost, whenever the process dies: files and folders are written beside their place and renamed, so that the old state
+or the new one is there, never half of one. Folders carry the SHA-256 of their files, so that damage is noticed later. A stage
+starts again from its newest whole checkpoint, and goes on to the very numbers that it would have reached without the stop.
 """
 
+import hashlib
 import json
+import math
 import os
+import shlex
 import shutil
+import signal
+import sys
 import time
 import zlib
 from contextlib import contextmanager
@@ -19,7 +27,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load, save
 from tqdm import tqdm
+
+FILES = "config.json .config.json.copy results.json .results.json.copy metrics.jsonl samples.md report.md adapters checkpoints"
+FREE = ("save_every", "micro_batch")  # settings that may change within a run: they change no result
+SAVE_EVERY = 10
 
 
 class UserError(Exception):
@@ -31,37 +44,73 @@ class Run:
 
     def __init__(self, path):
         self.path = Path(path)
-        try:
-            options = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}") from None
-        except ValueError:
-            raise UserError(f"{self.path / 'config.json'} is damaged. Start again with another --run.") from None
+        options = read_json(self.path / "config.json")
+        if options is None:
+            raise UserError(f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}")
         self.config = SimpleNamespace(**options)
+        self.in_step, self.stop_signal, self.held = False, 0, None
 
     @classmethod
-    def start(cls, path, options):
-        """Open the run in `path`. A new one gets `options` as its configuration; one with adapters must have had them."""
-        config = Path(path) / "config.json"
-        if config.exists() and (Path(path) / "adapters").exists():
-            run = cls(path)
-            old = vars(run.config)
-            differs = [f"{k}={old.get(k)!r} (now {v!r})" for k, v in options.items() if old.get(k) != v]
+    def start(cls, path, options, overwrite=False):
+        """Open the run in `path` and keep others out. A new one gets `options` as its configuration; one that has learned
+        anything must have had them."""
+        path = Path(path)
+        held = hold(path)
+        if overwrite:
+            for name in FILES.split():
+                remove(path / name)
+        old = read_json(path / "config.json")
+        if old is not None and len(old.keys() & options.keys()) < len(options) / 2:
+            raise UserError(f"{path / 'config.json'} belongs to something else than a run. Give another --run.")
+        if (path / "adapters").exists() or (path / "checkpoints").exists():
+            old = old or {}  # its settings are gone: there is no telling what the adapters were trained for
+            differs = [f"{k}={old.get(k)!r} (now {v!r})" for k, v in options.items() if k not in FREE and old.get(k) != v]
             if differs:
                 raise UserError(
                     f"{path} holds a run with other settings: {', '.join(differs)}.\n"
-                    "Give a new --run, repeat the old settings to continue it, or delete the folder."
+                    "Give a new --run, repeat the old settings to continue it, or --overwrite to start it anew."
                 )
-            return run
-        config.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config, json.dumps(options, indent=2) + "\n")
-        return cls(path)
+            options = old | options
+        write_json(path / "config.json", options)
+        run = cls(path)
+        run.held = held
+        return run
+
+    def hold(self):
+        """Keep other processes from training in this folder, and let Ctrl-C and SIGTERM wait for the end of a step."""
+        self.held = self.held or hold(self.path)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        """At the first signal the step in progress ends and is saved; outside a step, or at a second one, all ends here."""
+        if self.in_step and not self.stop_signal:
+            self.stop_signal = number
+            os.write(2, b"\nStopping after this step, which may take a while. Once more: stop at once.\n")
+            return
+        os.write(2, f"\nStopped. To go on: {same_command()}\n".encode())
+        os._exit(128 + number)  # as harmless as a kill: whatever was being written is not in its place yet
+
+    def pin(self, **facts):
+        """Note facts about the run, such as a fingerprint of its data, or complain when they are no longer what they were."""
+        for name, value in facts.items():
+            if getattr(self.config, name, value) != value:
+                raise UserError(
+                    f"{self.path}: {name} is not what it was when this run was started.\n"
+                    "Restore it, give a new --run, or --overwrite to start this one anew."
+                )
+        vars(self.config).update(facts)
+        write_json(self.path / "config.json", vars(self.config))
+
+    # ---- adapters and checkpoints: folders that are whole or not there ------------------------------------------------
 
     def adapter(self, role):
         return self.path / "adapters" / role
 
     def done(self, role):
-        return self.adapter(role).is_dir()
+        """Whether `role` has been trained. A damaged one is named, and has not: training again gives the same adapter."""
+        folder = self.adapter(role)
+        return folder.is_dir() and is_whole(folder)
 
     def need(self, role, command):
         """Complain unless `role` has been trained; `command` trains it."""
@@ -71,63 +120,240 @@ class Run:
     @contextmanager
     def new_adapter(self, role):
         """A folder to write `role` into; it becomes the run's own in one step, when the block ends without an error."""
-        beside = self.path / "adapters" / f".{role}.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        os.replace(beside, self.adapter(role))
+        with new_folder(self.adapter(role)) as folder:
+            yield folder
+            self.add_seconds()
+        remove(self.path / "checkpoints" / role)
+
+    def save(self, step, optimizers, numbers):
+        """Write the checkpoint after `step` steps. The last one is kept as well, should this one turn out damaged."""
+        tensors = {}
+        for k, optimizer in enumerate(optimizers):
+            for i, p in enumerate(parameters_of(optimizer)):  # each with AdamW's two moments and its count of steps
+                tensors[f"{k} {i} value"] = p.detach().contiguous()
+                tensors |= {f"{k} {i} {name}": x.contiguous() for name, x in optimizer.state[p].items()}
+        folder = self.path / "checkpoints" / self.name
+        with new_folder(folder / f"{step:06d}") as new:
+            (new / "state.safetensors").write_bytes(save(tensors))
+            write_text(new / "numbers.json", json.dumps({"numbers": numbers, "seconds": self.seconds()}))
+        for old in sorted(folder.iterdir())[:-2]:
+            remove(old)
+
+    def restore(self, optimizers, numbers):
+        """Put back the newest whole checkpoint of this stage, in place -> the number of steps done; 0 where there is none."""
+        for folder in sorted((self.path / "checkpoints" / self.name).glob("[0-9]*"), reverse=True):
+            if not is_whole(folder):
+                continue
+            tensors = load((folder / "state.safetensors").read_bytes())
+            for k, optimizer in enumerate(optimizers):
+                state = {}
+                for i, p in enumerate(parameters_of(optimizer)):
+                    mine = {name.split()[2]: x for name, x in tensors.items() if name.startswith(f"{k} {i} ")}
+                    p.data.copy_(mine.pop("value"))
+                    state |= {i: mine} if mine else {}
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+            numbers.update(stored["numbers"])
+            self.started -= stored["seconds"]
+            print(f"  going on after step {int(folder.name)}", flush=True)
+            return int(folder.name)
+        return 0
+
+    # ---- metrics and results ------------------------------------------------------------------------------------------
 
     def log(self, **metrics):
         """Append one line to metrics.jsonl: the stage, the step within it, and numbers by name. The bar shows the first few."""
-        metrics = {name: round(float(value), 6) for name, value in metrics.items()}
+        metrics = {name: round(float(value), 6) for name, value in finite(**metrics).items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "step": self.step} | metrics) + "\n")
         self.bar.set_postfix_str("  ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4]))
 
     def metrics(self):
         """All lines of metrics.jsonl, a dict each, the oldest first."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        path, metrics = self.path / "metrics.jsonl", []
+        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+            try:
+                metrics.append({"stage": (row := json.loads(line))["stage"], "step": int(row["step"])} | row)
+            except (ValueError, TypeError, KeyError):
+                print(f"{path}, line {number}: damaged, and left out.")
+        return metrics
 
-    def forget(self, stage):
-        """Drop the lines of a stage that is about to start over."""
-        lines = [json.dumps(line) + "\n" for line in self.metrics() if line["stage"] != stage]
+    def forget(self, stage, step):
+        """Drop the lines of a stage that goes on at `step`, so that none is there twice; and a last line that was cut off."""
+        lines = [json.dumps(line) + "\n" for line in self.metrics() if line["stage"] != stage or line["step"] < step]
         write_text(self.path / "metrics.jsonl", "".join(lines))
 
+    def samples(self):
+        path = self.path / "samples.md"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def add_sample(self, page):
+        write_text(self.path / "samples.md", self.samples() + page)
+
+    def has_sample(self, stage):
+        return f"\n## after {stage}\n" in self.samples()
+
+    def warn(self, text):
+        """Say once a stage that something looks wrong, and what to try."""
+        if text not in self.warned:
+            self.warned.add(text)
+            tqdm.write(f"  Warning: {text}")
+
     def results(self):
-        path = self.path / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json(self.path / "results.json") or {}
 
     def add_results(self, **parts):
-        write_text(self.path / "results.json", json.dumps(self.results() | parts, indent=2) + "\n")
+        write_json(self.path / "results.json", self.results() | parts)
+
+    def seconds(self):
+        return time.perf_counter() - self.started
+
+    def add_seconds(self):
+        self.add_results(time_s=self.results().get("time_s", {}) | {self.name: round(self.seconds(), 1)})
+
+    # ---- stages and steps -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def stage(self, name, why):
         """Announce a stage, and add the seconds it took to results.json when it is through."""
         print(f"\n{name}: {why}", flush=True)
-        self.name = name
-        self.forget(name)
+        self.name, self.step, self.warned, self.started = name, 0, set(), time.perf_counter()
         seed_all(self.config.seed, name, "start")
-        started = time.perf_counter()
-        yield
-        seconds = self.results().get("time_s", {}) | {name: round(time.perf_counter() - started, 1)}
-        self.add_results(time_s=seconds)
+        try:
+            yield
+        except FloatingPointError as error:
+            raise UserError(
+                f"{name}, step {self.step}: {error}\nThe last checkpoint before it is kept. The same settings would end here "
+                "again: change them in a new --run, or with --overwrite."
+            ) from None
+        self.add_seconds()
 
-    def steps(self, total):
-        """The steps of the present stage, 0 to total - 1, under a progress bar. Each step is seeded by itself."""
-        self.bar = progress(range(total))
+    def steps(self, total, optimizers=(), numbers=None):
+        """The steps of the present stage that are still to do, up to total - 1, under a progress bar.
+
+        A later step depends on the parameters in `optimizers`, on AdamW's moments, and on `numbers`, a dict: these are what a
+        checkpoint holds, and what is put back before the first step. Nothing else has to be stored, neither the state of random
+        generators nor a place in the data: what a step draws follows from (seed, stage, step) alone, and so does its batch.
+        """
+        numbers = {} if numbers is None else numbers
+        first = self.restore(optimizers, numbers)
+        self.forget(self.name, first)
+        every = getattr(self.config, "save_every", SAVE_EVERY)
+        self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
             seed_all(self.config.seed, self.name, step)
+            self.in_step = bool(optimizers)
             yield step
+            if optimizers and ((step + 1) % every == 0 or step + 1 == total or self.stop_signal):
+                self.save(step + 1, optimizers, numbers)
+            self.in_step = False
+            if self.stop_signal:
+                self.bar.close()
+                print(f"Saved {self.name} after step {step + 1} of {total}. To go on: {same_command()}", file=sys.stderr)
+                sys.exit(128 + self.stop_signal)
+
+
+def parameters_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def same_command():
+    """What the user typed, to type again."""
+    return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+
+
+def finite(cause="The learning rate may be too high, or an input is broken.", **values):
+    """Numbers by name, as they are, or FloatingPointError for the first that is NaN or infinite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {float(value)}. {cause}")
+    return values
+
+
+def hold(path):
+    """Lock a run's folder for this process -> the open file. The lock ends with the process, even when that is killed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"Cannot write in {path}: {error.strerror}. Give another --run.") from None
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{path} is in use by another process. Wait for it to end, or give another --run.") from None
+    return file
+
+
+@contextmanager
+def new_folder(path):
+    """A folder to write files into, which gets its place at `path` in one step, with their checksums, when the block ends."""
+    beside = path.with_name(f".{path.name}.part")
+    remove(beside)
+    beside.mkdir(parents=True)
+    yield beside
+    write_text(beside / "sha256.json", json.dumps(checksums(beside)))
+    remove(path)
+    os.replace(beside, path)
+
+
+def checksums(folder):
+    files = sorted(file for file in folder.iterdir() if file.name != "sha256.json")
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def is_whole(folder):
+    """Whether a folder holds what `new_folder` was given; says so where it does not."""
+    try:
+        if json.loads((folder / "sha256.json").read_bytes()) == checksums(folder):
+            return True
+    except (OSError, ValueError):
+        pass
+    print(f"{folder} is damaged: it does not match its checksums. It is left out.")
+    return False
+
+
+def remove(path):
+    """Remove a file or a folder, whether it is there or not."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_text(path, text):
     """Write a whole file or nothing: beside its place first, then renamed."""
     beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it gets its name, or a power cut could leave an empty file there
     os.replace(beside, path)
+
+
+def write_json(path, value):
+    """Write a small file, and its copy, which `read_json` turns to when the file is damaged."""
+    for place in (path, path.with_name(f".{path.name}.copy")):
+        write_text(place, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """What `write_json` wrote, a dict; None where there is no such file."""
+    if not path.exists():
+        return None
+    for place in (path, path.with_name(f".{path.name}.copy")):
+        try:
+            value = json.loads(place.read_text(encoding="utf-8"))
+            if isinstance(value, dict):
+                return value
+        except (OSError, ValueError, RecursionError):
+            pass
+        print(f"{place} is damaged.")
+    raise UserError(f"{path} and its copy are damaged. Give another --run, or --overwrite to start this one anew.")
 
 
 def seed_all(*key):

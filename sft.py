@@ -17,7 +17,7 @@ import torch
 
 import data
 from models import TINY, adamw, take_step
-from run import progress, shuffled_batch
+from run import finite, progress, shuffled_batch
 
 
 def train_policy(lm, run, pairs):
@@ -47,7 +47,7 @@ def train(lm, run, role, terms):
     cfg = run.config
     lm.add(role)
     optimizer = adamw(lm.parameters(role), cfg.sft_lr)
-    for step in run.steps(cfg.sft_steps):
+    for step in run.steps(cfg.sft_steps, [optimizer]):
         rows = shuffled_batch(len(terms[0][2]), cfg.sft_batch, step, cfg.seed)
         loss = 0.0
         lm.activate(role, train=True)
@@ -59,6 +59,7 @@ def train(lm, run, role, terms):
                 part = -weight * objective(lm.logprobs(tokens), tokens.response_mask) / n_tokens
                 part.backward()
                 loss += part.item()
+        finite("Lower --sft-lr, or look for odd texts in the data.", loss=loss)
         norm = take_step(optimizer, cfg.sft_lr * (1 - step / cfg.sft_steps))
         run.log(loss=loss, grad_norm=norm)
     with run.new_adapter(role) as folder:
