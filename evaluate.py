@@ -196,4 +196,4 @@ def show_samples(lm, run, stage, pairs):
         page += "\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items())
         if i < 2:
             print("".join(f"  {who:10} {shorten(text, 87)}\n" for who, text in rows.items()), end="")
-    run.add_sample(page)
+    write_text(run.path / "samples.md", run.samples() + page)

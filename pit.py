@@ -117,7 +117,7 @@ class Session:
         run.hold()
         self.lm = load_base(cfg)
         pairs = load_pairs(cfg.data, cfg.pairs, cfg.seed)
-        run.pin(data_fingerprint=hashlib.sha256(json.dumps([vars(pair) for pair in pairs]).encode()).hexdigest())
+        run.pin("data fingerprint", hashlib.sha256(json.dumps([vars(pair) for pair in pairs]).encode()).hexdigest())
         fitting = [pair for pair in pairs if self.fits(pair)]
         self.parts = split(fitting, cfg.seed)
         sizes = ", ".join(f"{name} {len(part)}" for name, part in self.parts.items())
@@ -139,7 +139,7 @@ class Session:
             with self.run.stage(role, why):
                 function(self.lm, self.run, *args)
         writes = role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl")
-        if writes and not self.run.has_sample(role):
+        if writes and f"\n## after {role}\n" not in self.run.samples():  # a kill may come in between
             evaluate.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
     def load(self, role):

@@ -30,9 +30,10 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-FILES = "config.json .config.json.copy results.json .results.json.copy metrics.jsonl samples.md report.md adapters checkpoints"
-FREE = ("save_every", "micro_batch")  # settings that may change within a run: they change no result
+FILES = "adapters checkpoints metrics.jsonl samples.md report.md .results.json.copy results.json .config.json.copy config.json"
+FREE = ("save_every", "micro_batch")  # settings that may change within a run: no result depends on them
 SAVE_EVERY = 10
+WAYS_OUT = "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
 
 
 class UserError(Exception):
@@ -56,20 +57,22 @@ class Run:
         anything must have had them."""
         path = Path(path)
         held = hold(path)
-        if overwrite:
-            for name in FILES.split():
-                remove(path / name)
-        old = read_json(path / "config.json")
+        try:
+            old = read_json(path / "config.json")
+        except UserError:
+            if not overwrite:
+                raise
+            old = None
         if old is not None and len(old.keys() & options.keys()) < len(options) / 2:
             raise UserError(f"{path / 'config.json'} belongs to something else than a run. Give another --run.")
+        if overwrite:
+            for name in FILES.split():  # what was learned first, so that it is never there without its settings
+                remove(path / name)
         if (path / "adapters").exists() or (path / "checkpoints").exists():
-            old = old or {}  # its settings are gone: there is no telling what the adapters were trained for
+            old = old or {}
             differs = [f"{k}={old.get(k)!r} (now {v!r})" for k, v in options.items() if k not in FREE and old.get(k) != v]
             if differs:
-                raise UserError(
-                    f"{path} holds a run with other settings: {', '.join(differs)}.\n"
-                    "Give a new --run, repeat the old settings to continue it, or --overwrite to start it anew."
-                )
+                raise UserError(f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}")
             options = old | options
         write_json(path / "config.json", options)
         run = cls(path)
@@ -91,15 +94,11 @@ class Run:
         os.write(2, f"\nStopped. To go on: {same_command()}\n".encode())
         os._exit(128 + number)  # as harmless as a kill: whatever was being written is not in its place yet
 
-    def pin(self, **facts):
-        """Note facts about the run, such as a fingerprint of its data, or complain when they are no longer what they were."""
-        for name, value in facts.items():
-            if getattr(self.config, name, value) != value:
-                raise UserError(
-                    f"{self.path}: {name} is not what it was when this run was started.\n"
-                    "Restore it, give a new --run, or --overwrite to start this one anew."
-                )
-        vars(self.config).update(facts)
+    def pin(self, name, value):
+        """Note a fact about the run, such as a fingerprint of its data, or complain when it is not what it was."""
+        if getattr(self.config, name, value) != value:
+            raise UserError(f"{self.path}: the {name} is not what it was when this run was started.\n{WAYS_OUT}")
+        setattr(self.config, name, value)
         write_json(self.path / "config.json", vars(self.config))
 
     # ---- adapters and checkpoints: folders that are whole or not there ------------------------------------------------
@@ -126,16 +125,14 @@ class Run:
         remove(self.path / "checkpoints" / role)
 
     def save(self, step, optimizers, numbers):
-        """Write the checkpoint after `step` steps. The last one is kept as well, should this one turn out damaged."""
+        """Write the checkpoint after `step` steps. The one before it is kept, should this one turn out damaged."""
         tensors = {}
-        for k, optimizer in enumerate(optimizers):
-            for i, p in enumerate(parameters_of(optimizer)):  # each with AdamW's two moments and its count of steps
-                tensors[f"{k} {i} value"] = p.detach().contiguous()
-                tensors |= {f"{k} {i} {name}": x.contiguous() for name, x in optimizer.state[p].items()}
+        for place, p, state in in_training(optimizers):
+            tensors |= {f"{place} {name}": x.contiguous() for name, x in {"value": p.detach(), **state}.items()}
         folder = self.path / "checkpoints" / self.name
         with new_folder(folder / f"{step:06d}") as new:
-            (new / "state.safetensors").write_bytes(save(tensors))
-            write_text(new / "numbers.json", json.dumps({"numbers": numbers, "seconds": self.seconds()}))
+            (new / "training.safetensors").write_bytes(save(tensors))
+            write_text(new / "numbers.json", json.dumps({"numbers": numbers, "seconds": time.perf_counter() - self.started}))
         for old in sorted(folder.iterdir())[:-2]:
             remove(old)
 
@@ -144,14 +141,11 @@ class Run:
         for folder in sorted((self.path / "checkpoints" / self.name).glob("[0-9]*"), reverse=True):
             if not is_whole(folder):
                 continue
-            tensors = load((folder / "state.safetensors").read_bytes())
-            for k, optimizer in enumerate(optimizers):
-                state = {}
-                for i, p in enumerate(parameters_of(optimizer)):
-                    mine = {name.split()[2]: x for name, x in tensors.items() if name.startswith(f"{k} {i} ")}
-                    p.data.copy_(mine.pop("value"))
-                    state |= {i: mine} if mine else {}
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            tensors = load((folder / "training.safetensors").read_bytes())
+            for place, p, state in in_training(optimizers):
+                p.data.copy_(tensors[f"{place} value"])
+                for name in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's; it counts its steps on the CPU
+                    state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
             stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
             numbers.update(stored["numbers"])
             self.started -= stored["seconds"]
@@ -187,12 +181,6 @@ class Run:
         path = self.path / "samples.md"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def add_sample(self, page):
-        write_text(self.path / "samples.md", self.samples() + page)
-
-    def has_sample(self, stage):
-        return f"\n## after {stage}\n" in self.samples()
-
     def warn(self, text):
         """Say once a stage that something looks wrong, and what to try."""
         if text not in self.warned:
@@ -205,11 +193,9 @@ class Run:
     def add_results(self, **parts):
         write_json(self.path / "results.json", self.results() | parts)
 
-    def seconds(self):
-        return time.perf_counter() - self.started
-
     def add_seconds(self):
-        self.add_results(time_s=self.results().get("time_s", {}) | {self.name: round(self.seconds(), 1)})
+        seconds = {self.name: round(time.perf_counter() - self.started, 1)}
+        self.add_results(time_s=self.results().get("time_s", {}) | seconds)
 
     # ---- stages and steps -----------------------------------------------------------------------------------------------
 
@@ -222,10 +208,8 @@ class Run:
         try:
             yield
         except FloatingPointError as error:
-            raise UserError(
-                f"{name}, step {self.step}: {error}\nThe last checkpoint before it is kept. The same settings would end here "
-                "again: change them in a new --run, or with --overwrite."
-            ) from None
+            again = "The last checkpoint is kept, but the same settings would end here again: take a new --run or --overwrite."
+            raise UserError(f"{name}, step {self.step}: {error}\n{again}") from None
         self.add_seconds()
 
     def steps(self, total, optimizers=(), numbers=None):
@@ -254,8 +238,11 @@ class Run:
                 sys.exit(128 + self.stop_signal)
 
 
-def parameters_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def in_training(optimizers):
+    """Every parameter that is being trained, as (its place, itself, what its optimiser keeps for it)."""
+    for k, optimizer in enumerate(optimizers):
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            yield f"{k} {i}", p, optimizer.state[p]
 
 
 def same_command():
@@ -300,6 +287,9 @@ def new_folder(path):
     beside.mkdir(parents=True)
     yield beside
     write_text(beside / "sha256.json", json.dumps(checksums(beside)))
+    for file in beside.iterdir():
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())  # on the disk before the folder gets its name, or a power cut could leave it empty
     remove(path)
     os.replace(beside, path)
 
@@ -343,17 +333,17 @@ def write_json(path, value):
 
 def read_json(path):
     """What `write_json` wrote, a dict; None where there is no such file."""
-    if not path.exists():
-        return None
-    for place in (path, path.with_name(f".{path.name}.copy")):
+    places = path, path.with_name(f".{path.name}.copy")
+    for place in places:
         try:
             value = json.loads(place.read_text(encoding="utf-8"))
             if isinstance(value, dict):
                 return value
         except (OSError, ValueError, RecursionError):
-            pass
-        print(f"{place} is damaged.")
-    raise UserError(f"{path} and its copy are damaged. Give another --run, or --overwrite to start this one anew.")
+            if not any(place.exists() for place in places):
+                return None
+        print(f"{place} is damaged or missing.")
+    raise UserError(f"{path} and its copy are damaged. Give a new --run, or --overwrite to start this one anew.")
 
 
 def seed_all(*key):
@@ -370,18 +360,13 @@ def shuffled_batch(n, size, step, seed):
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, n)
         if place == 0 or not indices:
-            order = torch.randperm(
-                n, generator=torch.Generator().manual_seed(zlib.crc32(repr((seed, epoch)).encode()))
-            ).tolist()
+            generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, epoch)).encode()))
+            order = torch.randperm(n, generator=generator).tolist()
         indices.append(order[place])
     return indices
 
 
 def progress(steps, **kwargs):
     """A progress bar over an iterable, with the time gone and the time left."""
-    return tqdm(
-        steps,
-        ncols=100,
-        bar_format="  {percentage:3.0f}% {bar:16} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
-        **kwargs,
-    )
+    form = "  {percentage:3.0f}% {bar:16} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+    return tqdm(steps, ncols=100, bar_format=form, **kwargs)
