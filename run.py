@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 FILES = "adapters checkpoints metrics.jsonl samples.md report.md .results.json.copy results.json .config.json.copy config.json"
 FREE = ("save_every", "micro_batch")  # settings that may change within a run: no result depends on them
-SAVE_EVERY = 10
 WAYS_OUT = "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
 
 
@@ -46,7 +45,7 @@ class Run:
     def __init__(self, path):
         self.path = Path(path)
         options = read_json(self.path / "config.json")
-        if options is None:
+        if not options:
             raise UserError(f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}")
         self.config = SimpleNamespace(**options)
         self.in_step, self.stop_signal, self.held = False, 0, None
@@ -57,19 +56,15 @@ class Run:
         anything must have had them."""
         path = Path(path)
         held = hold(path)
-        try:
-            old = read_json(path / "config.json")
-        except UserError:
-            if not overwrite:
-                raise
-            old = None
-        if old is not None and len(old.keys() & options.keys()) < len(options) / 2:
+        old = read_json(path / "config.json")
+        if old and len(old.keys() & options.keys()) < len(options) / 2:
             raise UserError(f"{path / 'config.json'} belongs to something else than a run. Give another --run.")
         if overwrite:
             for name in FILES.split():  # what was learned first, so that it is never there without its settings
                 remove(path / name)
         if (path / "adapters").exists() or (path / "checkpoints").exists():
-            old = old or {}
+            if not old:
+                raise UserError(f"{path} holds a run whose settings are lost. Give a new --run, or --overwrite to start anew.")
             differs = [f"{k}={old.get(k)!r} (now {v!r})" for k, v in options.items() if k not in FREE and old.get(k) != v]
             if differs:
                 raise UserError(f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}")
@@ -100,8 +95,6 @@ class Run:
             raise UserError(f"{self.path}: the {name} is not what it was when this run was started.\n{WAYS_OUT}")
         setattr(self.config, name, value)
         write_json(self.path / "config.json", vars(self.config))
-
-    # ---- adapters and checkpoints: folders that are whole or not there ------------------------------------------------
 
     def adapter(self, role):
         return self.path / "adapters" / role
@@ -153,8 +146,6 @@ class Run:
             return int(folder.name)
         return 0
 
-    # ---- metrics and results ------------------------------------------------------------------------------------------
-
     def log(self, **metrics):
         """Append one line to metrics.jsonl: the stage, the step within it, and numbers by name. The bar shows the first few."""
         metrics = {name: round(float(value), 6) for name, value in finite(**metrics).items()}
@@ -188,7 +179,7 @@ class Run:
             tqdm.write(f"  Warning: {text}")
 
     def results(self):
-        return read_json(self.path / "results.json") or {}
+        return read_json(self.path / "results.json")
 
     def add_results(self, **parts):
         write_json(self.path / "results.json", self.results() | parts)
@@ -196,8 +187,6 @@ class Run:
     def add_seconds(self):
         seconds = {self.name: round(time.perf_counter() - self.started, 1)}
         self.add_results(time_s=self.results().get("time_s", {}) | seconds)
-
-    # ---- stages and steps -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def stage(self, name, why):
@@ -222,7 +211,7 @@ class Run:
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(self.name, first)
-        every = getattr(self.config, "save_every", SAVE_EVERY)
+        every = getattr(self.config, "save_every", 10)
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
@@ -332,18 +321,14 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """What `write_json` wrote, a dict; None where there is no such file."""
+    """What `write_json` wrote, a dict; an empty one where there is no such file, or neither it nor its copy can be read."""
     places = path, path.with_name(f".{path.name}.copy")
-    for place in places:
+    for place in places if any(place.exists() for place in places) else ():
         try:
-            value = json.loads(place.read_text(encoding="utf-8"))
-            if isinstance(value, dict):
-                return value
-        except (OSError, ValueError, RecursionError):
-            if not any(place.exists() for place in places):
-                return None
-        print(f"{place} is damaged or missing.")
-    raise UserError(f"{path} and its copy are damaged. Give a new --run, or --overwrite to start this one anew.")
+            return dict(json.loads(place.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            print(f"{place} is damaged or missing.")
+    return {}
 
 
 def seed_all(*key):

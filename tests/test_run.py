@@ -251,8 +251,12 @@ def test_damaged_config_results_and_metrics(whole, tmp_path, capsys):
         said = capsys.readouterr().out
         assert all(f"{name} is damaged" in said for name in ("config.json", "results.json")) and "metrics.jsonl, line" in said
         (folder / ".config.json.copy").write_text("[")
-        with pytest.raises(UserError, match="damaged.*--overwrite"):
+        with pytest.raises(UserError, match="There is no run"):
             Run(folder)
+        assert ".config.json.copy is damaged" in capsys.readouterr().out
+        (folder / "adapters").mkdir()
+        with pytest.raises(UserError, match="settings are lost.*--overwrite"):
+            Run.start(folder, MINI)
 
 
 def test_another_question_is_refused_unless_it_may_overwrite(tmp_path):
