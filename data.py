@@ -3,9 +3,10 @@
 A *pair* is (prompt, chosen, rejected): a list of chat messages, the better answer, the worse answer. It is all that PIT
 ever learns from: nobody writes down *why* one answer is better.
 
-Two sources:
-  synthetic       the built-in task, who looks where in the end (below): made on the spot, with an exact quality function
-  FILE.jsonl      one JSON object a line (the file may be gzipped): prompt (text, or a list of chat messages), chosen, rejected
+Three sources:
+  synthetic            the built-in task, who looks where in the end (below): made on the spot, with an exact quality function
+  FILE                 .json, .jsonl, .csv or .parquet, in any of the forms that are listed in the second half
+  hh, tldr, a hub id   the same forms, through the library `datasets`
 
 Two prompt templates, both natural turns without any rubric in words (the paper's own template is not known):
   answer          x                               the policy M_P answers
@@ -14,10 +15,15 @@ Two prompt templates, both natural turns without any rubric in words (the paper'
 This file knows nothing of models, and only the judge in evaluate.py may call `quality`.
 """
 
+import csv
 import gzip
+import io
 import json
 import random
 import re
+import zlib
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -137,6 +143,14 @@ def synthetic_pairs(n, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs, from anywhere
 # ---------------------------------------------------------------------------------------------------------------------
+#
+#   prompt, chosen, rejected                     text or chat messages (TRL's forms; chosen may hold the prompt as well)
+#   chosen, rejected                             transcripts that begin alike and part at the last answer (Anthropic's)
+#   instruction (, input), chosen, rejected      or `question` in place of `instruction`
+#   question, response_0, response_1, label      the label is the number of the better answer
+
+HUB = {"hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
+FILES = ".json, .jsonl, .csv or .parquet (.gz)"
 
 
 @dataclass(frozen=True)
@@ -145,46 +159,223 @@ class Pair:
     chosen: str  # y_w
     rejected: str  # y_l
 
+    def key(self):
+        return json.dumps([self.prompt, self.chosen, self.rejected])
 
-def load_pairs(source, n, seed):
-    """At most n pairs from "synthetic" or from a file. Raises UserError with file and line for what is not a pair."""
+
+class BadRow(ValueError):
+    """A row that is not a pair, and why."""
+
+
+def load_pairs(source, n, seed, skip_bad=False):
+    """At most n pairs from "synthetic", a file or a hub data set -> pairs, and a count of what was read and dropped.
+
+    A row that teaches nothing (equal or empty answers, seen before) is dropped and counted. A row that is no pair raises
+    UserError with file and line, unless skip_bad. Of more than n, the seed draws n: many sets are in order of topic.
+    """
     if source == "synthetic":
-        return synthetic_pairs(n, seed)
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"--data {source}: there is no such file. Give a .jsonl file, or: synthetic")
-    pairs = []
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip() and len(pairs) < n:
-                pairs.append(read_pair(line, f"{path}, line {number}"))
-    return pairs
+        return synthetic_pairs(n, seed), Counter()
+    notes, kept = Counter(), {}
+    for place, row in rows_of_file(Path(source)) if Path(source).exists() else rows_of_hub(source):
+        try:
+            columns, pair = read_row(row)
+        except BadRow as error:
+            if not skip_bad:
+                raise UserError(f"{source}, {place}: {error}. To go on without such rows: --skip-bad") from None
+            columns, pair = "another form", "not a pair"
+        notes[f"rows of {columns}"] += 1
+        if isinstance(pair, Pair) and pair.key() not in kept:
+            kept[pair.key()] = pair
+        else:
+            notes[f"dropped ({'seen before' if isinstance(pair, Pair) else pair})"] += 1
+    if not kept:
+        raise UserError(f"--data {source} holds no pair to learn from: {describe(notes) or 'it is empty'}.")
+    pairs = list(kept.values())
+    if len(pairs) > n:
+        notes["left out (more than --pairs)"] = len(pairs) - n
+        pairs = random.Random(seed).sample(pairs, n)
+    return pairs, notes
 
 
-def read_pair(line, where):
+def describe(notes):
+    return ", ".join(f"{number:,} {what}" for what, number in notes.items() if number)
+
+
+def rows_of_file(path):
+    """Yield (place, row) for each row of a file; a row of a .jsonl file is its line, in bytes."""
+    kind, place, unit = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:], "the start", "row"
     try:
-        row = json.loads(line.decode("utf-8"))
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            if ".parquet" in kind:
+                from pyarrow import parquet  # comes with datasets
+
+                rows = enumerate(parquet.read_table(io.BytesIO(file.read())).to_pylist(), 1)
+            elif ".csv" in kind:
+                csv.field_size_limit(2**31 - 1)
+                table, unit = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True), "line"
+                rows = ((table.line_num, row) for row in table)
+            elif ".json" in kind and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one list of rows
+                rows = enumerate(json.loads(file.read().decode("utf-8-sig")), 1)
+            elif ".json" in kind or ".jsonl" in kind:
+                rows, unit = ((number, line) for number, line in enumerate(file, 1) if line.strip()), "line"
+            else:
+                raise UserError(f"--data {path}: the ending must be {FILES}.")
+            for number, row in rows:
+                place = f"{unit} {number}"
+                yield place, row
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
+        raise UserError(f"{path}: it cannot be read after {place}: {first_line(error)}") from None
+
+
+def rows_of_hub(source):
+    """Yield (place, row) of a hub data set; "id:split" names a split other than train."""
+    if source.endswith((".json", ".jsonl", ".csv", ".parquet", ".gz")):
+        raise UserError(f"--data {source}: there is no such file. Give {FILES}, or: hh, tldr, a hub id, synthetic")
+    from datasets import load_dataset
+
+    name, _, part = HUB.get(source, source).partition(":")
+    try:
+        rows = load_dataset(name, split=part or "train")
+    except Exception as error:  # of many kinds: no network, no such id, no such split, a loading script
+        raise UserError(
+            f"--data {source}: there is no such file, and the hub does not give it: {first_line(error)}\n"
+            f"Give a local file, {FILES}, or the built-in task: --data synthetic"
+        ) from None
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def first_line(error):
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def read_row(row):
+    """A row in any of the forms above -> the columns used, and a Pair, or why it teaches nothing. Raises BadRow."""
+    try:
+        row = json.loads(row.decode("utf-8-sig")) if isinstance(row, bytes) else row
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: this is not a JSON object.") from None
-    for field in ("prompt", "chosen", "rejected"):
-        if not isinstance(row, dict) or not row.get(field):
-            raise UserError(f"{where}: there is no `{field}`.")
-    if not isinstance(row["chosen"], str) or not isinstance(row["rejected"], str):
-        raise UserError(f"{where}: `chosen` and `rejected` must be text.")
-    prompt = row["prompt"] if isinstance(row["prompt"], list) else dialogue(row["prompt"])
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt):
-        raise UserError(f"{where}: `prompt` must be text, or a list of messages with `role` and `content`.")
-    return Pair(prompt, row["chosen"].strip(), row["rejected"].strip())
+        raise BadRow("this is not JSON in UTF-8") from None
+    if not isinstance(row, dict):
+        raise BadRow("this is not an object with columns")
+    row = {name: value for name, value in row.items() if value is not None}
+    asked = [name for name in ("prompt", "instruction", "question") if name in row][:1]
+    columns = asked + ["input"] * (asked == ["instruction"] and bool(row.get("input")))
+    if row.keys().isdisjoint(("chosen", "rejected")) and not row.keys().isdisjoint(("response_0", "response_1")):
+        answers, label = ["response_0", "response_1"], "better_response_id" if "better_response_id" in row else "label"
+        columns += [*answers, label]
+    else:
+        answers, label = ["chosen", "rejected"], None
+        columns += answers
+    for name in columns:
+        if name not in row:
+            raise BadRow(f"there is no `{name}`")
+    prompt = read_turns(row[asked[0]], asked[0]) if asked else []
+    if "input" in columns:
+        prompt = read_turns([*prompt, {"role": "user", "content": row["input"]}], "input")
+    (before, chosen), (also_before, rejected) = (read_answer(row[name], name, prompt, asked) for name in answers)
+    if label and str(row[label]).strip() not in ("0", "1"):
+        raise BadRow(f"`{label}` must be 0 or 1, the number of the better answer")
+    if label and str(row[label]).strip() == "1":
+        chosen, rejected = rejected, chosen
+    if not chosen or not rejected:
+        pair = "an empty answer"
+    elif chosen == rejected:
+        pair = "equal answers"
+    elif before != also_before:
+        pair = "transcripts that part too early"
+    elif not before:
+        pair = "an empty prompt"
+    elif before[-1]["role"] != "user":
+        raise BadRow("the prompt must end in the user's turn")
+    else:
+        pair = Pair(before, chosen, rejected)
+    return ", ".join(columns), pair
+
+
+def read_answer(value, column, prompt, asked):
+    """An answer after the turns of `prompt`, or a transcript that ends in it -> (all turns before the answer, the answer)."""
+    if isinstance(value, str) and not TRANSCRIPT.match(value):
+        if not asked:
+            raise BadRow(f"there is no `prompt`, and `{column}` is no transcript")
+        return prompt, real_text(value, column)
+    turns = read_turns(value, column)
+    if not turns or turns[-1]["role"] != "assistant":
+        return turns, ""
+    *before, last = turns
+    return before if before[: len(prompt)] == prompt else prompt + before, last["content"]
+
+
+def read_turns(value, column):
+    """Text or chat messages -> messages, empty ones left out and neighbours by one speaker joined: many templates insist."""
+    turns = []
+    for message in dialogue(value) if isinstance(value, str) else value if isinstance(value, list) else [None]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise BadRow(f"`{column}` must be text, or a list of messages with `role` and `content`")
+        role, said = message["role"], real_text(message["content"], column)
+        if role not in ("system", "user", "assistant") or role == "system" and turns:
+            raise BadRow(f"`{column}`: the roles are user and assistant, and system for the first message alone")
+        if said and turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + said
+        elif said:
+            turns.append({"role": role, "content": said})
+    return turns
+
+
+def real_text(value, column):
+    if not isinstance(value, str):
+        raise BadRow(f"`{column}` must be text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"`{column}` holds half a character (a lone surrogate)") from None
+    return value.strip()
+
+
+TRANSCRIPT = re.compile(r"\s*Human:")
 
 
 def dialogue(text):
     """Text -> chat messages: the turns of Anthropic's "\\n\\nHuman: ... \\n\\nAssistant:" form, or one user message."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if len(parts) == 1:
+    if not TRANSCRIPT.match(text):
         return [{"role": "user", "content": text.strip()}]
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def fit(pairs, count_prompt, count_answer, max_prompt, max_response, notes):
+    """The pairs within two lengths, in tokens as the functions count them; what is cut and dropped is added to `notes`.
+
+    A prompt loses its oldest turns, then the oldest words of its last one. An answer is never cut: without its end it would
+    teach not to stop, with an end put in, to stop in mid-sentence; and people's verdict was on the whole of it.
+    """
+    kept = {}
+    for pair in pairs:
+        prompt = pair.prompt if count_prompt(pair.prompt) <= max_prompt else shorten(pair.prompt, count_prompt, max_prompt)
+        if max(count_answer(pair.chosen), count_answer(pair.rejected)) > max_response:
+            notes[f"dropped (an answer over {max_response} tokens)"] += 1
+        elif prompt is None:
+            notes[f"dropped (a prompt that no cut brings to {max_prompt} tokens)"] += 1
+        elif (cut := Pair(prompt, pair.chosen, pair.rejected)).key() in kept:
+            notes["dropped (seen before, once cut)"] += 1
+        else:
+            notes[f"prompts cut to {max_prompt} tokens"] += prompt != pair.prompt
+            kept[cut.key()] = cut
+    return list(kept.values())
+
+
+def shorten(prompt, count, longest):
+    """The longest end of `prompt` within `longest` tokens, its system message kept -> messages, or None."""
+    system = [turn for turn in prompt if turn["role"] == "system"]
+    starts = [(i, 0) for i, turn in enumerate(prompt) if turn["role"] == "user"]  # (turn, character)
+    starts += [(len(prompt) - 1, space.end()) for space in re.finditer(r"\s+", prompt[-1]["content"])]
+
+    def end(start):
+        turn, character = start
+        return [*system, prompt[turn] | {"content": prompt[turn]["content"][character:]}, *prompt[turn + 1 :]]
+
+    first = bisect_left(starts, True, key=lambda start: count(end(start)) <= longest)
+    return end(starts[first]) if first < len(starts) else None
 
 
 PARTS = {"held_out": 0.10, "judge": 0.15, "sft": 0.25, "rm": 0.25, "rl": 0.25}  # equal thirds, after the parts that judge

@@ -23,7 +23,7 @@ import evaluate
 import infer as inference
 import reward
 import sft
-from data import dialogue, load_pairs, split
+from data import describe, dialogue, fit, load_pairs, split
 from models import load_model
 from run import Run, UserError, same_command, seed_all
 
@@ -60,9 +60,12 @@ def run_all(
     target_modules: Annotated[
         str, option("Model", "Layers with adapters: all-linear, or a regular expression.")
     ] = "all-linear",
-    data: Annotated[Optional[str], option("Data", "synthetic, or a .jsonl(.gz) file of prompt, chosen, rejected.")] = None,
+    data: Annotated[
+        Optional[str], option("Data", "synthetic, hh, tldr, a hub id, or a .json(l), .csv or .parquet file.")
+    ] = None,
     pairs: Annotated[Optional[int], option("Data", "Use at most this many pairs.", min=80)] = None,
-    max_prompt: Annotated[Optional[int], option("Data", "Leave out pairs whose prompt has more tokens.", min=8)] = None,
+    skip_bad: Annotated[bool, option("Data", "Go on without rows that are not pairs, and count them.")] = False,
+    max_prompt: Annotated[Optional[int], option("Data", "Longest prompt in tokens; the oldest turns are cut.", min=8)] = None,
     max_response: Annotated[
         Optional[int], option("Data", "Longest answer in tokens; longer pairs are left out.", min=4)
     ] = None,
@@ -115,21 +118,18 @@ class Session:
     def __init__(self, run):
         self.run, cfg = run, run.config
         run.hold()
-        self.lm = load_base(cfg)
-        pairs = load_pairs(cfg.data, cfg.pairs, cfg.seed)
+        pairs, notes = load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad)
         run.pin("data fingerprint", hashlib.sha256(json.dumps([vars(pair) for pair in pairs]).encode()).hexdigest())
-        fitting = [pair for pair in pairs if self.fits(pair)]
-        self.parts = split(fitting, cfg.seed)
-        sizes = ", ".join(f"{name} {len(part)}" for name, part in self.parts.items())
-        print(f"{cfg.model}: {self.lm.describe()}")
-        print(f"{cfg.data}: {len(fitting)} pairs, {len(pairs) - len(fitting)} more too long; {sizes}")
+        split(pairs, cfg.seed)  # too few? better said before the base is loaded
+        self.lm = lm = load_base(cfg)
+        print(f"{cfg.model}: {lm.describe()}")
+        lengths = (lambda turns: len(lm.encode_prompt(turns))), (lambda text: len(lm.encode_response(text)))
+        pairs = fit(pairs, *lengths, cfg.max_prompt, cfg.max_response, notes)
+        print(f"{cfg.data}: {', '.join(filter(None, [describe(notes), f'{len(pairs):,} pairs kept']))}", end="; ")
+        self.parts = split(pairs, cfg.seed)
+        print(", ".join(f"{name} {len(part):,}" for name, part in self.parts.items()))
         self.rounds = curriculum.parse(cfg.rounds)
         self.last = f"pit_rl{len(self.rounds) - 1}"
-
-    def fits(self, pair):
-        cfg, lm = self.run.config, self.lm
-        longest = max(len(lm.encode_response(text)) for text in (pair.chosen, pair.rejected))
-        return longest <= cfg.max_response and len(lm.encode_prompt(pair.prompt)) <= cfg.max_prompt
 
     def train(self, role, why, function, *args):
         """Train `role` by function(lm, run, *args), or load it where the run has it already."""
