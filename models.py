@@ -21,6 +21,7 @@ import copy
 import logging
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,8 +31,10 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -44,6 +47,8 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 TINY = Path(__file__).parent / "tiny"  # the built-in base, made by `python sft.py`
+HUB = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google", "OLMo": "allenai",
+       "pythia": "EleutherAI", "TinyLlama": "TinyLlama"}  # who publishes a model, by how its name begins  # fmt: skip
 LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at one time; 256 x 152k in fp32 is 150 MiB
 
 
@@ -74,11 +79,10 @@ class LM:
         self.tokenizer, self.lora = tokenizer, lora
         self.device = base.device
         self.eos = end_of_turn(tokenizer)
-        self.pad = next(
-            i
-            for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
-            if i not in (None, self.eos)
-        )
+        pads = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1
+        self.pad = next(token for token in pads if token not in (None, self.eos))
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.control = sorted(special | set(tokenizer.all_special_tokens))
         self.lm_head, self.hidden_size = base.get_output_embeddings(), base.get_input_embeddings().embedding_dim
         self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank", autocast_adapter_dtype=True)
         self.heads = nn.ModuleDict()
@@ -88,10 +92,12 @@ class LM:
         """The base in one line."""
         base = self.peft.get_base_model()
         size = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for n, p in base.named_parameters() if "lora" not in n)
-        four_bit = any(p.dtype == torch.uint8 for p in base.parameters())
-        return (
-            f"{size / 1e6:.1f}M parameters in {'4-bit' if four_bit else '16-bit'} on {self.device.type}, LoRA r={self.lora.r}"
-        )
+        kind = "4-bit" if any(p.dtype == torch.uint8 for p in base.parameters()) else str(self.lm_head.weight.dtype)[6:]
+        return f"{size / 1e6:.1f}M parameters in {kind} on {self.device.type}, LoRA r={self.lora.r}"
+
+    def checkpoint_layers(self):
+        """Keep only the input of each layer for the backward pass, and compute the rest again: a third more time."""
+        self.peft.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
@@ -122,6 +128,9 @@ class LM:
         """
         self.peft.set_adapter(role, inference_mode=not train)
         self.peft.eval()  # dropout is 0 everywhere, so nothing is lost, and sampling never meets a training mode
+        for layer in self.peft.modules():  # the one flag that checkpointing asks for, and on the layer alone: no dropout below
+            if getattr(layer, "gradient_checkpointing", False):
+                layer.training = train
         for name, head in self.heads.items():
             head.requires_grad_(train and name == role)
 
@@ -154,10 +163,17 @@ class LM:
     def encode_prompt(self, messages):
         """Chat messages -> token ids, up to the point where the assistant starts to write."""
         messages = [{"role": m["role"], "content": self.plain(m["content"]).strip()} for m in messages]
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        else:
+        if not self.tokenizer.chat_template:
             text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:"
+            begin = [self.tokenizer.bos_token_id] if getattr(self.tokenizer, "add_bos_token", False) else []
+            return begin + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError:  # this template knows no system message: it becomes the head of the user's
+            if len(messages) < 2 or messages[0]["role"] != "system":
+                raise
+            first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+            return self.encode_prompt([first, *messages[2:]])
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode_response(self, text):
@@ -167,7 +183,7 @@ class LM:
 
     def plain(self, text):
         """Text typed by somebody must not act as a control token: break `<|im_end|>` up, and its like."""
-        for token in self.tokenizer.all_special_tokens:
+        for token in self.control:
             text = text.replace(token, token[:1] + " " + token[1:])
         return text
 
@@ -331,54 +347,83 @@ def pick_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def find_model(name):
+    """What a name stands for: "tiny", a local folder, a short name such as "Qwen2-0.5B", or a hub id -> folder or hub id."""
+    publisher = next((publisher for start, publisher in HUB.items() if name.startswith(start)), None)
+    if name == "tiny":
+        return TINY
+    return f"{publisher}/{name}" if publisher and "/" not in name and not Path(name).exists() else name
+
+
 def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
     """Load a base once, freeze it, and wrap it for adapters.
 
-    name: "tiny" (built in), a local Hugging Face folder, or a hub id. bits: 4 (NF4 through bitsandbytes) or 16 (as it is).
-    Raises UserError, in one or two lines, when there is no such model.
+    name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32 where there is no bf16).
+    Raises UserError, in one or two lines, when there is no such model. Never runs code from a hub, never opens a pickle.
     """
-    device = pick_device()
-    source = TINY if name == "tiny" else name
-    four_bit = bits == 4 and has_4bit(device)
-    # bf16 matrix products where the hardware has them; the frozen part of a CPU model otherwise stays in fp32
-    dtype = torch.float32 if device == "cpu" and not four_bit else torch.bfloat16 if device == "cpu" else torch.float16
-    if device == "cuda" and torch.cuda.is_bf16_supported():
-        dtype = torch.bfloat16
+    device, source = pick_device(), find_model(name)
+    # fp16 has too small a range for gradients that nobody scales: without bf16, everything is fp32
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     options = {}
-    if four_bit:
+    if bits == 4 and has_4bit(device):
         from transformers import BitsAndBytesConfig  # imports bitsandbytes: only here, only when asked for
 
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if device == "cpu" else dtype,
+        )  # fmt: skip
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         base = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32 if device == "cpu" else dtype, device_map={"": device}, use_safetensors=True,
+            source, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
             attn_implementation="eager" if device == "cpu" else "sdpa", **options,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        base.requires_grad_(False)
+        for module in base.modules():  # bitsandbytes' AVX512 layout for CPUs has no backward, yet gives gradients, wrong ones
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
+        lora = LoraConfig(
+            r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
+        return LM(base, tokenizer, lora)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"Cannot load the model {name!r}: {reason}\nGive a local folder, a hub id, or --model tiny (built in)."
+            f"Cannot load the model {name!r}: {reason[:200]}\n"
+            f"Give a local folder, or fetch it where there is a network (hf download {source}), or use --model tiny (built in)."
         ) from None
-    base.requires_grad_(False)
-    for module in base.modules():  # bitsandbytes' AVX512 layout for CPUs has no backward, yet gives gradients, wrong ones
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
-    lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
-    return LM(base, tokenizer, lora)
 
 
 def has_4bit(device):
     """Whether bitsandbytes can hold 4-bit weights on this device; says so in one line where it cannot."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        print("bitsandbytes is not installed: the base stays unquantised, as with --bits 16.")
-        return False
-    if device == "mps":
-        print("bitsandbytes has no 4-bit backend for this device: the base stays unquantised, as with --bits 16.")
-        return False
-    return True
+    found = device != "mps" and find_spec("bitsandbytes") is not None
+    if not found:
+        print(f"There is no bitsandbytes for {device} here: the base stays unquantised, as with --bits 16.")
+    return found
+
+
+def estimate_memory(lm, cfg):
+    """Peak memory by arithmetic -> {part: GiB}: what is always there, then training's part or sampling's, whichever is larger.
+
+    n tokens at one time, N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
+    """
+    base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
+    c = base.config
+    D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    heads = c.num_attention_heads
+    length = cfg.max_prompt + 2 * cfg.max_response + 16  # x, y_ref, "Please improve your answer.", y
+    n = cfg.micro_batch * length
+    for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
+    scores = 3 * size * heads * length if c._attn_implementation == "eager" else 0
+    layer = n * (size * (10 * D + 4 * W) + for_lora + scores)
+    activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
+    logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
+    cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token
+    sampling = cfg.rl_batch * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
+    lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
+    parts = {"weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name)}
+    parts |= {"adapters": 7 * 4 * lora, "optimiser and gradients": 2 * 3 * 4 * lora}
+    parts |= {"activations": activations, "logits": logits} if activations + logits > sampling else {"sampling": sampling}
+    return {part: number / 2**30 for part, number in parts.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import datasets  # noqa: F401  on Windows it must be imported before torch
+import torch
 import typer
 
 import curriculum
@@ -24,7 +25,7 @@ import infer as inference
 import reward
 import sft
 from data import describe, dialogue, fit, load_pairs, split
-from models import load_model
+from models import estimate_memory, load_model
 from run import Run, UserError, same_command, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -35,8 +36,14 @@ PRESETS = {
                  rm_lr=3e-3, rl_steps=20, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
     "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
                  rm_lr=1e-4, rl_steps=150, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
+    "small": dict(max_prompt=256, max_response=96, micro_batch=4),  # --vram below 6
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
+
+OUT_OF_MEMORY = (
+    "Repeat the command with half the --micro-batch: no result changes, and finished stages are kept. If that is 1 already, "
+    "start a new --run with a lower --max-prompt, --max-response or --rl-batch."
+)
 
 
 def option(panel, text, **kwargs):
@@ -53,16 +60,15 @@ def run_all(
     overwrite: Annotated[bool, option("Run", "Start anew where the folder holds a run, and lose what it has learned.")] = False,
     save_every: Annotated[int, option("Run", "Steps from one checkpoint to the next.", min=1)] = 10,
     seed: Annotated[int, option("Run", "Seed of data, sampling and initialisation.", min=0)] = 0,
-    model: Annotated[str, option("Model", "tiny (built in), a local folder, or a hub id.")] = "tiny",
+    model: Annotated[str, option("Model", "tiny (built in), Qwen2-0.5B, a local folder, a hub id.")] = "tiny",
     bits: Annotated[int, option("Model", "4: NF4 through bitsandbytes; 16: no quantisation.")] = 4,
     lora_r: Annotated[int, option("Model", "Rank of every adapter.", min=1)] = 16,
     lora_alpha: Annotated[int, option("Model", "Scale of every adapter: alpha / r.", min=1)] = 32,
+    vram: Annotated[float, option("Model", "Memory of the GPU in GiB; below 6, lengths are shorter too.", min=2)] = 6,
     target_modules: Annotated[
         str, option("Model", "Layers with adapters: all-linear, or a regular expression.")
     ] = "all-linear",
-    data: Annotated[
-        Optional[str], option("Data", "synthetic, hh, tldr, a hub id, or a .json(l), .csv or .parquet file.")
-    ] = None,
+    data: Annotated[Optional[str], option("Data", "synthetic, hh, tldr, a hub id, or a .jsonl, .csv, .parquet file.")] = None,
     pairs: Annotated[Optional[int], option("Data", "Use at most this many pairs.", min=80)] = None,
     skip_bad: Annotated[bool, option("Data", "Go on without rows that are not pairs, and count them.")] = False,
     max_prompt: Annotated[Optional[int], option("Data", "Longest prompt in tokens; the oldest turns are cut.", min=8)] = None,
@@ -97,7 +103,8 @@ def run_all(
     if bits not in (4, 16):
         raise UserError(f"--bits {bits}: choose 4 or 16.")
     curriculum.parse(rounds)
-    preset = PRESETS["tiny" if model == "tiny" else "real"] | (PRESETS["smoke"] if smoke else {})
+    preset = PRESETS["tiny" if model == "tiny" else "real"]
+    preset = preset | (PRESETS["small"] if vram < 6 and model != "tiny" else {}) | (PRESETS["smoke"] if smoke else {})
     for name, value in preset.items():
         if options[name] is None or smoke and name in PRESETS["smoke"]:
             options[name] = value
@@ -112,6 +119,18 @@ def load_base(cfg):
     return load_model(cfg.model, cfg.bits, cfg.lora_r, cfg.lora_alpha, cfg.target_modules, cfg.seed)
 
 
+def plan_memory(lm, cfg):
+    """Say what training will take, and checkpoint the layers where --vram, less what a desktop needs, would not hold it."""
+    if sum(estimate_memory(lm, cfg).values()) > cfg.vram - 0.75:
+        lm.checkpoint_layers()
+    parts = estimate_memory(lm, cfg)
+    print(f"memory: about {sum(parts.values()):.1f} GiB (" + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()) + ")")
+    context = getattr(lm.peft.get_base_model().config, "max_position_embeddings", None)
+    needed = cfg.max_prompt + 2 * cfg.max_response + 16  # x, y_ref, "Please improve your answer.", y
+    if context and needed > context:
+        raise UserError(f"{cfg.model} reads {context} tokens, and PIT needs {needed}: lower --max-prompt or --max-response.")
+
+
 class Session:
     """What the stages of one process share: the run, the base loaded once, the pairs dealt out."""
 
@@ -123,6 +142,8 @@ class Session:
         split(pairs, cfg.seed)  # too few? better said before the base is loaded
         self.lm = lm = load_base(cfg)
         print(f"{cfg.model}: {lm.describe()}")
+        if cfg.model != "tiny":
+            plan_memory(lm, cfg)
         lengths = (lambda turns: len(lm.encode_prompt(turns))), (lambda text: len(lm.encode_response(text)))
         pairs = fit(pairs, *lengths, cfg.max_prompt, cfg.max_response, notes)
         print(f"{cfg.data}: {', '.join(filter(None, [describe(notes), f'{len(pairs):,} pairs kept']))}", end="; ")
@@ -256,6 +277,9 @@ def main():
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"Error: The disk is full. Free some space, then go on with: {same_command()}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"Error: the GPU's memory is full: {str(error).splitlines()[0][:100]}\n{OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(2)
 
 

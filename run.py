@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 FILES = "adapters checkpoints metrics.jsonl samples.md report.md .results.json.copy results.json .config.json.copy config.json"
-FREE = ("save_every", "micro_batch")  # settings that may change within a run: no result depends on them
+FREE = ("save_every", "micro_batch", "vram")  # settings that may change within a run: no result depends on them
 WAYS_OUT = "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
 
 

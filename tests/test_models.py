@@ -206,6 +206,101 @@ def test_padding_changes_nothing_where_positions_are_absolute(lm, tmp_path):
             torch.testing.assert_close(row[: len(response)], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_unknown_model_is_one_message():
-    with pytest.raises(UserError, match="no/such-model"):
-        models.load_model("no/such-model")
+@pytest.mark.parametrize("files", [{}, {"config.json": "{"}, {"config.json": '{"model_type": "nonesuch"}'}])
+def test_a_folder_that_is_no_model_is_one_message(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for name in (str(tmp_path), "no/such-model", "Qwen2-0.5B"):
+        with pytest.raises(UserError, match="Cannot load the model .*\n.*local folder.*hf download.*tiny") as error:
+            models.load_model(name)
+        assert name in str(error.value) and len(str(error.value).splitlines()) == 2
+
+
+def test_pickles_remote_code_and_damaged_weights_are_refused(lm, tmp_path):
+    base = lm.peft.unload()
+    lm.tokenizer.save_pretrained(tmp_path)
+    base.config.save_pretrained(tmp_path)
+    torch.save(base.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError):
+        models.load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"garbage" * 9)
+    with pytest.raises(UserError):
+        models.load_model(str(tmp_path))
+    base.save_pretrained(tmp_path)
+    models.load_model(str(tmp_path), bits=16)
+    config = (tmp_path / "config.json").read_text()
+    remote = '{"auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}, '
+    (tmp_path / "config.json").write_text(config.replace("{", remote, 1).replace('"qwen2"', '"mine"'))
+    (tmp_path / "x.py").write_text("open('ran', 'w')\nfrom transformers import Qwen2Config as C, Qwen2ForCausalLM as M")
+    with pytest.raises(UserError):
+        models.load_model(str(tmp_path))
+
+
+def test_short_names_stand_for_hub_ids_and_folders_come_first(tmp_path, monkeypatch):
+    assert models.find_model("Qwen2-0.5B") == "Qwen/Qwen2-0.5B" and models.find_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert models.find_model("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert models.find_model("me/Qwen2-mine") == "me/Qwen2-mine" and models.find_model("tiny") == models.TINY
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen2-0.5B").mkdir()
+    assert models.find_model("Qwen2-0.5B") == "Qwen2-0.5B"
+
+
+def test_a_layer_pattern_that_fits_nothing_is_said():
+    with pytest.raises(UserError, match="nothing_like_it"):
+        models.load_model("tiny", bits=16, target_modules="nothing_like_it")
+
+
+def test_a_template_without_system_messages_gets_them_in_the_users_turn(lm):
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    )
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "map"}]
+    assert lm.encode_prompt(turns) == lm.encode_prompt([{"role": "user", "content": "Be brief.\n\nmap"}])
+
+
+def test_without_a_template_a_prompt_is_a_plain_dialogue_that_begins_as_the_tokenizer_wants(lm):
+    lm.tokenizer.chat_template = None
+    ids = lm.encode_prompt([{"role": "user", "content": "map"}])
+    assert lm.tokenizer.decode(ids) == "User: map\n\nAssistant:"
+    lm.tokenizer.bos_token, lm.tokenizer.add_bos_token = "<|user|>", True
+    assert lm.encode_prompt([{"role": "user", "content": "map"}]) == [lm.tokenizer.bos_token_id, *ids]
+    assert lm.decode([lm.encode_response("map")]) == ["map"]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_checkpointed_layers_change_no_gradient_and_no_sample(lm, lm4, pairs, bits):
+    model = {4: lm4, 16: lm}[bits]
+    model.add("role")
+    shake(model, "role")
+    tokens, prompt = batch(model, pairs), [model.encode_prompt(pairs[0].prompt)]
+    torch.manual_seed(0)
+    before, sampled = gradients(model, tokens), model.generate("role", prompt, 12).ids
+    model.checkpoint_layers()
+    calls, layer = [], model.peft.get_base_model().get_decoder().layers[0]
+    layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    after = gradients(model, tokens)
+    assert len(calls) == 2  # computed again in the backward pass
+    assert torch.equal(model.generate("role", prompt, 12).ids, sampled)
+    assert len(calls) == 2 + sampled.shape[1] - len(prompt[0])  # once a sampled token: nothing is computed twice there
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_control_tokens_that_are_no_special_tokens_by_name_are_only_text_too(lm):
+    """<|user|> opens a turn, yet the tokenizer lists it with its added tokens alone, as many do."""
+    text = lm.plain("a<|user|>b<|pad|>")
+    assert not set(lm.tokenizer(text)["input_ids"]) & {*lm.tokenizer.convert_tokens_to_ids(["<|user|>", "<|pad|>"])}
+
+
+def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
+    from types import SimpleNamespace
+
+    cfg = SimpleNamespace(max_prompt=64, max_response=32, micro_batch=4, rl_batch=1)
+    base = lm.peft.get_base_model()
+    parts = models.estimate_memory(lm, cfg)
+    frozen = sum(p.numel() * p.element_size() for name, p in base.named_parameters() if "lora" not in name)
+    lora = sum(p.numel() * 4 for p in lm.parameters("blank"))
+    assert parts["weights"] == frozen / 2**30 and parts["adapters"] == 7 * lora / 2**30
+    lm.checkpoint_layers()
+    assert models.estimate_memory(lm, cfg)["activations"] < parts["activations"] / 2
