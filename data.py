@@ -248,15 +248,20 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-def read_row(row):
-    """A row in any of the forms above -> the columns used, and a Pair, or why it teaches nothing. Raises BadRow."""
+def read_columns(row):
+    """A line of JSON, or what is to be a dict already -> {column: value}, without the empty ones."""
     try:
         row = json.loads(row.decode("utf-8-sig")) if isinstance(row, bytes) else row
     except (ValueError, RecursionError):
         raise BadRow("this is not JSON in UTF-8") from None
     if not isinstance(row, dict):
         raise BadRow("this is not an object with columns")
-    row = {name: value for name, value in row.items() if value is not None}
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def read_row(row):
+    """A row in any of the forms above -> the columns used, and a Pair, or why it teaches nothing. Raises BadRow."""
+    row = read_columns(row)
     asked = [name for name in ("prompt", "instruction", "question") if name in row][:1]
     columns = asked + ["input"] * (asked == ["instruction"] and bool(row.get("input")))
     if row.keys().isdisjoint(("chosen", "rejected")) and not row.keys().isdisjoint(("response_0", "response_1")):

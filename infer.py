@@ -3,11 +3,15 @@
 y_0 ~ M_P^RL(x)            y_{k+1} ~ M_PIT^RL(x, y_k)            gap_k = R_PIT(x, y_{k+1}, y_k), above 0 for "better"
 """
 
+import json
+import os
+
 import torch
 
 import reward
-from data import improve_prompt
+from data import BadRow, improve_prompt, read_columns, read_turns, real_text, rows_of_file, shorten
 from models import in_parts
+from run import UserError, progress, seed_all
 
 
 def answer(lm, role, prompts, cfg, temperature=1.0):
@@ -62,3 +66,59 @@ def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None):
         better = improve(lm, pit, [prompt], [text], cfg, temperature)[0]
         yield better, gaps(lm, [prompt], [better], [text], cfg).item()
         text = better
+
+
+# ---- whole files -----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path):
+    """Rows with a `prompt` (text or messages), and a `response` where there is one -> [(row, messages, response or None)]."""
+    rows = []
+    for place, row in rows_of_file(path):
+        try:
+            row = read_columns(row)
+            prompt = read_turns(row.get("prompt", ""), "prompt")
+            response = real_text(row["response"], "response") if "response" in row else None
+            if not prompt or prompt[-1]["role"] != "user" or response == "":
+                raise BadRow("`prompt` must end in the user's turn, and neither it nor `response` may be empty")
+        except BadRow as error:
+            raise UserError(f"{path}, {place}: {error}.") from None
+        rows.append((row, prompt, response))
+    return rows
+
+
+def rows_done(path, rows):
+    """How many rows an earlier start has answered in the output `path`; a line that it left half-written is taken off."""
+    text = path.read_bytes() if path.exists() else b""
+    *lines, rest = text.split(b"\n")
+    begin = b'{"improved": '
+    try:
+        prompts = [json.loads(line)["prompt"] for line in lines if line.startswith(begin)]
+    except (ValueError, KeyError):
+        prompts = []
+    if prompts != [row["prompt"] for row, *_ in rows[: len(lines)]] or not rest.startswith(begin[: len(rest)]):
+        raise UserError(f"--output {path} is there already, and is not the beginning of this work. Give another --output.")
+    if rest:
+        os.truncate(path, len(text) - len(rest))
+    return len(lines)
+
+
+def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed):
+    """Append to the JSONL file `path` each row with its improved text, the texts before it, and their gaps, in order."""
+    done = rows_done(path, rows)
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        for start in progress(range(done, len(rows), cfg.rl_batch)):
+            batch = rows[start : start + cfg.rl_batch]
+            seed_all(seed, "infer", start)
+            prompts = [shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt) for _, turns, _ in batch]
+            if None in prompts:
+                raise UserError(f"Row {start + prompts.index(None) + 1}: no cut brings its prompt to {cfg.max_prompt} tokens.")
+            written = iter(answer(lm, policy, [p for p, row in zip(prompts, batch) if row[2] is None], cfg, temperature))
+            texts, steps = [[text if text is not None else next(written) for *_, text in batch]], []
+            for _ in range(rounds):
+                texts.append(improve(lm, pit, prompts, texts[-1], cfg, temperature))
+                steps.append(gaps(lm, prompts, texts[-1], texts[-2], cfg).tolist())
+            for (row, *_), versions, worth in zip(batch, zip(*texts), zip(*steps)):
+                line = {"improved": versions[-1]} | row | {"versions": versions, "gaps": [round(gap, 3) for gap in worth]}
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.flush()

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from run import UserError, finite
@@ -157,6 +157,20 @@ class LM:
         set_peft_model_state_dict(self.peft, load_peft_weights(str(folder), device=str(self.device)), adapter_name=role)
         if role in self.heads:
             self.heads[role].load_state_dict(load_file(folder / "head.safetensors", device=str(self.device)))
+
+    def export(self, role, source, folder, merge):
+        """Write the role saved in `source` for plain peft, or merged for plain transformers. Merging uses this LM up."""
+        self.load(role, source)
+        eos, model = self.tokenizer.convert_ids_to_tokens(self.eos), self.peft.get_base_model()
+        self.tokenizer.eos_token, self.tokenizer.pad_token = eos, self.tokenizer.convert_ids_to_tokens(self.pad)
+        self.tokenizer.save_pretrained(folder)
+        if not merge:
+            self.peft.peft_config[role].base_model_name_or_path = str(model.name_or_path)
+            return self.save(role, folder)
+        model = self.peft.merge_and_unload(adapter_names=[role])
+        for config in (model.config, model.generation_config):  # answers end where our own do
+            config.eos_token_id, config.pad_token_id = self.eos, self.pad
+        model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
 
     # ---- text to tokens ------------------------------------------------------------------------------------------
 

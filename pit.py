@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Optional
 
 import datasets  # noqa: F401  on Windows it must be imported before torch
@@ -26,7 +27,7 @@ import reward
 import sft
 from data import describe, dialogue, fit, load_pairs, split
 from models import estimate_memory, load_model
-from run import Run, UserError, same_command, seed_all
+from run import Run, UserError, new_folder, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -238,33 +239,69 @@ def eval_command(run: StageRun):
 
 @app.command(name="infer")
 def infer_command(
-    prompt: Annotated[str, typer.Argument(help="What to answer.")],
     run: StageRun,
+    prompt: Annotated[Optional[str], typer.Argument(help="What to answer.")] = None,
     response: Annotated[Optional[str], typer.Option(help="Improve this text instead of the policy's own answer.")] = None,
+    input: Annotated[Optional[Path], typer.Option(help="A file of rows with `prompt`, and `response` if you have one.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="Where the rows of --input go, as .jsonl; continued if begun.")] = None,
     rounds: Annotated[int, typer.Option(help="How many times to improve.", min=1)] = 3,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.", min=0)] = 0.4,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
 ):
-    """Answer a prompt, and improve the answer round by round.
+    """Answer a prompt, or a file of prompts, and improve the answers round by round.
 
     Example: python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
+    Example: python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
+
+    Example: python pit.py infer --run runs/tiny --input prompts.jsonl --output improved.jsonl
     """
-    if not prompt.strip():
+    if (prompt is None) == (input is None) or (input is None) != (output is None):
+        raise UserError("Give either a prompt, or both --input and --output.")
+    if prompt is not None and not prompt.strip():
         raise UserError("The prompt is empty. Say what to answer.")
-    if response is not None and not response.strip():
-        raise UserError("--response is empty. Leave it out to start from the policy's own answer.")
+    if response is not None and (input or not response.strip()):
+        raise UserError("--response must be a text, for one prompt. Leave it out to start from the policy's own answer.")
     opened = Run(run)
     cfg = opened.config
     last = f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"
     for role in ("policy_rl", last, "reward_gap"):
         opened.need(role, "all")
+    rows = inference.read_rows(input) if input else None
+    if input:
+        print(f"{input}: {len(rows):,} rows, {inference.rows_done(output, rows):,} of them in {output} already")
     lm = load_base(cfg)
     for role in ("policy_rl", last, "reward_gap"):
         lm.load(role, opened.adapter(role))
+    if input:
+        inference.improve_file(lm, "policy_rl", last, rows, output, cfg, rounds, temperature, seed)
+        return
     seed_all(seed, "infer")
     messages = dialogue(prompt)
     for k, (text, gap) in enumerate(inference.iterate(lm, "policy_rl", last, messages, cfg, rounds, temperature, response)):
         print(f"original        {text}" if k == 0 else f"round {k}  {gap:+5.2f}  {text}")
+
+
+@app.command(name="export")
+def export_command(
+    run: StageRun,
+    adapter: Annotated[str, typer.Option(help="Which role, such as pit_rl1 or policy_rl.")],
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    merge: Annotated[bool, typer.Option(help="A whole transformers model, without need of peft.")] = False,
+):
+    """Write a role for other programs: as a PEFT adapter, or with --merge as a whole model.
+
+    Example: python pit.py export --run runs/tiny --adapter pit_rl1 --to improver --merge
+    """
+    opened = Run(run)
+    opened.need(adapter, "all")
+    if to.exists():
+        raise UserError(f"--to {to} is there already. Give a new folder.")
+    if merge and (opened.adapter(adapter) / "head.safetensors").exists():
+        raise UserError(f"{adapter} is a scalar head on an adapter, not a model that writes: leave out --merge.")
+    cfg = SimpleNamespace(**vars(opened.config) | {"bits": 16})  # merged into 4-bit weights, the logits would move
+    with new_folder(to) as folder:
+        load_base(cfg).export(adapter, opened.adapter(adapter), folder, merge)
+    print(f"{to}: {adapter} of {run}, {'merged into' if merge else 'an adapter for'} {cfg.model}")
 
 
 def main():

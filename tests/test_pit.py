@@ -74,9 +74,25 @@ def test_infer_shows_the_original_and_each_round(mini):
     assert code == 0 and "Now Ann west: west" in out
 
 
+def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Sort from A to Z: tea map"}\n{"prompt": "List.", "response": "tea"}\n')
+    words = "--run", mini[0], "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
+    code, out, err = pit("infer", *words, "--rounds", 1)
+    assert code == 0 and "2 rows, 0 of them" in out, err
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").read_text().splitlines()][1] == "List."
+    code, out, err = pit("export", "--run", mini[0], "--adapter", "pit_rl1", "--to", tmp_path / "whole", "--merge")
+    assert code == 0 and (tmp_path / "whole" / "model.safetensors").is_file(), err
+    code, out, err = pit("export", "--run", mini[0], "--adapter", "pit_rl1", "--to", tmp_path / "whole")
+    assert code == 2 and "there already" in err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
+        (["infer", "--run", "{mini}"], "either a prompt"),
+        (["infer", "--run", "{mini}", "--input", "nowhere.jsonl", "--output", "x.jsonl"], "nowhere.jsonl"),
+        (["export", "--run", "{mini}", "--adapter", "reward_gap", "--to", "{tmp}/x", "--merge"], "leave out --merge"),
+        (["export", "--run", "{mini}", "--adapter", "nonesuch", "--to", "{tmp}/x"], "no nonesuch"),
         (["infer", "--run", "{mini}", "  "], "prompt is empty"),
         (["infer", "--run", "{mini}", "hello", "--response", ""], "--response is empty"),
         (["infer", "--run", "{mini}", "hello", "--temperature", "-1"], "--temperature"),

@@ -1,0 +1,97 @@
+"""Using a result: files of prompts, and exports that other programs load."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import shake
+
+import infer
+from data import improve_prompt
+from models import load_model
+from run import UserError
+
+CFG = SimpleNamespace(max_prompt=200, max_response=12, rl_batch=2, micro_batch=2)
+ROWS = [{"prompt": f"Sort from A to Z, each once and nothing else: {words}", "id": i} for i, words in enumerate(
+    ["tea map", "soap nut oil", "bag apple", "tent rice pen", "egg cup"])]  # fmt: skip
+ROWS[1]["response"] = "List: soap nut oil"
+
+
+def work(lm, rows, path):
+    infer.improve_file(lm, "policy_rl", "pit_rl1", rows, path, CFG, 2, 1.0, seed=0)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def able(lm):
+    lm.add("policy_rl")
+    lm.add("pit_rl1")
+    shake(lm, "pit_rl1", 0.02)
+    lm.add("reward_gap", head=True)
+    return lm
+
+
+def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, tmp_path):
+    source, path = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, ROWS)))
+    rows = infer.read_rows(source)
+    whole = work(able, rows, path)
+    assert [row["id"] for row in whole] == [0, 1, 2, 3, 4]
+    assert whole[1]["versions"][0] == ROWS[1]["response"] and all(len(row["versions"]) == 3 for row in whole)
+    assert all(row["improved"] == row["versions"][-1] and len(row["gaps"]) == 2 for row in whole)
+    complete = path.read_bytes()
+    path.write_bytes(b"".join(complete.splitlines(True)[:2]) + b'{"improved": "Li')  # killed within the third line
+    assert infer.rows_done(path, rows) == 2
+    work(able, rows, path)
+    assert path.read_bytes() == complete
+    work(able, rows, path)
+    assert path.read_bytes() == complete
+
+
+@pytest.mark.parametrize(
+    "content", ["notes of mine", "{}\n", '{"improved": \n', '{"improved": "x", "prompt": "another"}\n', "\n", '{"a": 1}']
+)
+def test_a_file_of_somebody_else_is_never_written_to(able, tmp_path, content):
+    source, path = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, ROWS)))
+    path.write_text(content)
+    with pytest.raises(UserError, match="is there already"):
+        work(able, infer.read_rows(source), path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "row", ['{"response": "x"}', '{"prompt": " "}', '{"prompt": "x", "response": ""}', "[", '{"prompt": 3}']
+)
+def test_a_bad_row_is_named_before_any_work(tmp_path, row):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n' + row)
+    with pytest.raises(UserError, match="line 2"):
+        infer.read_rows(tmp_path / "in.jsonl")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_exports_answer_as_ours_under_plain_peft_and_transformers(able, tmp_path, merge):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    messages = improve_prompt([{"role": "user", "content": ROWS[0]["prompt"]}], "List: tea map")
+    ours = able.generate("pit_rl1", [able.encode_prompt(messages)], 12, temperature=0)
+    able.activate("blank")
+    blank = able.generate("blank", [able.encode_prompt(messages)], 12, temperature=0)
+    assert ours.ids.tolist() != blank.ids.tolist()
+    able.save("pit_rl1", tmp_path)
+    (tmp_path / "out").mkdir()
+    load_model("tiny", bits=16).export("pit_rl1", tmp_path, tmp_path / "out", merge)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    if merge:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    else:
+        base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, tmp_path / "out")
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**encoded, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    assert out.tolist() == ours.ids.tolist()
+    assert tokenizer.eos_token_id == able.eos != tokenizer.pad_token_id
