@@ -255,12 +255,12 @@ def infer_command(
 
     Example: python pit.py infer --run runs/tiny --input prompts.jsonl --output improved.jsonl
     """
-    if (prompt is None) == (input is None) or (input is None) != (output is None):
-        raise UserError("Give either a prompt, or both --input and --output.")
+    if (prompt is None) == (input is None) or (input is None) != (output is None) or input and response:
+        raise UserError("Give either a prompt (and --response, if you like), or both --input and --output.")
     if prompt is not None and not prompt.strip():
         raise UserError("The prompt is empty. Say what to answer.")
-    if response is not None and (input or not response.strip()):
-        raise UserError("--response must be a text, for one prompt. Leave it out to start from the policy's own answer.")
+    if response is not None and not response.strip():
+        raise UserError("--response is empty. Leave it out to start from the policy's own answer.")
     opened = Run(run)
     cfg = opened.config
     last = f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"
