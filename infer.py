@@ -7,6 +7,7 @@ import json
 import os
 
 import torch
+from transformers import AutoConfig
 
 import reward
 from data import BadRow, improve_prompt, read_columns, read_turns, real_text, rows_of_file, shorten
@@ -122,3 +123,21 @@ def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed):
                 line = {"improved": versions[-1]} | row | {"versions": versions, "gaps": [round(gap, 3) for gap in worth]}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
+
+
+# ---- for other programs -----------------------------------------------------------------------------------------------------
+
+
+def export(lm, role, source, folder, merge):
+    """Write the role saved in `source` for plain peft, or merged for plain transformers. Merging uses this LM up."""
+    lm.load(role, source)
+    eos, model = lm.tokenizer.convert_ids_to_tokens(lm.eos), lm.peft.get_base_model()
+    lm.tokenizer.eos_token, lm.tokenizer.pad_token = eos, lm.tokenizer.convert_ids_to_tokens(lm.pad)
+    lm.tokenizer.save_pretrained(folder)
+    if not merge:
+        lm.peft.peft_config[role].base_model_name_or_path = str(model.name_or_path)
+        return lm.save(role, folder)
+    model = lm.peft.merge_and_unload(adapter_names=[role])
+    for config in (model.config, model.generation_config):  # answers end where our own do
+        config.eos_token_id, config.pad_token_id = lm.eos, lm.pad
+    model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)

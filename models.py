@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from run import UserError, finite
@@ -157,20 +157,6 @@ class LM:
         set_peft_model_state_dict(self.peft, load_peft_weights(str(folder), device=str(self.device)), adapter_name=role)
         if role in self.heads:
             self.heads[role].load_state_dict(load_file(folder / "head.safetensors", device=str(self.device)))
-
-    def export(self, role, source, folder, merge):
-        """Write the role saved in `source` for plain peft, or merged for plain transformers. Merging uses this LM up."""
-        self.load(role, source)
-        eos, model = self.tokenizer.convert_ids_to_tokens(self.eos), self.peft.get_base_model()
-        self.tokenizer.eos_token, self.tokenizer.pad_token = eos, self.tokenizer.convert_ids_to_tokens(self.pad)
-        self.tokenizer.save_pretrained(folder)
-        if not merge:
-            self.peft.peft_config[role].base_model_name_or_path = str(model.name_or_path)
-            return self.save(role, folder)
-        model = self.peft.merge_and_unload(adapter_names=[role])
-        for config in (model.config, model.generation_config):  # answers end where our own do
-            config.eos_token_id, config.pad_token_id = self.eos, self.pad
-        model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
 
     # ---- text to tokens ------------------------------------------------------------------------------------------
 
@@ -416,28 +402,3 @@ def has_4bit(device):
     if not found:
         print(f"There is no bitsandbytes for {device} here: the base stays unquantised, as with --bits 16.")
     return found
-
-
-def estimate_memory(lm, cfg):
-    """Peak memory by arithmetic -> {part: GiB}: what is always there, then training's part or sampling's, whichever is larger.
-
-    n tokens at one time, N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
-    """
-    base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
-    c = base.config
-    D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    heads = c.num_attention_heads
-    length = cfg.max_prompt + 2 * cfg.max_response + 16  # x, y_ref, "Please improve your answer.", y
-    n = cfg.micro_batch * length
-    for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
-    scores = 3 * size * heads * length if c._attn_implementation == "eager" else 0
-    layer = n * (size * (10 * D + 4 * W) + for_lora + scores)
-    activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
-    logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
-    cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token
-    sampling = cfg.rl_batch * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
-    lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
-    parts = {"weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name)}
-    parts |= {"adapters": 7 * 4 * lora, "optimiser and gradients": 2 * 3 * 4 * lora}
-    parts |= {"activations": activations, "logits": logits} if activations + logits > sampling else {"sampling": sampling}
-    return {part: number / 2**30 for part, number in parts.items()}

@@ -26,7 +26,7 @@ import infer as inference
 import reward
 import sft
 from data import describe, dialogue, fit, load_pairs, split
-from models import estimate_memory, load_model
+from models import LOGIT_CHUNK, load_model
 from run import Run, UserError, new_folder, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -34,10 +34,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 PRESETS = {
     # a 1M-parameter base bears, and needs, learning rates ten times those of real models
     "tiny": dict(data="synthetic", pairs=12_000, max_prompt=48, max_response=30, sft_steps=70, sft_lr=5e-3, rm_steps=80,
-                 rm_lr=3e-3, rl_steps=20, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
+                 rm_lr=3e-3, rl_steps=20, rl_batch=64, rl_lr=1e-3, critic_lr=3e-3, micro_batch=64, eval_n=256),
     "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
-                 rm_lr=1e-4, rl_steps=150, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
-    "small": dict(max_prompt=256, max_response=96, micro_batch=4),  # --vram below 6
+                 rm_lr=1e-4, rl_steps=150, rl_batch=64, rl_lr=2e-5, critic_lr=1e-4, micro_batch=8, eval_n=256),
+    "small": dict(max_prompt=256, max_response=96, rl_batch=32, micro_batch=4),  # --vram below 6
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
 
@@ -86,7 +86,7 @@ def run_all(
     rm_batch: Annotated[int, option("Reward models", "Pairs a step.", min=1)] = 32,
     rounds: Annotated[str, option("RL", "Sources of y_ref, one round each: annotated, policy, sft.")] = "annotated,policy",
     rl_steps: Annotated[Optional[int], option("RL", "PPO iterations of each RL stage.", min=1)] = None,
-    rl_batch: Annotated[int, option("RL", "Answers an iteration.", min=2)] = 64,
+    rl_batch: Annotated[Optional[int], option("RL", "Answers an iteration.", min=2)] = None,
     rl_lr: Annotated[Optional[float], option("RL", "Learning rate of the policy.", min=0)] = None,
     critic_lr: Annotated[Optional[float], option("RL", "Learning rate of the critic.", min=0)] = None,
     kl: Annotated[float, option("RL", "Weight beta of the KL penalty.", min=0)] = 0.1,
@@ -118,6 +118,31 @@ def run_all(
 
 def load_base(cfg):
     return load_model(cfg.model, cfg.bits, cfg.lora_r, cfg.lora_alpha, cfg.target_modules, cfg.seed)
+
+
+def estimate_memory(lm, cfg):
+    """Peak memory by arithmetic -> {part: GiB}: what is always there, then training's part or sampling's, whichever is larger.
+
+    n tokens at one time, N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
+    """
+    base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
+    c = base.config
+    D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    heads = c.num_attention_heads
+    length = cfg.max_prompt + 2 * cfg.max_response + 16  # x, y_ref, "Please improve your answer.", y
+    n = cfg.micro_batch * length
+    for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
+    scores = 3 * size * heads * length if c._attn_implementation == "eager" else 0
+    layer = n * (size * (10 * D + 4 * W) + for_lora + scores)
+    activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
+    logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
+    cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token
+    sampling = cfg.rl_batch * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
+    lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
+    parts = {"weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name)}
+    parts |= {"adapters": 7 * 4 * lora, "optimiser and gradients": 2 * 3 * 4 * lora}
+    parts |= {"activations": activations, "logits": logits} if activations + logits > sampling else {"sampling": sampling}
+    return {part: number / 2**30 for part, number in parts.items()}
 
 
 def plan_memory(lm, cfg):
@@ -251,7 +276,6 @@ def infer_command(
     """Answer a prompt, or a file of prompts, and improve the answers round by round.
 
     Example: python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
-    Example: python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
 
     Example: python pit.py infer --run runs/tiny --input prompts.jsonl --output improved.jsonl
     """
@@ -300,7 +324,7 @@ def export_command(
         raise UserError(f"{adapter} is a scalar head on an adapter, not a model that writes: leave out --merge.")
     cfg = SimpleNamespace(**vars(opened.config) | {"bits": 16})  # merged into 4-bit weights, the logits would move
     with new_folder(to) as folder:
-        load_base(cfg).export(adapter, opened.adapter(adapter), folder, merge)
+        inference.export(load_base(cfg), adapter, opened.adapter(adapter), folder, merge)
     print(f"{to}: {adapter} of {run}, {'merged into' if merge else 'an adapter for'} {cfg.model}")
 
 

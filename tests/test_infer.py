@@ -82,7 +82,7 @@ def test_exports_answer_as_ours_under_plain_peft_and_transformers(able, tmp_path
     assert ours.ids.tolist() != blank.ids.tolist()
     able.save("pit_rl1", tmp_path)
     (tmp_path / "out").mkdir()
-    load_model("tiny", bits=16).export("pit_rl1", tmp_path, tmp_path / "out", merge)
+    infer.export(load_model("tiny", bits=16), "pit_rl1", tmp_path, tmp_path / "out", merge)
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     if merge:
