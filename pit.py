@@ -27,7 +27,7 @@ import reward
 import sft
 from data import describe, dialogue, fit, load_pairs, split
 from models import LOGIT_CHUNK, load_model
-from run import Run, UserError, same_command, seed_all
+from run import Run, UserError, new_folder, same_command, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
