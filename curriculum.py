@@ -9,6 +9,9 @@ to improve. A curriculum is a list of sources of y_ref: "annotated" (y_w and y_l
 That a round starts where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 """
 
+import copy
+from types import SimpleNamespace
+
 from torch.nn.init import zeros_
 
 from data import improve_prompt
@@ -17,6 +20,8 @@ from ppo import train
 from reward import gap
 from run import UserError, shuffled_batch
 
+# Table 2 of the paper, and two curricula more; all start from M_PIT^SFT and share out the same number of PPO iterations
+CURRICULA = ["annotated", "policy", "annotated,policy", "policy,annotated", "annotated,sft,policy"]
 SOURCES = {"annotated": None, "policy": "policy_rl", "sft": "policy_sft"}  # who writes y_ref
 
 
@@ -44,8 +49,30 @@ def train_policy_rl(lm, run, pairs):
     solve(lm, run, "policy_rl", "policy_sft", "policy_sft", "reward_policy", problem)
 
 
+def ablation(curriculum, total):
+    """The rounds of one of CURRICULA, `total` PPO iterations in all -> [(role, source, role it starts from, iterations)]."""
+    sources, rounds = parse(curriculum), []
+    for number, source in enumerate(sources):
+        start = rounds[-1][0] if rounds else "pit_sft"
+        steps = total * (number + 1) // len(sources) - total * number // len(sources)
+        rounds.append((f"ablate_{'-'.join(sources)}_{number}", source, start, steps))
+    return rounds
+
+
+def train_ablation_round(lm, run, pairs, role, source, start, steps):
+    """One round of an ablation -> adapter `role`: the run's own options but for the number of iterations."""
+    run = copy.copy(run)
+    run.config = SimpleNamespace(**vars(run.config) | {"rl_steps": steps})
+    train_round(lm, run, pairs, role, source, start)
+
+
 def train_pit_round(lm, run, pairs, number, source):
     """One round of PIT (Eqs. 4 and 5) -> adapter pit_rl{number}."""
+    train_round(lm, run, pairs, f"pit_rl{number}", source, f"pit_rl{number - 1}" if number else "pit_sft")
+
+
+def train_round(lm, run, pairs, role, source, start):
+    """PIT against references by `source`, from adapter `start` -> adapter `role`."""
     cfg = run.config
 
     def problem(step):
@@ -60,9 +87,8 @@ def train_pit_round(lm, run, pairs, number, source):
         unchanged = [lm.encode_response(y_ref) for y_ref in references]
         return prompts, lambda tokens: gap(lm, prompts, tokens.lists(), unchanged, cfg.micro_batch)
 
-    start = f"pit_rl{number - 1}" if number else "pit_sft"
     # a gap of 0 is "no change": shift=0 keeps it so, and a positive reward means better than y_ref
-    solve(lm, run, f"pit_rl{number}", start, "pit_sft", "reward_gap", problem, shift=0.0)
+    solve(lm, run, role, start, "pit_sft", "reward_gap", problem, shift=0.0)
 
 
 def solve(lm, run, role, start, reference, reward, problem, shift=None):

@@ -1,10 +1,13 @@
-"""Using PIT: answer, improve, iterate, and the baselines that spend the same number of generations.
+"""Using PIT: answer, improve, iterate, stop; and the baselines: Self-Refine and best-of-n.
 
 y_0 ~ M_P^RL(x)            y_{k+1} ~ M_PIT^RL(x, y_k)            gap_k = R_PIT(x, y_{k+1}, y_k), above 0 for "better"
 """
 
 import json
 import os
+import time
+import zlib
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig
@@ -12,24 +15,41 @@ from transformers import AutoConfig
 import reward
 from data import BadRow, improve_prompt, read_columns, read_turns, real_text, rows_of_file, shorten
 from models import in_parts
-from run import UserError, progress, seed_all
+from run import UserError, progress, seed_all, write_text
+
+# Self-Refine (arXiv 2303.17651) asks the policy itself, in words: once for feedback, once for the refined answer.
+FEEDBACK = "What could be better in your answer? Name each flaw and say how to mend it. Do not write a new answer yet."
+REFINE = "Now write your answer again with these flaws mended. Write nothing but the new answer."
+FOLLOWS = 0.5  # Self-Refine applies where at least this share of the feedback is neither empty nor the answer once more
+TEMPERATURES = (0.1, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)  # of Fig. 3
+ROUNDS = 5  # of Table 3
+STOPS = ("rounds", "same", "gap", "time")  # what ends the rounds of improvement, see `after_round`
+
+
+def feedback_prompt(prompt, answer):
+    return [*prompt, {"role": "assistant", "content": answer}, {"role": "user", "content": FEEDBACK}]
+
+
+def refine_prompt(prompt, answer, feedback):
+    return [
+        *feedback_prompt(prompt, answer), {"role": "assistant", "content": feedback}, {"role": "user", "content": REFINE}
+    ]  # fmt: skip
 
 
 def answer(lm, role, prompts, cfg, temperature=1.0):
     """One answer by policy `role` to each prompt (lists of chat messages) -> texts."""
-    return write(lm, role, [lm.encode_prompt(prompt) for prompt in prompts], cfg, temperature)
+    return write(lm, role, prompts, cfg, temperature)
 
 
 def improve(lm, role, prompts, references, cfg, temperature=1.0):
     """One improvement by PIT model `role` of each reference (texts) -> texts."""
-    pairs = zip(prompts, references)
-    return write(lm, role, [lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in pairs], cfg, temperature)
+    return write(lm, role, [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)], cfg, temperature)
 
 
-def write(lm, role, prompts, cfg, temperature):
+def write(lm, role, chats, cfg, temperature):
     texts = []
-    for start in range(0, len(prompts), cfg.rl_batch):
-        batch = prompts[start : start + cfg.rl_batch]
+    for start in range(0, len(chats), cfg.rl_batch):
+        batch = [lm.encode_prompt(chat) for chat in chats[start : start + cfg.rl_batch]]
         texts += lm.decode(lm.generate(role, batch, cfg.max_response, temperature).responses)
     return texts
 
@@ -59,13 +79,33 @@ def best_of_n(lm, prompts, candidates, cfg):
     return [candidates[best][i] for i, best in enumerate(scores.argmax(0).tolist())]
 
 
-def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None):
-    """Yield (text, gap over the text before) for one prompt: first the policy's answer, or `response`, with gap None."""
+def after_round(stop, before, text, gap, seconds, budget):
+    """What a round of improvement (texts before and after it, its gap, the seconds so far) calls for, by stop rule `stop`:
+
+    "next" round; "stop", and take the new text; or go "back" to the text before, and stop.
+    """
+    if stop == "gap" and gap <= 0:  # R_PIT holds the new text for no better than "no change"
+        return "back"
+    return "stop" if (stop == "same" and text == before) or (stop == "time" and seconds >= budget) else "next"
+
+
+def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None, stop="rounds", budget=60.0):
+    """Yield (text, gap over the text before) for one prompt: first the policy's answer, or `response`, with gap None.
+
+    At most `rounds` improvements, fewer where the stop rule says so (budget: seconds, for "time"). The last text is the answer.
+    """
+    started = time.monotonic()
     text = response if response is not None else answer(lm, policy, [prompt], cfg, temperature)[0]
     yield text, None
     for _ in range(rounds):
         better = improve(lm, pit, [prompt], [text], cfg, temperature)[0]
-        yield better, gaps(lm, [prompt], [better], [text], cfg).item()
+        gap = gaps(lm, [prompt], [better], [text], cfg).item()
+        then = after_round(stop, text, better, gap, time.monotonic() - started, budget)
+        if then == "back":
+            return
+        yield better, gap
+        if then == "stop":
+            return
         text = better
 
 
@@ -141,3 +181,92 @@ def export(lm, role, source, folder, merge):
     for config in (model.config, model.generation_config):  # answers end where our own do
         config.eos_token_id, config.pad_token_id = lm.eos, lm.pad
     model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
+
+
+# ---- the sides of every comparison, sampled once ---------------------------------------------------------------------------
+
+
+@dataclass
+class Side:
+    """One final answer to each of N prompts; tokens written on the way to it, each EOS included (N,); generations."""
+
+    texts: list
+    tokens: list
+    generations: int
+
+
+class Answers:
+    """Texts are sampled once, and kept in runs/NAME/answers.json while their writer and what it reads stay the same."""
+
+    def __init__(self, lm, run, prompts):
+        self.lm, self.run, self.prompts, self.path = lm, run, prompts, run.path / "answers.json"
+        self.kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+
+    def write(self, name, role, chats, temperature=1.0, after=None):
+        """Let `role` answer each chat -> Side; `after`: the side whose texts stand in the chats, and whose cost counts too."""
+        cfg = self.run.config
+        writer = zlib.crc32((self.run.adapter(role) / "adapter_model.safetensors").read_bytes())
+        made_of = zlib.crc32(repr((writer, chats, temperature, cfg.max_response, cfg.seed)).encode())
+        if self.kept.get(name, {}).get("made_of") != made_of:
+            print(f"\r  writing {name:30}", end="", flush=True)
+            seed_all(cfg.seed, "answers", name)
+            self.kept[name] = {"made_of": made_of, "texts": write(self.lm, role, chats, cfg, temperature)}
+            write_text(self.path, json.dumps(self.kept, indent=1) + "\n")
+        texts = self.kept[name]["texts"]
+        tokens = [len(self.lm.encode_response(text)) for text in texts]
+        if after is None:
+            return Side(texts, tokens, 1)
+        return Side(texts, [new + old for new, old in zip(tokens, after.tokens)], after.generations + 1)
+
+    def improve(self, name, role, side, temperature=1.0):
+        chats = [improve_prompt(x, y_ref) for x, y_ref in zip(self.prompts, side.texts)]
+        return self.write(name, role, chats, temperature, side)
+
+    def feedback(self, name, role, side, temperature=1.0):
+        chats = [feedback_prompt(x, y) for x, y in zip(self.prompts, side.texts)]
+        return self.write(f"{name} feedback", role, chats, temperature, side)
+
+    def self_refine(self, name, role, side, temperature=1.0):
+        feedback = self.feedback(name, role, side, temperature)
+        chats = [refine_prompt(*row) for row in zip(self.prompts, side.texts, feedback.texts)]
+        return self.write(name, role, chats, temperature, feedback)
+
+    def best_of(self, sides):
+        texts = best_of_n(self.lm, self.prompts, [side.texts for side in sides], self.run.config)
+        return Side(texts, [sum(row) for row in zip(*(side.tokens for side in sides))], sum(side.generations for side in sides))
+
+
+def write_sides(answers, pairs, last):
+    """All sides of Table 1, the temperatures (NAME@T) and the rounds (NAME#K) of PIT and Self-Refine, by name -> dict of Side.
+
+    `last` is the adapter of PIT's last round. Where Self-Refine does not apply, its sides are missing; the second result says
+    why, and is None otherwise.
+    """
+    sides = {"y_w": Side([pair.chosen for pair in pairs], [0] * len(pairs), 0)}
+    for name in ("original", "second_sample", "third_sample"):
+        sides[name] = answers.write(name, "policy_rl", answers.prompts)
+    original, second, third = (sides[name] for name in ("original", "second_sample", "third_sample"))
+    for name in ("pit_sft", "pit_rl0"):
+        sides[name] = answers.improve(name, name, original)
+    sides |= {"best_of_2": answers.best_of([original, second]), "best_of_3": answers.best_of([original, second, third])}
+    improve = {"pit": lambda name, side, T=1.0: answers.improve(name, last, side, T)}
+    refusal = self_refine_refusal(answers, original)
+    if refusal is None:
+        improve["self_refine"] = lambda name, side, T=1.0: answers.self_refine(name, "policy_rl", side, T)
+        sides["self_refine_sft"] = answers.self_refine("self_refine_sft", "policy_sft", original)
+    for method, write_one in improve.items():
+        sides[method] = side = write_one(method, original)
+        for T in TEMPERATURES:
+            sides[f"{method}@{T}"] = sides[method] if T == 1.0 else write_one(f"{method}@{T}", original, T)
+        for k in range(1, ROUNDS + 1):
+            sides[f"{method}#{k}"] = side = sides[method] if k == 1 else write_one(f"{method}#{k}", side)
+    return sides, refusal
+
+
+def self_refine_refusal(answers, original):
+    """Why Self-Refine does not apply to this model, in words, or None where it does."""
+    if answers.run.config.model == "tiny":
+        return "the built-in base has never seen such prompts, and cannot follow them"
+    texts = answers.feedback("self_refine", "policy_rl", original).texts
+    follows = sum(bool(text) and text != y for text, y in zip(texts, original.texts)) / len(texts)
+    return None if follows >= FOLLOWS else f"only {follows:.0%} of the policy's feedback says anything but the answer again"

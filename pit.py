@@ -226,13 +226,41 @@ def rl_stage(session):
         session.train(f"pit_rl{number}", why, curriculum.train_pit_round, pairs, number, source)
 
 
-def eval_stage(session):
+def eval_stage(session, names=(), judge_base=None):
     session.require("reward", "reward_policy", "reward_gap", "judge")
-    session.require("sft", "pit_sft")
+    session.require("sft", "policy_sft", "pit_sft")
     session.require("rl", "policy_rl", "pit_rl0", session.last)
+    if session.run.done("reward_gap3"):  # from `ablate`
+        session.load("reward_gap3")
+    judges = load_judges(session, names, judge_base)
     with session.run.stage("eval", "who beats whom, on held-out prompts"):
-        evaluate.evaluate(session.lm, session.run, session.parts["held_out"], session.last)
+        evaluate.evaluate(session.lm, session.run, session.parts["held_out"], session.last, judges)
     evaluate.write_report(session.run)
+
+
+def load_judges(session, names, judge_base):
+    """The judges by name, the main one first: the exact quality where there is one, else the first that was asked for."""
+    cfg, judges = session.run.config, {}
+    for name in names or ["quality", "judge"] if cfg.data == "synthetic" else names or ["judge"]:
+        if name == "quality" and cfg.data != "synthetic":
+            raise UserError("--judge quality: only the synthetic task has an exact quality. Give judge, or a reward model.")
+        if name == "quality":
+            judges[name] = evaluate.Judge(evaluate.exact, evaluate.SAME)
+        elif name == "judge":
+            judges[name] = evaluate.adapter_judge(session.lm, "judge", cfg)
+        else:
+            judges[name] = evaluate.hub_judge(name, session.lm.device)
+    if judge_base:  # trained like the run's own judge, on the same pairs
+        lm, role = load_base(SimpleNamespace(**vars(cfg) | {"model": judge_base})), "judge_" + Path(judge_base).name
+        if session.run.done(role):
+            lm.load(role, session.run.adapter(role))
+        else:
+            with session.run.stage(role, f"a judge on another base, {judge_base}"):
+                reward.train_policy_reward(
+                    lm, session.run, session.parts["judge"], session.parts["held_out"], role, start="blank"
+                )
+        judges[role] = evaluate.adapter_judge(lm, role, cfg)
+    return judges
 
 
 StageRun = Annotated[Path, typer.Option(help="Folder of a run that `all` has started.")]
@@ -256,10 +284,47 @@ def rl_command(run: StageRun):
     rl_stage(Session(Run(run)))
 
 
+JudgeOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--judge", help="quality (exact, synthetic task), judge (the run's own), or a reward model by folder or hub id."
+    ),
+]
+
+
 @app.command(name="eval")
-def eval_command(run: StageRun):
-    """Judge a run again: table, curves, report."""
-    eval_stage(Session(Run(run)))
+def eval_command(
+    run: StageRun,
+    judge: JudgeOption = None,
+    judge_base: Annotated[Optional[str], typer.Option(help="Train one more judge on this base: folder or hub id.")] = None,
+):
+    """Judge a run again: scorecard, tables, figures, report. --judge may be given several times; the first one decides.
+
+    Example: python pit.py eval --run runs/tiny --judge quality --judge judge
+    """
+    eval_stage(Session(Run(run)), judge, judge_base)
+
+
+@app.command()
+def ablate(run: StageRun, judge: JudgeOption = None):
+    """Train the paper's curricula and the variant of Eq. 2, and compare: Table 2, Fig. 4, and the report with them."""
+    session = Session(Run(run))
+    session.require("sft", "policy_sft", "pit_sft")
+    session.require("reward", "reward_policy", "reward_gap", "judge")
+    session.require("rl", "policy_rl")
+    pairs, held_out, three = session.parts["rm"], session.parts["held_out"], reward.three_terms
+    session.train(
+        "reward_gap3", "Eq. 2 with only its first three terms", reward.train_gap_reward, pairs, held_out, "reward_gap3", three
+    )
+    total, lasts = session.run.config.rl_steps * len(session.rounds), {}
+    for name in curriculum.CURRICULA:
+        for role, source, start, steps in curriculum.ablation(name, total):
+            why = f"curriculum {name}: PPO over {source} answers"
+            session.train(role, why, curriculum.train_ablation_round, session.parts["rl"], role, source, start, steps)
+            lasts[name] = role
+    with session.run.stage("ablate", "which curriculum is best?"):
+        evaluate.judge_curricula(session.lm, session.run, held_out, lasts, load_judges(session, judge, None))
+    eval_stage(session, judge)
 
 
 @app.command(name="infer")
@@ -272,6 +337,14 @@ def infer_command(
     rounds: Annotated[int, typer.Option(help="How many times to improve.", min=1)] = 3,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.", min=0)] = 0.4,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
+    stop: Annotated[
+        str,
+        typer.Option(
+            help="Stop early at: gap (R_PIT sees no gain; keep the text before), same (text unchanged), "
+            "time (see --seconds); rounds: never."
+        ),
+    ] = "gap",
+    seconds: Annotated[float, typer.Option(help="Start no more rounds after this long, with --stop time.", min=0)] = 60.0,
 ):
     """Answer a prompt, or a file of prompts, and improve the answers round by round.
 
@@ -285,6 +358,8 @@ def infer_command(
         raise UserError("The prompt is empty. Say what to answer.")
     if response is not None and not response.strip():
         raise UserError("--response is empty. Leave it out to start from the policy's own answer.")
+    if stop not in inference.STOPS:
+        raise UserError(f"--stop {stop}: choose one of {', '.join(inference.STOPS)}.")
     opened = Run(run)
     cfg = opened.config
     last = f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"
@@ -301,8 +376,11 @@ def infer_command(
         return
     seed_all(seed, "infer")
     messages = dialogue(prompt)
-    for k, (text, gap) in enumerate(inference.iterate(lm, "policy_rl", last, messages, cfg, rounds, temperature, response)):
+    steps = inference.iterate(lm, "policy_rl", last, messages, cfg, rounds, temperature, response, stop, seconds)
+    for k, (text, gap) in enumerate(steps):
         print(f"original        {text}" if k == 0 else f"round {k}  {gap:+5.2f}  {text}")
+    if k < rounds:
+        print(f"stopped after round {k}: --stop {stop}")
 
 
 @app.command(name="export")

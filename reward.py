@@ -25,8 +25,12 @@ def gap_loss(ww, lw, wl, ll):
 
     Nothing pins r^ww and r^ll to 0, but both are pulled up against r^lw as strongly as down against r^wl: they end halfway.
     """
-    comparisons = [(wl, ww), (wl, ll), (wl, lw), (ww, lw), (ll, lw)]
-    return sum(bradley_terry(better, worse) for better, worse in comparisons)
+    return three_terms(ww, lw, wl, ll) + bradley_terry(ww, lw) + bradley_terry(ll, lw)
+
+
+def three_terms(ww, lw, wl, ll):
+    """The ablation of Eq. 2: its first three terms, which say that w after l is best, but not that l after w is worst."""
+    return sum(bradley_terry(wl, worse) for worse in (ww, ll, lw))
 
 
 def answer_contexts(lm, pair):
@@ -39,17 +43,16 @@ def gap_contexts(lm, pair):
     return [lm.encode_prompt(improve_prompt(pair.prompt, y_ref)) for y_ref in (pair.chosen, pair.rejected)]
 
 
-def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
+def train_policy_reward(lm, run, pairs, held_out, role="reward_policy", start="policy_sft"):
     """A Bradley-Terry model of single answers -> adapter and head `role`: R_P from D_RM, the judge from pairs of its own."""
-    train(lm, run, role, "policy_sft", answer_contexts, bradley_terry, pairs)
+    train(lm, run, role, start, answer_contexts, bradley_terry, pairs)
     chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config.micro_batch)
     report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()}, len(chosen))
 
 
-def train_gap_reward(lm, run, pairs, held_out):
-    """R_PIT from D_RM -> adapter and head reward_gap."""
-    role = "reward_gap"
-    train(lm, run, role, "reward_policy", gap_contexts, gap_loss, pairs)
+def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=gap_loss):
+    """R_PIT from D_RM -> adapter and head `role`."""
+    train(lm, run, role, "reward_policy", gap_contexts, loss_of, pairs)
     ww, lw, wl, ll = score_pairs(lm, role, gap_contexts, held_out, run.config.micro_batch)
     no_change = torch.cat([ww, ll])
     measured = {
@@ -121,3 +124,15 @@ def score_pairs(lm, role, contexts_of, pairs, micro_batch):
     lm.activate(role)
     parts = [pairs[at : at + micro_batch] for at in range(0, len(pairs), micro_batch)]
     return torch.cat([score_batch(lm, role, contexts_of, part) for part in parts], 1).cpu()
+
+
+def pair_gaps(lm, role, pairs, micro_batch):
+    """The gap of y_w over y_l and of y_l over y_w, "no change" of the same reference being 0 -> (2, number of pairs).
+
+    By a gap model r(x, y, y_ref) - r(x, y_ref, y_ref); by R_P, which reads no reference, R_P(y) - R_P(y_ref).
+    """
+    if role == "reward_policy":
+        chosen, rejected = score_pairs(lm, role, answer_contexts, pairs, micro_batch)
+        return torch.stack([chosen - rejected, rejected - chosen])
+    ww, lw, wl, ll = score_pairs(lm, role, gap_contexts, pairs, micro_batch)
+    return torch.stack([wl - ll, lw - ww])
