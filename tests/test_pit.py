@@ -29,6 +29,7 @@ def mini(tmp_path_factory):
     return folder, out
 
 
+FIGURES = ["curves.png", "result.png", "fig2.png", "fig3.png", "rounds.png", "stops.png"]
 ROLES = ["policy_sft", "pit_sft", "reward_policy", "reward_gap", "judge", "policy_rl", "pit_rl0", "pit_rl1"]
 
 
@@ -44,7 +45,10 @@ def test_every_stage_runs_and_leaves_its_files(mini):
     assert {row["judge"] for row in results["table1"]} == {"quality", "judge"}
     assert all(abs(row["win"] + row["lose"] + row["tie"] - 1) < 1e-9 for row in results["table1"])
     assert set(results["time_s"]) == {*ROLES, "eval"}
-    assert all((folder / figure).stat().st_size > 10_000 for figure in ("curves.png", "result.png"))
+    assert all((folder / figure).stat().st_size > 10_000 for figure in FIGURES)
+    assert all(f"]({figure})" in (folder / "report.md").read_text() for figure in FIGURES)
+    assert {line["verdict"] for line in results["scorecard"]} <= {"holds", "does not hold", "cannot tell"}
+    assert (folder / "report.md").read_text().index("## Scorecard") < (folder / "report.md").read_text().index("## Table 1")
     assert "| quality | pit " in (folder / "report.md").read_text()
     assert (folder / "samples.md").read_text().count("## after") == 5
 
@@ -67,15 +71,21 @@ def test_a_finished_run_is_not_trained_again(mini):
 
 
 def test_infer_shows_the_original_and_each_round(mini):
-    code, out, err = pit("infer", "--run", mini[0], "Where does each look in the end? Ann north: left back.", "--rounds", 2)
+    code, out, err = pit(
+        "infer", "--run", mini[0], "Where does each look in the end? Ann north: left back.", *"--rounds 2 --stop rounds".split()
+    )
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["original", "round", "round"]
-    code, out, err = pit("infer", "--run", mini[0], "Where?", "--response", "Now Ann west: west", "--rounds", 1)
+    code, out, err = pit(
+        "infer", "--run", mini[0], "Where?", "--response", "Now Ann west: west", *"--rounds 1 --stop rounds".split()
+    )
     assert code == 0 and "Now Ann west: west" in out
 
 
 def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "Sort from A to Z: tea map"}\n{"prompt": "List.", "response": "tea"}\n')
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "Who looks where? Ann north: left."}\n{"prompt": "List.", "response": "tea"}\n'
+    )
     words = "--run", mini[0], "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
     code, out, err = pit("infer", *words, "--rounds", 1)
     assert code == 0 and "2 rows, 0 of them" in out, err
@@ -96,6 +106,8 @@ def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
         (["infer", "--run", "{mini}", "  "], "prompt is empty"),
         (["infer", "--run", "{mini}", "hello", "--response", ""], "--response is empty"),
         (["infer", "--run", "{mini}", "hello", "--temperature", "-1"], "--temperature"),
+        (["infer", "--run", "{mini}", "hello", "--stop", "never"], "--stop never"),
+        (["eval", "--run", "{mini}", "--judge", "no/such-judge"], "no/such-judge"),
         (["rl", "--run", "runs/nowhere"], "no run in"),
         (["all", "--run", "{tmp}/new", "--model", "no/such-model"], "no/such-model"),
         (["all", "--run", "{tmp}/new", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
