@@ -174,7 +174,8 @@ def evaluate(lm, run, pairs, last, judges):
         for T in infer.TEMPERATURES
     ]
     run.add_results(
-        main=main, judges=judge_accuracy(judges, pairs, length), table1=table1, fig3=fig3,
+        main=main, judges=judge_accuracy(judges, pairs, length), fig3=fig3,
+        table1=[r for r in table1 if "n" in r], not_applicable=[r for r in table1 if "n" not in r],
         mean_score={j: {side: float(np.mean(x)) for side, x in by_side.items()} for j, by_side in scores.items()},
         mean_tokens={side: float(np.mean([length(text) for text in s.texts])) for side, s in sides.items()},
         cooler=compare(scores[main]["pit@0.4"], scores[main]["pit@1.0"], margin),
@@ -331,7 +332,7 @@ def scorecard(results, metrics):
     The rule: holds where the whole interval is above 0, does not hold where none of it is, else cannot tell.
     """
     main, lines = results["main"], []
-    table1 = {(r["a"], r["b"]): r for r in results["table1"] if r["judge"] == main}
+    table1 = {(r["a"], r["b"]): r for r in results["table1"] + results["not_applicable"] if r["judge"] == main}
     table2 = {r["curriculum"]: r for r in results.get("table2", [])}
 
     def claim(text, paper, rows, missing="run `ablate`"):
@@ -396,7 +397,7 @@ def write_report(run):
     for plot in (plot_curves, plot_result, plot_fig2, plot_fig3, plot_rounds, plot_stops, plot_fig4):
         plot(run, results, metrics)
     accuracy = [[j, f"{100 * r['accuracy']:.0f}%", r["margin"]] for j, r in results["judges"].items()]
-    refusals = {f"- {r['a']} vs {r['b']}: n/a, {r['not_applicable']}." for r in results["table1"] if "not_applicable" in r}
+    refusals = {f"- {r['a']} vs {r['b']}: n/a, {r['not_applicable']}." for r in results["not_applicable"]}
     eq2 = [
         [GAP_MODELS[r["model"]], r["pairs"], r["n"], f"{100 * r['accuracy']:.0f}%",
          " to ".join(f"{100 * end:.0f}" for end in r["ci95"]), f"{r['calibration_error']:.3f}"] for r in results["eq2"]
@@ -412,7 +413,7 @@ def write_report(run):
         markdown(["claim", "the paper", "this run", "verdict"], card), "![result](result.png)",
         "## Table 1: who beats whom",
         "Lengths in tokens; `spent on a`: all tokens generated for one final answer of a, in so many generations (`gen.`).",
-        table(results["table1"]), "\n".join(sorted(refusals)),
+        table(results["table1"] + results["not_applicable"]), "\n".join(sorted(refusals)),
         "Accuracy on held-out annotated pairs; scores closer than the margin are a tie, and half right:",
         markdown(["judge", "accuracy", "tie margin"], accuracy),
         *(f"Mean score by {j}: " + ", ".join(f"{s} {m:.3f}" for s, m in means.items() if not {"@", "#"} & set(s))
@@ -481,7 +482,7 @@ LABELS = {
 def plot_result(run, results, metrics):
     """The result in one picture: who beats the policy's own answers, and the gap reward over PIT's rounds -> result.png."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
-    rows = [r for r in results["table1"] if r["b"] == "original" and r["judge"] == results["main"] and "n" in r][::-1]
+    rows = [r for r in results["table1"] if r["b"] == "original" and r["judge"] == results["main"]][::-1]
     delta = 100 * np.array([row["delta"] for row in rows])
     low, high = 100 * np.array([row["ci95"] for row in rows]).T
     left.errorbar(delta, range(len(rows)), xerr=np.maximum(0, [delta - low, high - delta]), fmt="o")
