@@ -99,9 +99,9 @@ def quality(prompt, answer):
 
 
 def draw_people(rng):
-    """Three people, who turn three to five times each."""
+    """Three people, who turn three or four times each."""
     return {
-        name: (rng.choice(LOOKS), [rng.choice([*TURNS]) for _ in range(rng.randint(3, 5))]) for name in rng.sample(NAMES, 3)
+        name: (rng.choice(LOOKS), [rng.choice([*TURNS]) for _ in range(rng.randint(3, 4))]) for name in rng.sample(NAMES, 3)
     }
 
 
@@ -109,16 +109,18 @@ def spoil(lines, flaws, rng):
     """Put `flaws` random flaws into the lines of an answer, one after the other. Ends go wrong the most."""
     lines = dict(lines)
     for _ in range(flaws):
-        name = rng.choice([*lines])
+        name, wrong = rng.choice([*lines]), rng.choice(LOOKS)
         end, way = lines[name]
-        kind = rng.choice(["end", "end", "end", "short", "other", "forget"])
+        kind = rng.choice(["end", "end", "end", "turn", "turn", "both", "short", "forget"])
+        at = rng.randrange(len(way))
         if kind == "end":
-            lines[name] = (rng.choice(LOOKS), way)
+            lines[name] = (wrong, way)
+        elif kind == "turn":
+            lines[name] = (end, [*way[:at], wrong, *way[at + 1 :]])
+        elif kind == "both":  # the last turn is wrong, and the end agrees with it
+            lines[name] = (wrong, [*way[:-1], wrong])
         elif kind == "short" and len(way) > 1:
             lines[name] = (end, way[:-1])
-        elif kind == "other":
-            at = rng.randrange(len(way))
-            lines[name] = (end, [*way[:at], rng.choice(LOOKS), *way[at + 1 :]])
         elif kind == "forget" and len(lines) > 1:
             del lines[name]
     return lines

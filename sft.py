@@ -86,17 +86,19 @@ def log_unlikelihood(logprobs, mask):
 # ---- the built-in base ---------------------------------------------------------------------------------------------------
 
 
-def check(perfect, lines):
-    """What can be said of an answer, line by line."""
-    words = []
+def check(people, lines):
+    """What can be said of an answer, line by line: is the end right, each turn, and the number of turns?"""
+    words, perfect = [], data.solve(people)
     for name, (end, way) in lines.items():
-        right_end, right_way = perfect[name]
-        state = "right" if way == right_way else "short" if way == right_way[: len(way)] else "wrong"
-        words.append(f"{name}: end {'right' if end == right_end else 'wrong'}, way {state}.")
-    return " ".join(["Seen", *words, "Missing:", *([name for name in perfect if name not in lines] or ["nobody"])])
+        start, turns = people[name]
+        right = [data.solve({name: (look, [turn])})[name][0] for look, turn in zip([start, *way], turns)]
+        marks = ["right" if look == other else "wrong" for look, other in zip(way, right)]
+        marks += ["short"] * (len(way) < len(turns))
+        words.append(f"{name} {'right' if end == perfect[name][0] else 'wrong'}: {' '.join(marks)}.")
+    return " ".join(["Seen", *words, "Missing:", *([name for name in people if name not in lines] or ["nobody"])])
 
 
-CHECK = "Check it line by line."
+CHECK = "Check it turn by turn."
 EDITS = {
     "Add who is missing.": lambda perfect, lines: {name: lines.get(name, perfect[name]) for name in perfect},
     "Tell each way again.": lambda perfect, lines: {name: (end, perfect[name][1]) for name, (end, _) in lines.items()},
@@ -106,25 +108,25 @@ EDITS = {
 
 
 def dialogue(rng):
-    """What the base has read: somebody asks, gets an answer of any quality, and talks about it -> chat messages.
+    """What the base has read: somebody asks, gets an answer of any quality, and talks about it -> chat messages, flawed or not.
 
     Following turns, copying, editing on request and telling right from wrong are all in there, as they are in the texts of real
     base models. What is not: that any of this is better, or what "Please improve your answer." asks for.
     """
-    people = data.draw_people(rng)
+    people, flaws = data.draw_people(rng), rng.choice([0, 0, 0, 0, 1, 2, 3, 4])
     perfect = data.solve(people)
-    lines = data.spoil(perfect, rng.randint(0, 4), rng)
+    lines = data.spoil(perfect, flaws, rng)
     turns = [data.ask(people), data.tell(lines)]
-    for request in rng.choices([CHECK, *EDITS], weights=[3, 1, 1, 2, 2], k=2):
+    for request in rng.choices([CHECK, *EDITS], weights=[3, 1, 1, 2, 2], k=2 if flaws else rng.choice([0, 0, 1])):
         if request == CHECK:
-            turns += [CHECK, check(perfect, lines)]
+            turns += [CHECK, check(people, lines)]
         else:
             lines = EDITS[request](perfect, lines)
             turns += [request, data.tell(lines)]
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)], flaws > 0
 
 
-def make_tiny(steps=1500, batch=32, lr=3e-3, seed=1):
+def make_tiny(steps=2500, batch=32, lr=3e-3, seed=1):
     """Pretrain the built-in base: a 1M-parameter Qwen2 on the language of the synthetic task -> the folder tiny/.
 
     initializer_range is large on purpose: on lists told three times over, copying appeared within 200 steps; with the usual
@@ -135,7 +137,7 @@ def make_tiny(steps=1500, batch=32, lr=3e-3, seed=1):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        (turn["content"] for _ in range(4000) for turn in dialogue(rng)),
+        (turn["content"] for _ in range(4000) for turn in dialogue(rng)[0]),
         600,  # every word of the task becomes one token; any other text is spelled in bytes
         new_special_tokens=["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"],
     )
@@ -167,10 +169,14 @@ def make_tiny(steps=1500, batch=32, lr=3e-3, seed=1):
     for step in bar:
         dialogues = [dialogue(rng) for _ in range(batch)]
         encoded = tokenizer(
-            [tokenizer.apply_chat_template(messages, tokenize=False) for messages in dialogues],
+            [tokenizer.apply_chat_template(messages, tokenize=False) for messages, _ in dialogues],
             return_tensors="pt", padding=True,
         )  # fmt: skip
         labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+        for row, (messages, flawed) in zip(labels, dialogues):
+            if flawed:  # an answer to read, not one to learn to write
+                start, end = (len(tokenizer.apply_chat_template(messages[:n])["input_ids"]) for n in (1, 2))
+                row[start:end] = -100
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**encoded, labels=labels).loss
         loss.backward()
