@@ -1,19 +1,16 @@
-"""The paper's evidence for a run: judges, win / lose / Delta with 95% intervals, tables, figures, a scorecard, the report.
+"""The paper's evidence for a run, measured: judges, win / lose / Delta with 95% intervals, rounds, stop rules, gap models.
 
 An answer to each held-out prompt is sampled once for each side (infer.write_sides), and every comparison looks at the same
-answers. Everything that is measured goes to results.json first; report.md and its figures are made from there alone.
+answers. Measuring needs the model, and its numbers go to results.json; drawing needs only those, and has a file of its own,
+report.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import shorten
 
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 import infer
 from data import Pair, quality
@@ -26,17 +23,6 @@ COMPARISONS = [("original", "y_w"), ("pit", "original"), ("self_refine", "origin
                ("pit_sft", "original"), ("pit_rl0", "original"), ("best_of_2", "original"), ("best_of_3", "original"),
                ("pit", "self_refine"), ("pit", "best_of_2"), ("pit", "best_of_3"), ("pit", "second_sample"),
                ("pit", "pit_sft"), ("pit", "pit_rl0")]  # fmt: skip
-BLUE, ORANGE, GREEN, RED, PINK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-)  # Okabe and Ito: safe for the colour-blind
-plt.rcParams.update({
-    "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, RED, PINK]), "axes.grid": True, "grid.alpha": 0.3,
-    "figure.facecolor": "white", "figure.constrained_layout.use": True, "savefig.dpi": 100, "errorbar.capsize": 3,
-})  # fmt: skip
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------------
@@ -108,6 +94,19 @@ def adapter_judge(lm, role, cfg):
     return Judge(lambda prompts, texts: infer.rewards(lm, role, prompts, texts, cfg).numpy())
 
 
+def judges_by_name(names, lm, cfg):
+    """Judges for the names of --judge, the main one first; without names, the exact quality if there is one, and the run's."""
+    judges = {}
+    for name in names or (["quality"] if cfg.data == "synthetic" else []) + ["judge"]:
+        if name == "quality" and cfg.data != "synthetic":
+            raise UserError("--judge quality: only the synthetic task has an exact quality. Give judge, or a reward model.")
+        if name == "quality":
+            judges[name] = Judge(exact, SAME)
+        else:
+            judges[name] = adapter_judge(lm, name, cfg) if name == "judge" else hub_judge(name, lm.device)
+    return judges
+
+
 def hub_judge(name, device):
     """A sequence-classification reward model, by hub id or folder; it reads its own chat template, or prompt and answer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -147,7 +146,7 @@ def judge_accuracy(judges, pairs, length):
     }
 
 
-# ---- measuring: everything goes to results.json ------------------------------------------------------------------------------
+# ---- measuring: everything goes to results.json -----------------------------------------------------------------------------
 
 
 def evaluate(lm, run, pairs, last, judges):
@@ -183,7 +182,6 @@ def evaluate(lm, run, pairs, last, judges):
         stops=stop_table(lm, run.config, prompts, sides, scores[main]),
         **gap_evidence(lm, run.config, pairs, written_pairs(prompts, sides, scores[main], margin)),
     )  # fmt: skip
-    print(table(table1))
 
 
 def table1_row(a, b, judge, scores, margin, sides, length, refusal):
@@ -284,310 +282,6 @@ def judge_curricula(lm, run, pairs, lasts, judges):
         for c, x in after.items()
     ]  # fmt: skip
     run.add_results(table2=rows, lasts=lasts)
-    print(table2(rows))
-
-
-# ---- the report: made of results.json and metrics.jsonl alone --------------------------------------------------------------
-
-
-def markdown(header, rows):
-    """A table as text that is also Markdown, its columns lined up; numbers to the right."""
-    cells = [list(map(str, row)) for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    right = [all(c[:1] in "+-0123456789" or c == "n/a" for c in column[1:]) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ("-:"[r]) for w, r in zip(widths, right)) + "|")
-    return "\n".join(lines)
-
-
-def points(row):
-    """A comparison's Delta with its interval, in points."""
-    low, high = row["ci95"]
-    return f"{100 * row['delta']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def table(rows):
-    """Table 1; shares in percent, lengths and costs in tokens an answer."""
-    header = ["judge", "a", "b", "n", "win", "lose", "tie", "delta", "95% interval", "len a", "len b", "spent on a", "gen."]
-    lines = []
-    for r in rows:
-        if "not_applicable" in r:
-            lines.append([r["judge"], r["a"], r["b"]] + ["-"] * 4 + ["n/a"] + ["-"] * 5)
-            continue
-        low, high = (100 * end for end in r["ci95"])
-        lines.append([r["judge"], r["a"], r["b"], r["n"], *(f"{100 * r[x]:.0f}" for x in ("win", "lose", "tie")),
-                      f"{100 * r['delta']:+.1f}", f"{low:+.1f} to {high:+.1f}",
-                      *(f"{r[x]:.1f}" for x in ("tokens_a", "tokens_b", "generated_tokens")), r["generations"]])  # fmt: skip
-    return markdown(header, lines)
-
-
-def table2(rows):
-    header = ["curriculum", "delta over the original", "annotated,policy over it"]
-    return markdown(header, [[r["curriculum"], points(r["over_original"]), points(r["both_over_it"])] for r in rows])
-
-
-def scorecard(results, metrics):
-    """The paper's claims, and what its readers asked, as [claim, the paper's number, ours, verdict], by the main judge.
-
-    The rule: holds where the whole interval is above 0, does not hold where none of it is, else cannot tell.
-    """
-    main, lines = results["main"], []
-    table1 = {(r["a"], r["b"]): r for r in results["table1"] + results["not_applicable"] if r["judge"] == main}
-    table2 = {r["curriculum"]: r for r in results.get("table2", [])}
-
-    def claim(text, paper, rows, missing="run `ablate`"):
-        rows = [r for r in rows if r] or [{"not_applicable": missing}]
-        if "not_applicable" in rows[0]:
-            lines.append([text, paper, f"n/a: {rows[0]['not_applicable']}", "cannot tell"])
-        else:  # a claim of several comparisons shows the worst of them
-            low, high = (min(r["ci95"][end] for r in rows) for end in (0, 1))
-            verdict = "holds" if low > 0 else "does not hold" if high <= 0 else "cannot tell"
-            lines.append([text, paper, points(min(rows, key=lambda r: r["delta"])), verdict])
-
-    claim("PIT beats the original answer", "+7.2 to +33.6", [table1["pit", "original"]])
-    claim("PIT beats Self-Refine", "-3.9 to +23.5", [table1["pit", "self_refine"]])
-    claim("PIT at temperature 0.4 beats PIT at 1", "best at 0.4 to 0.6", [results["cooler"]])
-    claim("Both rounds beat round 0 alone, same budget", "13.0 vs 0.0", [table2.get("annotated", {}).get("both_over_it")])
-    claim("Both rounds beat round 1 alone, same budget", "13.0 vs 1.7", [table2.get("policy", {}).get("both_over_it")])
-    pit = [r for r in results["table3"] if r["method"] == "pit"]
-    claim("PIT beats the original at each of 5 rounds (the worst)", "yes", [r["over_original"] for r in pit])
-    refusal = table1["pit", "self_refine"].get("not_applicable")
-    claim("... and Self-Refine (the worst round)", "yes", [r.get("over_self_refine") for r in pit], refusal)
-    four = {name: np.array(row) for name, row in results["fig2"]["annotated"].items()}
-    ordered = np.minimum(four["wl"] - np.maximum(four["ww"], four["ll"]), np.minimum(four["ww"], four["ll"]) - four["lw"]) > 0
-    for kind, text, paper in (("annotated", "R_PIT tells better from worse, annotated pairs", "yes (Fig. 2)"),
-                              ("written by models", "... and pairs written by the models", "not shown")):  # fmt: skip
-        row = next((r for r in results["eq2"] if r["model"] == "reward_gap" and r["pairs"] == kind), None)
-        if row:  # a coin is right on half of them
-            above = {"delta": 2 * row["accuracy"] - 1, "ci95": [2 * end - 1 for end in row["ci95"]]}
-            claim(text, paper, [above])
-            ends = " to ".join(f"{100 * end:.0f}" for end in row["ci95"])
-            lines[-1][2] = f"{100 * row['accuracy']:.0f}% right [{ends}]"
-            if kind == "annotated":
-                lines[-1][2] += f"; Eq. 1 in full on {100 * ordered.mean():.0f}%"
-    final = {c: interval(end_of(gap_curve(metrics, c))) for c in table2}
-    if final:  # "better" by the lower end of each interval, or only by the upper one
-        surely, maybe = ([c for c, ends in final.items() if ends[k] > NEAR] for k in (0, 1))
-        both = ["annotated,policy"]
-        verdict = "holds" if surely == maybe == both else "cannot tell" if both[0] in maybe and surely in ([], both) else ""
-        ours = f"surely there: {'; '.join(surely) or 'none'}"
-        lines.append(["Only annotated,policy ends with a gap in 'better'", "yes (Fig. 4)", ours, verdict or "does not hold"])
-    claim("PIT beats PIT after SFT only", "not shown", [table1["pit", "pit_sft"]])
-    claim("PIT beats best-of-2, the same generations", "not shown", [table1["pit", "best_of_2"]])
-    claim("PIT beats a second sample of the policy", "not shown", [table1["pit", "second_sample"]])
-    return lines
-
-
-def gap_curve(metrics, curriculum):
-    """The mean gap of every PPO iteration of a curriculum of `ablate`, its rounds one after the other."""
-    stage = f"ablate_{curriculum.replace(',', '-')}_"
-    return [line["score"] for line in metrics if line["stage"].startswith(stage) and line["stage"][len(stage) :].isdigit()]
-
-
-def end_of(curve):
-    """The last fifth of a curve."""
-    return curve[-max(1, len(curve) // 5) :]
-
-
-def write_report(run):
-    """All results so far as a page for people -> report.md, its figures beside it. The scorecard comes first."""
-    results, metrics = run.results(), run.metrics()
-    card = scorecard(results, metrics)
-    run.add_results(scorecard=[dict(zip(("claim", "paper", "ours", "verdict"), line)) for line in card])
-    for plot in (plot_curves, plot_result, plot_fig2, plot_fig3, plot_rounds, plot_stops, plot_fig4):
-        plot(run, results, metrics)
-    accuracy = [[j, f"{100 * r['accuracy']:.0f}%", r["margin"]] for j, r in results["judges"].items()]
-    refusals = {f"- {r['a']} vs {r['b']}: n/a, {r['not_applicable']}." for r in results["not_applicable"]}
-    eq2 = [
-        [GAP_MODELS[r["model"]], r["pairs"], r["n"], f"{100 * r['accuracy']:.0f}%",
-         " to ".join(f"{100 * end:.0f}" for end in r["ci95"]), f"{r['calibration_error']:.3f}"] for r in results["eq2"]
-    ]  # fmt: skip
-    table3 = [
-        [r["method"], r["round"], f"{r['elo']:.0f}", " to ".join(f"{end:.0f}" for end in r["elo_ci95"]), f"{r['mean']:.3f}",
-         " to ".join(f"{end:.3f}" for end in r["mean_ci95"])] for r in results["table3"]
-    ]  # fmt: skip
-    best = max(results["stops"], key=lambda r: (r["mean"], -r["tokens"]))
-    parts = [
-        f"# {run.path.name}", "## Scorecard",
-        f"By the judge `{results['main']}`; Delta = win - lose, in points, with its 95% interval (paired bootstrap).",
-        markdown(["claim", "the paper", "this run", "verdict"], card), "![result](result.png)",
-        "## Table 1: who beats whom",
-        "Lengths in tokens; `spent on a`: all tokens generated for one final answer of a, in so many generations (`gen.`).",
-        table(results["table1"] + results["not_applicable"]), "\n".join(sorted(refusals)),
-        "Accuracy on held-out annotated pairs; scores closer than the margin are a tie, and half right:",
-        markdown(["judge", "accuracy", "tie margin"], accuracy),
-        *(f"Mean score by {j}: " + ", ".join(f"{s} {m:.3f}" for s, m in means.items() if not {"@", "#"} & set(s))
-          for j, means in results["mean_score"].items()),
-        "## Figure 2: does R_PIT rank?", "![fig2](fig2.png)",
-        "Is the sign of the gap right, and is sigma(gap) a probability? (expected calibration error; 0 is perfect)",
-        markdown(["gap by", "pairs", "n", "accuracy", "95% interval", "calibration error"], eq2),
-        "## Figure 3: temperature", "![fig3](fig3.png)", "## Table 3: five rounds of improvement", "![rounds](rounds.png)",
-        markdown(["method", "round", "Elo", "95% interval", "mean score", "95% interval"], table3),
-        "## When to stop", "![stops](stops.png)", f"Best here: `--stop {best['stop']} --rounds {best['limit']}`.",
-    ]  # fmt: skip
-    if "table2" in results:
-        parts += ["## Table 2 and Figure 4: curricula", table2(results["table2"]), "![fig4](fig4.png)"]
-    parts += ["## Training"] + [
-        f"{role} on held-out pairs: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
-        for role, measured in results["reward"].items()
-    ]
-    seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in results["time_s"].items())
-    parts += [f"Seconds: {seconds}", "![learning curves](curves.png)\n"]
-    write_text(run.path / "report.md", "\n\n".join(part for part in parts if part))
-
-
-PANELS = [("loss", "SFT: loss (nats a token)", ("policy_sft", "pit_sft")),
-          ("accuracy", "Reward models: training accuracy", ("reward_policy", "reward_gap", "judge")),
-          ("score", "Policy RL: mean reward R_P", ("policy_rl",)),
-          ("score", "PIT RL: mean gap R_PIT (0 = no change)", ("pit_rl",)),
-          ("kl", "RL: KL to SFT (nats an answer)", ("policy_rl", "pit_rl")),
-          ("length", "RL: answer length (tokens)", ("policy_rl", "pit_rl")),
-          ("eos", "RL: share of answers that end", ("policy_rl", "pit_rl")),
-          ("explained", "RL: variance explained by critic", ("policy_rl", "pit_rl"))]  # fmt: skip
-
-
-def save(figure, run, name):
-    figure.savefig(run.path / name)
-    plt.close(figure)
-
-
-def bars(ax, x, means, ends, **kwargs):
-    """Points with their intervals; ends: (low, high) of each."""
-    means, ends = np.array(means), np.array(ends).reshape(-1, 2)
-    ax.errorbar(x, means, yerr=np.abs(ends - means[:, None]).T, fmt="o-", **kwargs)
-
-
-def plot_curves(run, results, metrics):
-    """All stages' learning curves, one panel a quantity -> curves.png."""
-    figure, axes = plt.subplots(2, 4, figsize=(18, 7))
-    for ax, (name, title, prefixes) in zip(axes.flat, PANELS):
-        for stage in dict.fromkeys(line["stage"] for line in metrics if line["stage"].startswith(prefixes)):
-            ax.plot(
-                *zip(*[(line["step"], line[name]) for line in metrics if line["stage"] == stage and name in line]), label=stage
-            )
-        ax.set(title=title, xlabel="step")
-        if ax.lines:
-            ax.legend()
-    save(figure, run, "curves.png")
-
-
-LABELS = {
-    "pit_sft": "PIT after SFT only", "pit_rl0": "PIT after round 0", "pit": "PIT", "best_of_2": "best of 2 answers by R_P",
-    "best_of_3": "best of 3 answers by R_P", "self_refine": "Self-Refine", "self_refine_sft": "Self-Refine by the SFT policy",
-    "original": "original", "rounds": "the rounds are over", "same": "the text is unchanged", "gap": "gap not above 0: go back",
-    "time": "the time of 1 to 5 rounds is over",
-}  # fmt: skip
-
-
-def plot_result(run, results, metrics):
-    """The result in one picture: who beats the policy's own answers, and the gap reward over PIT's rounds -> result.png."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
-    rows = [r for r in results["table1"] if r["b"] == "original" and r["judge"] == results["main"]][::-1]
-    delta = 100 * np.array([row["delta"] for row in rows])
-    low, high = 100 * np.array([row["ci95"] for row in rows]).T
-    left.errorbar(delta, range(len(rows)), xerr=np.maximum(0, [delta - low, high - delta]), fmt="o")
-    left.set_yticks(range(len(rows)), [LABELS[row["a"]] for row in rows])
-    left.set_title(f"Better than the policy's own answer? (judge: {results['main']})")
-    left.set(xlabel="win - lose, points of held-out prompts (95% interval)", ylim=(-0.5, len(rows) - 0.5))
-    left.axvline(0, color="black", linewidth=1)
-    lines = [line for line in metrics if line["stage"].startswith("pit_rl")]
-    for number, source in enumerate(run.config.rounds.split(",")):
-        curve = [(at, line["score"]) for at, line in enumerate(lines) if line["stage"] == f"pit_rl{number}"]
-        right.plot(*zip(*curve), label=f"round {number}: improves {source} answers")
-    right.axhline(0, color="black", linewidth=1)
-    right.set(
-        title="How much better than what it was given?", xlabel="PPO iteration", ylabel="mean gap by R_PIT (0 = no change)"
-    )
-    right.xaxis.get_major_locator().set_params(integer=True)
-    right.legend()
-    save(figure, run, "result.png")
-
-
-def plot_fig2(run, results, metrics):
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharex=True)
-    names = {"wl": "better after worse, r(w, l)", "ww": "better, unchanged, r(w, w)", "ll": "worse, unchanged, r(l, l)",
-             "lw": "worse after better, r(l, w)"}  # fmt: skip
-    everything = np.concatenate([x for four in results["fig2"].values() for x in four.values()])
-    bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), 40)
-    for ax, (kind, four) in zip(axes, results["fig2"].items()):
-        for (name, label), color in zip(names.items(), (GREEN, BLUE, ORANGE, RED)):
-            ax.hist(np.clip(four[name], bins[0], bins[-1]), bins, density=True, alpha=0.25, color=color)
-            ax.hist(np.clip(four[name], bins[0], bins[-1]), bins, density=True, histtype="step", color=color, linewidth=1.5,
-                    label=f"{label}: mean {np.mean(four[name]):+.2f}")  # fmt: skip
-        ax.set(title=f"Pairs {kind.replace('annotated', 'with annotated answers')} (n = {len(four['wl'])})",
-               xlabel="score by R_PIT (log-odds)", ylabel="density")  # fmt: skip
-        ax.legend(fontsize=9)
-    figure.suptitle("R_PIT's scores r(answer, reference): green should lie right of blue and orange, red left of them")
-    save(figure, run, "fig2.png")
-
-
-def plot_fig3(run, results, metrics):
-    figure, ax = plt.subplots(figsize=(7, 4))
-    for method in dict.fromkeys(r["method"] for r in results["fig3"]):
-        rows = [r for r in results["fig3"] if r["method"] == method]
-        ends = 100 * np.array([r["ci95"] for r in rows])
-        bars(ax, [r["temperature"] for r in rows], [100 * r["delta"] for r in rows], ends, label=LABELS[method].split(" (")[0])
-    ax.axhline(0, color="black", linewidth=1)
-    ax.set(title=f"One improvement against the original answer (judge: {results['main']})", xlabel="sampling temperature",
-           ylabel="win - lose, points (95% interval)")  # fmt: skip
-    ax.legend()
-    save(figure, run, "fig3.png")
-
-
-def plot_rounds(run, results, metrics):
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
-    start = results["table3"][0]
-    for method in dict.fromkeys(r["method"] for r in results["table3"][1:]):
-        rows = [start] + [r for r in results["table3"] if r["method"] == method]
-        for ax, value, ends in zip(axes, ("elo", "mean"), ("elo_ci95", "mean_ci95")):
-            bars(ax, [r["round"] for r in rows], [r[value] for r in rows], [r[ends] for r in rows], label=LABELS[method])
-    axes[0].set(title="Elo (Bradley-Terry fit)", ylabel="Elo, original = 1000 (95% interval)")
-    axes[1].set(title="Mean score", ylabel=f"mean score by {results['main']} (95% interval)")
-    for ax in axes:
-        ax.set(xlabel="rounds of improvement (0 = the original)", xticks=range(infer.ROUNDS + 1))
-        ax.legend()
-    save(figure, run, "rounds.png")
-
-
-def plot_stops(run, results, metrics):
-    figure, ax = plt.subplots(figsize=(10, 4.5))
-    start, origin = results["table3"][0], results["mean_tokens"]["original"]
-    bars(ax, [origin], [start["mean"]], [start["mean_ci95"]], color="black", label="(original, no rounds)")
-    for number, stop in enumerate(infer.STOPS):  # thick, then ever thinner: rules that agree stay visible
-        rows = [r for r in results["stops"] if r["stop"] == stop]
-        tokens, means, ends = ([r[name] for r in rows] for name in ("tokens", "mean", "ci95"))
-        bars(ax, tokens, means, ends, label=LABELS[stop], linewidth=4 - number, markersize=10 - 2 * number)
-    ax.set(title=f"When to stop improving: each line is a rule, its points allow 1 to {infer.ROUNDS} rounds",
-           xlabel="tokens generated for an answer, the original's included",
-           ylabel=f"mean score by {results['main']} (95% interval)")  # fmt: skip
-    ax.legend(title="stop when", loc="upper left", bbox_to_anchor=(1, 1))
-    save(figure, run, "stops.png")
-
-
-def plot_fig4(run, results, metrics):
-    """The gap reward over PPO iterations, one line a curriculum, smoothed over 5 iterations -> fig4.png."""
-    if "table2" not in results:
-        return
-    figure, ax = plt.subplots(figsize=(9, 5))
-    for row in results["table2"]:
-        curve = gap_curve(metrics, row["curriculum"])
-        smooth = [np.mean(curve[max(0, at - 4) : at + 1]) for at in range(len(curve))]
-        (line,) = ax.plot(range(1, len(curve) + 1), smooth, label=row["curriculum"].replace(",", ", then "), linewidth=2)
-        ax.plot(range(1, len(curve) + 1), curve, color=line.get_color(), alpha=0.2)
-    low, high = ax.get_ylim()
-    low, high = min(low, -3 * NEAR), max(high, 3 * NEAR)
-    for bottom, top, color, name in (
-        (NEAR, high, GREEN, "better"),
-        (-NEAR, NEAR, "gray", "no change"),
-        (low, -NEAR, RED, "worse"),
-    ):
-        ax.axhspan(bottom, top, color=color, alpha=0.08)
-        ax.text(1.01, (bottom + top) / 2, name, transform=ax.get_yaxis_transform(), va="center")
-    ax.set(title="What each curriculum learns (smoothed over 5 iterations)", xlabel="PPO iteration, all rounds counted",
-           ylabel="mean gap by R_PIT over y_ref (0 = no change)", ylim=(low, high))  # fmt: skip
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(title="y_ref comes from")
-    save(figure, run, "fig4.png")
 
 
 def show_samples(lm, run, stage, pairs):

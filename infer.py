@@ -15,7 +15,7 @@ from transformers import AutoConfig
 import reward
 from data import BadRow, improve_prompt, read_columns, read_turns, real_text, rows_of_file, shorten
 from models import in_parts
-from run import UserError, progress, seed_all, write_text
+from run import UserError, progress, read_json, seed_all, write_json
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself, in words: once for feedback, once for the refined answer.
 FEEDBACK = "What could be better in your answer? Name each flaw and say how to mend it. Do not write a new answer yet."
@@ -31,27 +31,22 @@ def feedback_prompt(prompt, answer):
 
 
 def refine_prompt(prompt, answer, feedback):
-    return [
-        *feedback_prompt(prompt, answer), {"role": "assistant", "content": feedback}, {"role": "user", "content": REFINE}
-    ]  # fmt: skip
+    request = {"role": "user", "content": REFINE}
+    return [*feedback_prompt(prompt, answer), {"role": "assistant", "content": feedback}, request]
 
 
-def answer(lm, role, prompts, cfg, temperature=1.0):
-    """One answer by policy `role` to each prompt (lists of chat messages) -> texts."""
-    return write(lm, role, prompts, cfg, temperature)
-
-
-def improve(lm, role, prompts, references, cfg, temperature=1.0):
-    """One improvement by PIT model `role` of each reference (texts) -> texts."""
-    return write(lm, role, [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)], cfg, temperature)
-
-
-def write(lm, role, chats, cfg, temperature):
+def answer(lm, role, chats, cfg, temperature=1.0):
+    """One text by `role`, a policy or a PIT model, to each chat (lists of messages) -> texts."""
     texts = []
     for start in range(0, len(chats), cfg.rl_batch):
         batch = [lm.encode_prompt(chat) for chat in chats[start : start + cfg.rl_batch]]
         texts += lm.decode(lm.generate(role, batch, cfg.max_response, temperature).responses)
     return texts
+
+
+def improve(lm, role, prompts, references, cfg, temperature=1.0):
+    """One improvement by PIT model `role` of each reference (texts) -> texts."""
+    return answer(lm, role, [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)], cfg, temperature)
 
 
 def gaps(lm, prompts, answers, references, cfg):
@@ -61,15 +56,11 @@ def gaps(lm, prompts, answers, references, cfg):
     return reward.gap(lm, encoded, answers, references, cfg.micro_batch).cpu()
 
 
+@torch.no_grad()
 def rewards(lm, role, prompts, answers, cfg):
     """R_P, or a judge by its role, of each answer -> (N,) on the CPU."""
-    return score(lm, role, [lm.encode_prompt(x) for x in prompts], answers, cfg)
-
-
-@torch.no_grad()
-def score(lm, role, prompts, answers, cfg):
     lm.activate(role)
-    tokens = lm.collate(prompts, [lm.encode_response(text) for text in answers])
+    tokens = lm.collate([lm.encode_prompt(x) for x in prompts], [lm.encode_response(text) for text in answers])
     return in_parts(lambda part: lm.scores(role, part), tokens, cfg.micro_batch).cpu()
 
 
@@ -101,10 +92,9 @@ def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None, st
         better = improve(lm, pit, [prompt], [text], cfg, temperature)[0]
         gap = gaps(lm, [prompt], [better], [text], cfg).item()
         then = after_round(stop, text, better, gap, time.monotonic() - started, budget)
-        if then == "back":
-            return
-        yield better, gap
-        if then == "stop":
+        if then != "back":
+            yield better, gap
+        if then != "next":
             return
         text = better
 
@@ -200,7 +190,7 @@ class Answers:
 
     def __init__(self, lm, run, prompts):
         self.lm, self.run, self.prompts, self.path = lm, run, prompts, run.path / "answers.json"
-        self.kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        self.kept = read_json(self.path)
 
     def write(self, name, role, chats, temperature=1.0, after=None):
         """Let `role` answer each chat -> Side; `after`: the side whose texts stand in the chats, and whose cost counts too."""
@@ -210,8 +200,8 @@ class Answers:
         if self.kept.get(name, {}).get("made_of") != made_of:
             print(f"\r  writing {name:30}", end="", flush=True)
             seed_all(cfg.seed, "answers", name)
-            self.kept[name] = {"made_of": made_of, "texts": write(self.lm, role, chats, cfg, temperature)}
-            write_text(self.path, json.dumps(self.kept, indent=1) + "\n")
+            self.kept[name] = {"made_of": made_of, "texts": answer(self.lm, role, chats, cfg, temperature)}
+            write_json(self.path, self.kept)
         texts = self.kept[name]["texts"]
         tokens = [len(self.lm.encode_response(text)) for text in texts]
         if after is None:
@@ -243,23 +233,21 @@ def write_sides(answers, pairs, last):
     why, and is None otherwise.
     """
     sides = {"y_w": Side([pair.chosen for pair in pairs], [0] * len(pairs), 0)}
-    for name in ("original", "second_sample", "third_sample"):
-        sides[name] = answers.write(name, "policy_rl", answers.prompts)
-    original, second, third = (sides[name] for name in ("original", "second_sample", "third_sample"))
-    for name in ("pit_sft", "pit_rl0"):
-        sides[name] = answers.improve(name, name, original)
-    sides |= {"best_of_2": answers.best_of([original, second]), "best_of_3": answers.best_of([original, second, third])}
+    samples = "original", "second_sample", "third_sample"
+    sides |= {name: answers.write(name, "policy_rl", answers.prompts) for name in samples}
+    original = sides["original"]
+    sides |= {name: answers.improve(name, name, original) for name in ("pit_sft", "pit_rl0")}
+    sides |= {f"best_of_{n}": answers.best_of([sides[name] for name in samples[:n]]) for n in (2, 3)}
     improve = {"pit": lambda name, side, T=1.0: answers.improve(name, last, side, T)}
     refusal = self_refine_refusal(answers, original)
     if refusal is None:
         improve["self_refine"] = lambda name, side, T=1.0: answers.self_refine(name, "policy_rl", side, T)
         sides["self_refine_sft"] = answers.self_refine("self_refine_sft", "policy_sft", original)
     for method, write_one in improve.items():
-        sides[method] = side = write_one(method, original)
-        for T in TEMPERATURES:
-            sides[f"{method}@{T}"] = sides[method] if T == 1.0 else write_one(f"{method}@{T}", original, T)
-        for k in range(1, ROUNDS + 1):
-            sides[f"{method}#{k}"] = side = sides[method] if k == 1 else write_one(f"{method}#{k}", side)
+        side = sides[method] = sides[f"{method}@1.0"] = sides[f"{method}#1"] = write_one(method, original)
+        sides |= {f"{method}@{T}": write_one(f"{method}@{T}", original, T) for T in TEMPERATURES if T != 1.0}
+        for k in range(2, ROUNDS + 1):
+            side = sides[f"{method}#{k}"] = write_one(f"{method}#{k}", side)
     return sides, refusal
 
 

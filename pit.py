@@ -10,6 +10,7 @@ from there. Options that depend on the size of the base are None here and filled
 
 import errno
 import hashlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ import typer
 import curriculum
 import evaluate
 import infer as inference
+import report
 import reward
 import sft
 from data import describe, dialogue, fit, load_pairs, split
@@ -66,16 +68,12 @@ def run_all(
     lora_r: Annotated[int, option("Model", "Rank of every adapter.", min=1)] = 16,
     lora_alpha: Annotated[int, option("Model", "Scale of every adapter: alpha / r.", min=1)] = 32,
     vram: Annotated[float, option("Model", "Memory of the GPU in GiB; below 6, lengths are shorter too.", min=2)] = 6,
-    target_modules: Annotated[
-        str, option("Model", "Layers with adapters: all-linear, or a regular expression.")
-    ] = "all-linear",
+    target_modules: Annotated[str, option("Model", "Layers with adapters: all-linear, or a pattern.")] = "all-linear",
     data: Annotated[Optional[str], option("Data", "synthetic, hh, tldr, a hub id, or a .jsonl, .csv, .parquet file.")] = None,
     pairs: Annotated[Optional[int], option("Data", "Use at most this many pairs.", min=80)] = None,
     skip_bad: Annotated[bool, option("Data", "Go on without rows that are not pairs, and count them.")] = False,
     max_prompt: Annotated[Optional[int], option("Data", "Longest prompt in tokens; the oldest turns are cut.", min=8)] = None,
-    max_response: Annotated[
-        Optional[int], option("Data", "Longest answer in tokens; longer pairs are left out.", min=4)
-    ] = None,
+    max_response: Annotated[Optional[int], option("Data", "Longest answer in tokens; others are left out.", min=4)] = None,
     sft_steps: Annotated[Optional[int], option("SFT", "Optimiser steps of each SFT stage.", min=1)] = None,
     sft_lr: Annotated[Optional[float], option("SFT", "Learning rate.", min=0)] = None,
     sft_batch: Annotated[int, option("SFT", "Pairs a step.", min=1)] = 32,
@@ -90,16 +88,17 @@ def run_all(
     rl_lr: Annotated[Optional[float], option("RL", "Learning rate of the policy.", min=0)] = None,
     critic_lr: Annotated[Optional[float], option("RL", "Learning rate of the critic.", min=0)] = None,
     kl: Annotated[float, option("RL", "Weight beta of the KL penalty.", min=0)] = 0.1,
-    target_kl: Annotated[
-        float, option("RL", "Adapt beta to hold the KL at this many nats an answer; 0 keeps it fixed.", min=0)
-    ] = 0.0,
+    target_kl: Annotated[float, option("RL", "KL (nats an answer) that beta adapts to; 0: fixed beta.", min=0)] = 0.0,
     epochs: Annotated[int, option("RL", "Passes over each iteration's answers.", min=1)] = 2,
     minibatch: Annotated[int, option("RL", "Answers an update.", min=1)] = 32,
     micro_batch: Annotated[Optional[int], option("RL", "Sequences in memory at one time; changes no result.", min=1)] = None,
     temperature: Annotated[float, option("RL", "Sampling temperature, in rollouts and their log-probs.", min=0.01)] = 1.0,
     eval_n: Annotated[Optional[int], option("Evaluation", "Held-out prompts.", min=8)] = None,
 ):
-    """Run every stage of PIT, or continue a run where it stopped."""
+    """Run every stage of PIT, or continue a run where it stopped.
+
+    Example: python pit.py all --model FOLDER --data pairs.jsonl --run runs/mine
+    """
     options = {name: value for name, value in locals().items() if name not in ("run", "smoke", "overwrite")}
     if bits not in (4, 16):
         raise UserError(f"--bits {bits}: choose 4 or 16.")
@@ -113,7 +112,6 @@ def run_all(
     session = Session(Run.start(folder, options, overwrite))
     for stage in (sft_stage, reward_stage, rl_stage, eval_stage):
         stage(session)
-    print(f"\nReport: {folder / 'report.md'}   curves: {folder / 'curves.png'}   samples: {folder / 'samples.md'}")
 
 
 def load_base(cfg):
@@ -232,35 +230,37 @@ def eval_stage(session, names=(), judge_base=None):
     session.require("rl", "policy_rl", "pit_rl0", session.last)
     if session.run.done("reward_gap3"):  # from `ablate`
         session.load("reward_gap3")
-    judges = load_judges(session, names, judge_base)
+    judges = evaluate.judges_by_name(names, session.lm, session.run.config)
+    if judge_base:
+        role = "judge_" + Path(judge_base).name
+        judges[role] = another_judge(session, role, judge_base)
     with session.run.stage("eval", "who beats whom, on held-out prompts"):
         evaluate.evaluate(session.lm, session.run, session.parts["held_out"], session.last, judges)
-    evaluate.write_report(session.run)
+    report.write_report(session.run)
+    report.print_table1(session.run)
 
 
-def load_judges(session, names, judge_base):
-    """The judges by name, the main one first: the exact quality where there is one, else the first that was asked for."""
-    cfg, judges = session.run.config, {}
-    for name in names or ["quality", "judge"] if cfg.data == "synthetic" else names or ["judge"]:
-        if name == "quality" and cfg.data != "synthetic":
-            raise UserError("--judge quality: only the synthetic task has an exact quality. Give judge, or a reward model.")
-        if name == "quality":
-            judges[name] = evaluate.Judge(evaluate.exact, evaluate.SAME)
-        elif name == "judge":
-            judges[name] = evaluate.adapter_judge(session.lm, "judge", cfg)
-        else:
-            judges[name] = evaluate.hub_judge(name, session.lm.device)
-    if judge_base:  # trained like the run's own judge, on the same pairs
-        lm, role = load_base(SimpleNamespace(**vars(cfg) | {"model": judge_base})), "judge_" + Path(judge_base).name
-        if session.run.done(role):
-            lm.load(role, session.run.adapter(role))
-        else:
-            with session.run.stage(role, f"a judge on another base, {judge_base}"):
-                reward.train_policy_reward(
-                    lm, session.run, session.parts["judge"], session.parts["held_out"], role, start="blank"
-                )
-        judges[role] = evaluate.adapter_judge(lm, role, cfg)
-    return judges
+def another_judge(session, role, base):
+    """A judge on another base, trained like the run's own, on the same pairs."""
+    run, cfg, parts = session.run, session.run.config, session.parts
+    lm = load_base(SimpleNamespace(**vars(cfg) | {"model": base}))
+    if run.done(role):
+        lm.load(role, run.adapter(role))
+    else:
+        with run.stage(role, f"a judge on another base, {base}"):
+            reward.train_policy_reward(lm, run, parts["judge"], parts["held_out"], role, start="blank")
+    return evaluate.adapter_judge(lm, role, cfg)
+
+
+def open_run(path):
+    """An existing run; its config.json may be of a version that had fewer options."""
+    opened = Run(path)
+    missing = inspect.signature(run_all).parameters.keys() - vars(opened.config).keys() - {"run", "smoke", "overwrite"}
+    if missing:
+        raise UserError(
+            f"{path / 'config.json'} is of another version: {', '.join(sorted(missing))} missing. Start a new --run."
+        )
+    return opened
 
 
 StageRun = Annotated[Path, typer.Option(help="Folder of a run that `all` has started.")]
@@ -268,28 +268,24 @@ StageRun = Annotated[Path, typer.Option(help="Folder of a run that `all` has sta
 
 @app.command(name="sft")
 def sft_command(run: StageRun):
-    """Stage 1 of a run: M_P^SFT and M_PIT^SFT."""
-    sft_stage(Session(Run(run)))
+    """Stage 1 of a run: M_P^SFT and M_PIT^SFT. Example: python pit.py sft --run runs/tiny"""
+    sft_stage(Session(open_run(run)))
 
 
 @app.command(name="reward")
 def reward_command(run: StageRun):
-    """Stage 2 of a run: R_P, R_PIT and the judge."""
-    reward_stage(Session(Run(run)))
+    """Stage 2 of a run: R_P, R_PIT and the judge. Example: python pit.py reward --run runs/tiny"""
+    reward_stage(Session(open_run(run)))
 
 
 @app.command(name="rl")
 def rl_command(run: StageRun):
-    """Stage 3 of a run: PPO for the policy, then for PIT, round by round."""
-    rl_stage(Session(Run(run)))
+    """Stage 3 of a run: PPO for the policy, then for PIT, round by round. Example: python pit.py rl --run runs/tiny"""
+    rl_stage(Session(open_run(run)))
 
 
-JudgeOption = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        "--judge", help="quality (exact, synthetic task), judge (the run's own), or a reward model by folder or hub id."
-    ),
-]
+JUDGE_HELP = "quality (exact, synthetic task), judge (the run's own), or a reward model by folder or hub id."
+JudgeOption = Annotated[Optional[list[str]], typer.Option("--judge", help=JUDGE_HELP)]
 
 
 @app.command(name="eval")
@@ -302,16 +298,20 @@ def eval_command(
 
     Example: python pit.py eval --run runs/tiny --judge quality --judge judge
     """
-    eval_stage(Session(Run(run)), judge, judge_base)
+    eval_stage(Session(open_run(run)), judge, judge_base)
 
 
 @app.command()
 def ablate(run: StageRun, judge: JudgeOption = None):
-    """Train the paper's curricula and the variant of Eq. 2, and compare: Table 2, Fig. 4, and the report with them."""
-    session = Session(Run(run))
+    """Train the paper's curricula and the variant of Eq. 2, and compare: Table 2, Fig. 4, and the report with them.
+
+    Example: python pit.py ablate --run runs/tiny
+    """
+    session = Session(open_run(run))
     session.require("sft", "policy_sft", "pit_sft")
     session.require("reward", "reward_policy", "reward_gap", "judge")
-    session.require("rl", "policy_rl")
+    session.require("rl", "policy_rl", "pit_rl0", session.last)
+    judges = evaluate.judges_by_name(judge, session.lm, session.run.config)  # named wrongly? better said before the training
     pairs, held_out, three = session.parts["rm"], session.parts["held_out"], reward.three_terms
     session.train(
         "reward_gap3", "Eq. 2 with only its first three terms", reward.train_gap_reward, pairs, held_out, "reward_gap3", three
@@ -323,7 +323,8 @@ def ablate(run: StageRun, judge: JudgeOption = None):
             session.train(role, why, curriculum.train_ablation_round, session.parts["rl"], role, source, start, steps)
             lasts[name] = role
     with session.run.stage("ablate", "which curriculum is best?"):
-        evaluate.judge_curricula(session.lm, session.run, held_out, lasts, load_judges(session, judge, None))
+        evaluate.judge_curricula(session.lm, session.run, held_out, lasts, judges)
+    print(report.table2(session.run.results()["table2"]))
     eval_stage(session, judge)
 
 
@@ -338,11 +339,7 @@ def infer_command(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.", min=0)] = 0.4,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
     stop: Annotated[
-        str,
-        typer.Option(
-            help="Stop early at: gap (R_PIT sees no gain; keep the text before), same (text unchanged), "
-            "time (see --seconds); rounds: never."
-        ),
+        str, typer.Option(help="Stop early at: gap (no gain by R_PIT), same (no change), time; rounds: no.")
     ] = "gap",
     seconds: Annotated[float, typer.Option(help="Start no more rounds after this long, with --stop time.", min=0)] = 60.0,
 ):
@@ -354,29 +351,28 @@ def infer_command(
     """
     if (prompt is None) == (input is None) or (input is None) != (output is None) or input and response:
         raise UserError("Give either a prompt (and --response, if you like), or both --input and --output.")
-    if prompt is not None and not prompt.strip():
-        raise UserError("The prompt is empty. Say what to answer.")
-    if response is not None and not response.strip():
-        raise UserError("--response is empty. Leave it out to start from the policy's own answer.")
+    for name, text in (("The prompt", prompt), ("--response", response)):
+        if text is not None and not text.strip():
+            raise UserError(f"{name} is empty. Say what to answer; without --response the policy answers first.")
     if stop not in inference.STOPS:
         raise UserError(f"--stop {stop}: choose one of {', '.join(inference.STOPS)}.")
-    opened = Run(run)
+    opened = open_run(run)
     cfg = opened.config
     last = f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"
-    for role in ("policy_rl", last, "reward_gap"):
+    roles = "policy_rl", last, "reward_gap"
+    for role in roles:
         opened.need(role, "all")
-    rows = inference.read_rows(input) if input else None
     if input:
+        rows = inference.read_rows(input)
         print(f"{input}: {len(rows):,} rows, {inference.rows_done(output, rows):,} of them in {output} already")
     lm = load_base(cfg)
-    for role in ("policy_rl", last, "reward_gap"):
+    for role in roles:
         lm.load(role, opened.adapter(role))
     if input:
         inference.improve_file(lm, "policy_rl", last, rows, output, cfg, rounds, temperature, seed)
         return
     seed_all(seed, "infer")
-    messages = dialogue(prompt)
-    steps = inference.iterate(lm, "policy_rl", last, messages, cfg, rounds, temperature, response, stop, seconds)
+    steps = inference.iterate(lm, "policy_rl", last, dialogue(prompt), cfg, rounds, temperature, response, stop, seconds)
     for k, (text, gap) in enumerate(steps):
         print(f"original        {text}" if k == 0 else f"round {k}  {gap:+5.2f}  {text}")
     if k < rounds:
@@ -394,7 +390,7 @@ def export_command(
 
     Example: python pit.py export --run runs/tiny --adapter pit_rl1 --to improver --merge
     """
-    opened = Run(run)
+    opened = open_run(run)
     opened.need(adapter, "all")
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
@@ -408,18 +404,17 @@ def export_command(
 
 def main():
     try:
-        app()
+        return app()
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        text = str(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"Error: The disk is full. Free some space, then go on with: {same_command()}", file=sys.stderr)
-        sys.exit(2)
+        text = f"The disk is full. Free some space, then go on with: {same_command()}"
     except torch.cuda.OutOfMemoryError as error:
-        print(f"Error: the GPU's memory is full: {str(error).splitlines()[0][:100]}\n{OUT_OF_MEMORY}", file=sys.stderr)
-        sys.exit(2)
+        text = f"the GPU's memory is full: {str(error).splitlines()[0][:100]}\n{OUT_OF_MEMORY}"
+    print(f"Error: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -23,6 +24,8 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +33,8 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-FILES = "adapters checkpoints metrics.jsonl samples.md report.md .results.json.copy results.json .config.json.copy config.json"
+FILES = """adapters checkpoints metrics.jsonl samples.md .answers.json.copy answers.json report.md curves.png result.png
+fig2.png fig3.png fig4.png rounds.png stops.png .results.json.copy results.json .config.json.copy config.json"""
 FREE = ("save_every", "micro_batch", "vram")  # settings that may change within a run: no result depends on them
 WAYS_OUT = "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
 
@@ -69,7 +73,7 @@ class Run:
             if differs:
                 raise UserError(f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}")
             options = old | options
-        write_json(path / "config.json", options)
+        write_json(path / "config.json", options | {"versions": versions()})
         run = cls(path)
         run.held = held
         return run
@@ -234,6 +238,12 @@ def in_training(optimizers):
             yield f"{k} {i}", p, optimizer.state[p]
 
 
+def versions():
+    """For the reader of config.json alone: other versions may end in other last digits, but a run goes on all the same."""
+    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes") if find_spec(name)}
+    return {"python": platform.python_version()} | libraries
+
+
 def same_command():
     """What the user typed, to type again."""
     return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
@@ -299,8 +309,7 @@ def is_whole(folder):
     return False
 
 
-def remove(path):
-    """Remove a file or a folder, whether it is there or not."""
+def remove(path):  # a file or a folder, whether it is there or not
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -341,14 +350,12 @@ def seed_all(*key):
 
 def shuffled_batch(n, size, step, seed):
     """The indices of batch `step` when n things are visited in passes, each pass in its own order: `size` ints in [0, n)."""
-    indices = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, n)
-        if place == 0 or not indices:
-            generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, epoch)).encode()))
-            order = torch.randperm(n, generator=generator).tolist()
-        indices.append(order[place])
-    return indices
+    first, end = step * size, (step + 1) * size
+    order = []  # of every pass that the batch has a part in, one after the other
+    for epoch in range(first // n, (end - 1) // n + 1):
+        generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, epoch)).encode()))
+        order += torch.randperm(n, generator=generator).tolist()
+    return order[first % n :][:size]
 
 
 def progress(steps, **kwargs):

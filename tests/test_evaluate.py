@@ -6,6 +6,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 import evaluate
 import infer
+import report
 from run import UserError
 
 
@@ -83,7 +84,7 @@ def test_a_judge_that_loves_length_is_seen_through(pairs):
 def test_a_side_that_does_not_apply_gets_a_reason_and_no_number():
     row = evaluate.table1_row("pit", "self_refine", "quality", {}, 0.1, {"pit": None}, length, "cannot follow")
     assert row["not_applicable"] == "cannot follow" and "delta" not in row
-    assert " n/a |" in evaluate.table([row])
+    assert " n/a |" in report.table([row])
 
 
 def test_a_reward_model_from_a_folder_judges(tmp_path, lm, pairs):
