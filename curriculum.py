@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from torch.nn.init import zeros_
 
 from data import improve_prompt
-from models import in_parts
+from models import LOGIT_CHUNK, in_parts
 from ppo import train
 from reward import gap
 from run import UserError, shuffled_batch
@@ -101,3 +101,48 @@ def solve(lm, run, role, start, reference, reward, problem, shift=None):
     zeros_(lm.heads["critic"].bias)
     train(lm, run, role, reference, "critic", problem, shift)
     lm.remove("critic")
+
+
+# ---- the memory that stage 3, the largest, takes ---------------------------------------------------------------------------
+
+
+def longest(cfg):
+    """Tokens of the longest sequence: x, y_ref, "Please improve your answer.", y."""
+    return cfg.max_prompt + 2 * cfg.max_response + 16
+
+
+def estimate_memory(lm, cfg):
+    """Peak memory by arithmetic -> {part: GiB}: what is always there, then training's part or sampling's, whichever is larger.
+
+    n tokens at one time, N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
+    """
+    base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
+    c = base.config
+    D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    heads = c.num_attention_heads
+    length = longest(cfg)
+    n = cfg.micro_batch * length
+    for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
+    scores = 3 * size * heads * length if c._attn_implementation == "eager" else 0
+    layer = n * (size * (10 * D + 4 * W) + for_lora + scores)
+    activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
+    logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
+    cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token
+    sampling = cfg.rl_batch * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
+    lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
+    parts = {"weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name)}
+    parts |= {"adapters": 7 * 4 * lora, "optimiser and gradients": 2 * 3 * 4 * lora}
+    parts |= {"activations": activations, "logits": logits} if activations + logits > sampling else {"sampling": sampling}
+    return {part: number / 2**30 for part, number in parts.items()}
+
+
+def plan_memory(lm, cfg):
+    """Say what training will take, and checkpoint the layers where --vram, less what a desktop needs, would not hold it."""
+    if sum(estimate_memory(lm, cfg).values()) > cfg.vram - 0.75:
+        lm.checkpoint_layers()
+    parts = estimate_memory(lm, cfg)
+    print(f"memory: about {sum(parts.values()):.1f} GiB (" + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()) + ")")
+    context = getattr(lm.peft.get_base_model().config, "max_position_embeddings", None)
+    if context and longest(cfg) > context:
+        needs = f"{cfg.model} reads {context} tokens, and PIT needs {longest(cfg)}"
+        raise UserError(f"{needs}: lower --max-prompt or --max-response.")

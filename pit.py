@@ -8,6 +8,7 @@ The signature of `all` is the configuration: every option is written to runs/NAM
 from there. Options that depend on the size of the base are None here and filled in from PRESETS.
 """
 
+import copy
 import errno
 import hashlib
 import inspect
@@ -28,7 +29,7 @@ import report
 import reward
 import sft
 from data import describe, dialogue, fit, load_pairs, split
-from models import LOGIT_CHUNK, load_model
+from models import load_model
 from run import Run, UserError, new_folder, same_command, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -53,12 +54,9 @@ def option(panel, text, **kwargs):
     return typer.Option(help=text, rich_help_panel=panel, **kwargs)
 
 
-RunOption = Annotated[Optional[Path], option("Run", "Folder of the run. [dim](default: runs/MODEL)[/dim]")]
-
-
 @app.command(name="all")
 def run_all(
-    run: RunOption = None,
+    run: Annotated[Optional[Path], option("Run", "Folder of the run. [dim](default: runs/MODEL)[/dim]")] = None,
     smoke: Annotated[bool, option("Run", "Everything in miniature: to see that it works, not to learn anything.")] = False,
     overwrite: Annotated[bool, option("Run", "Start anew where the folder holds a run, and lose what it has learned.")] = False,
     save_every: Annotated[int, option("Run", "Steps from one checkpoint to the next.", min=1)] = 10,
@@ -114,45 +112,9 @@ def run_all(
         stage(session)
 
 
-def load_base(cfg):
+def load_base(cfg, **changes):
+    cfg = SimpleNamespace(**vars(cfg) | changes)
     return load_model(cfg.model, cfg.bits, cfg.lora_r, cfg.lora_alpha, cfg.target_modules, cfg.seed)
-
-
-def estimate_memory(lm, cfg):
-    """Peak memory by arithmetic -> {part: GiB}: what is always there, then training's part or sampling's, whichever is larger.
-
-    n tokens at one time, N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
-    """
-    base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
-    c = base.config
-    D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    heads = c.num_attention_heads
-    length = cfg.max_prompt + 2 * cfg.max_response + 16  # x, y_ref, "Please improve your answer.", y
-    n = cfg.micro_batch * length
-    for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
-    scores = 3 * size * heads * length if c._attn_implementation == "eager" else 0
-    layer = n * (size * (10 * D + 4 * W) + for_lora + scores)
-    activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
-    logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
-    cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token
-    sampling = cfg.rl_batch * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
-    lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
-    parts = {"weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name)}
-    parts |= {"adapters": 7 * 4 * lora, "optimiser and gradients": 2 * 3 * 4 * lora}
-    parts |= {"activations": activations, "logits": logits} if activations + logits > sampling else {"sampling": sampling}
-    return {part: number / 2**30 for part, number in parts.items()}
-
-
-def plan_memory(lm, cfg):
-    """Say what training will take, and checkpoint the layers where --vram, less what a desktop needs, would not hold it."""
-    if sum(estimate_memory(lm, cfg).values()) > cfg.vram - 0.75:
-        lm.checkpoint_layers()
-    parts = estimate_memory(lm, cfg)
-    print(f"memory: about {sum(parts.values()):.1f} GiB (" + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()) + ")")
-    context = getattr(lm.peft.get_base_model().config, "max_position_embeddings", None)
-    needed = cfg.max_prompt + 2 * cfg.max_response + 16  # x, y_ref, "Please improve your answer.", y
-    if context and needed > context:
-        raise UserError(f"{cfg.model} reads {context} tokens, and PIT needs {needed}: lower --max-prompt or --max-response.")
 
 
 class Session:
@@ -167,7 +129,7 @@ class Session:
         self.lm = lm = load_base(cfg)
         print(f"{cfg.model}: {lm.describe()}")
         if cfg.model != "tiny":
-            plan_memory(lm, cfg)
+            curriculum.plan_memory(lm, cfg)
         lengths = (lambda turns: len(lm.encode_prompt(turns))), (lambda text: len(lm.encode_response(text)))
         pairs = fit(pairs, *lengths, cfg.max_prompt, cfg.max_response, notes)
         print(f"{cfg.data}: {', '.join(filter(None, [describe(notes), f'{len(pairs):,} pairs kept']))}", end="; ")
@@ -208,9 +170,7 @@ def reward_stage(session):
     session.require("sft", "policy_sft")
     pairs, held_out, judge = session.parts["rm"], session.parts["held_out"], session.parts["judge"]
     session.train("reward_policy", "R_P, how good is an answer? (Bradley-Terry)", reward.train_policy_reward, pairs, held_out)
-    session.train(
-        "reward_gap", "R_PIT, how much better is it than a reference? (Eq. 2)", reward.train_gap_reward, pairs, held_out
-    )
+    session.train("reward_gap", "R_PIT, how much better than a reference? (Eq. 2)", reward.train_gap_reward, pairs, held_out)
     session.train("judge", "a judge for the tables, on pairs of its own", reward.train_policy_reward, judge, held_out, "judge")
 
 
@@ -230,26 +190,17 @@ def eval_stage(session, names=(), judge_base=None):
     session.require("rl", "policy_rl", "pit_rl0", session.last)
     if session.run.done("reward_gap3"):  # from `ablate`
         session.load("reward_gap3")
-    judges = evaluate.judges_by_name(names, session.lm, session.run.config)
-    if judge_base:
-        role = "judge_" + Path(judge_base).name
-        judges[role] = another_judge(session, role, judge_base)
+    cfg, held_out = session.run.config, session.parts["held_out"]
+    judges = evaluate.judges_by_name(names, session.lm, cfg)
+    if judge_base:  # trained like the run's own judge, on the same pairs
+        role, other, pairs = "judge_" + Path(judge_base).name, copy.copy(session), session.parts["judge"]
+        other.lm, why = load_base(cfg, model=judge_base), f"a judge on another base, {judge_base}"
+        other.train(role, why, reward.train_policy_reward, pairs, held_out, role, "blank")
+        judges[role] = evaluate.adapter_judge(other.lm, role, cfg)
     with session.run.stage("eval", "who beats whom, on held-out prompts"):
-        evaluate.evaluate(session.lm, session.run, session.parts["held_out"], session.last, judges)
+        evaluate.evaluate(session.lm, session.run, held_out, session.last, judges)
     report.write_report(session.run)
     report.print_table1(session.run)
-
-
-def another_judge(session, role, base):
-    """A judge on another base, trained like the run's own, on the same pairs."""
-    run, cfg, parts = session.run, session.run.config, session.parts
-    lm = load_base(SimpleNamespace(**vars(cfg) | {"model": base}))
-    if run.done(role):
-        lm.load(role, run.adapter(role))
-    else:
-        with run.stage(role, f"a judge on another base, {base}"):
-            reward.train_policy_reward(lm, run, parts["judge"], parts["held_out"], role, start="blank")
-    return evaluate.adapter_judge(lm, role, cfg)
 
 
 def open_run(path):
@@ -312,10 +263,9 @@ def ablate(run: StageRun, judge: JudgeOption = None):
     session.require("reward", "reward_policy", "reward_gap", "judge")
     session.require("rl", "policy_rl", "pit_rl0", session.last)
     judges = evaluate.judges_by_name(judge, session.lm, session.run.config)  # named wrongly? better said before the training
-    pairs, held_out, three = session.parts["rm"], session.parts["held_out"], reward.three_terms
-    session.train(
-        "reward_gap3", "Eq. 2 with only its first three terms", reward.train_gap_reward, pairs, held_out, "reward_gap3", three
-    )
+    held_out = session.parts["held_out"]
+    three = session.parts["rm"], held_out, "reward_gap3", reward.three_terms
+    session.train("reward_gap3", "Eq. 2 with only its first three terms", reward.train_gap_reward, *three)
     total, lasts = session.run.config.rl_steps * len(session.rounds), {}
     for name in curriculum.CURRICULA:
         for role, source, start, steps in curriculum.ablation(name, total):
@@ -338,9 +288,7 @@ def infer_command(
     rounds: Annotated[int, typer.Option(help="How many times to improve.", min=1)] = 3,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.", min=0)] = 0.4,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
-    stop: Annotated[
-        str, typer.Option(help="Stop early at: gap (no gain by R_PIT), same (no change), time; rounds: no.")
-    ] = "gap",
+    stop: Annotated[str, typer.Option(help="Stop early at gap (no gain), same (text unchanged), time; rounds: never.")] = "gap",
     seconds: Annotated[float, typer.Option(help="Start no more rounds after this long, with --stop time.", min=0)] = 60.0,
 ):
     """Answer a prompt, or a file of prompts, and improve the answers round by round.
@@ -358,8 +306,7 @@ def infer_command(
         raise UserError(f"--stop {stop}: choose one of {', '.join(inference.STOPS)}.")
     opened = open_run(run)
     cfg = opened.config
-    last = f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"
-    roles = "policy_rl", last, "reward_gap"
+    roles = "policy_rl", (last := f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"), "reward_gap"
     for role in roles:
         opened.need(role, "all")
     if input:
@@ -396,10 +343,10 @@ def export_command(
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():
         raise UserError(f"{adapter} is a scalar head on an adapter, not a model that writes: leave out --merge.")
-    cfg = SimpleNamespace(**vars(opened.config) | {"bits": 16})  # merged into 4-bit weights, the logits would move
+    lm = load_base(opened.config, bits=16)  # merged into 4-bit weights, the logits would move
     with new_folder(to) as folder:
-        inference.export(load_base(cfg), adapter, opened.adapter(adapter), folder, merge)
-    print(f"{to}: {adapter} of {run}, {'merged into' if merge else 'an adapter for'} {cfg.model}")
+        inference.export(lm, adapter, opened.adapter(adapter), folder, merge)
+    print(f"{to}: {adapter} of {run}, {'merged into' if merge else 'an adapter for'} {opened.config.model}")
 
 
 def main():

@@ -189,8 +189,8 @@ class Run:
         write_json(self.path / "results.json", self.results() | parts)
 
     def add_seconds(self):
-        seconds = {self.name: round(time.perf_counter() - self.started, 1)}
-        self.add_results(time_s=self.results().get("time_s", {}) | seconds)
+        seconds = round(time.perf_counter() - self.started, 1)
+        self.add_results(time_s=self.results().get("time_s", {}) | {self.name: seconds})
 
     @contextmanager
     def stage(self, name, why):
@@ -208,9 +208,8 @@ class Run:
     def steps(self, total, optimizers=(), numbers=None):
         """The steps of the present stage that are still to do, up to total - 1, under a progress bar.
 
-        A later step depends on the parameters in `optimizers`, on AdamW's moments, and on `numbers`, a dict: these are what a
-        checkpoint holds, and what is put back before the first step. Nothing else has to be stored, neither the state of random
-        generators nor a place in the data: what a step draws follows from (seed, stage, step) alone, and so does its batch.
+        A checkpoint holds the parameters in `optimizers`, AdamW's moments, and `numbers`, a dict. Nothing else has to be
+        stored: what a step draws, and its place in the data, follow from (seed, stage, step) alone.
         """
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
@@ -341,10 +340,7 @@ def read_json(path):
 
 
 def seed_all(*key):
-    """Seed torch's sampling from any values, such as (seed, "pit_rl0", step).
-
-    Every step of every stage seeds itself: what it draws depends on the key alone, not on what ran before it.
-    """
+    """Seed torch's sampling from any values, such as (seed, "pit_rl0", step): no draw depends on what ran before."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 

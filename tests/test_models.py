@@ -5,8 +5,8 @@ import torch
 import transformers
 from conftest import batch, shake
 
+import curriculum
 import models
-import pit
 from run import UserError
 
 
@@ -299,9 +299,9 @@ def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
 
     cfg = SimpleNamespace(max_prompt=64, max_response=32, micro_batch=4, rl_batch=1)
     base = lm.peft.get_base_model()
-    parts = pit.estimate_memory(lm, cfg)
+    parts = curriculum.estimate_memory(lm, cfg)
     frozen = sum(p.numel() * p.element_size() for name, p in base.named_parameters() if "lora" not in name)
     lora = sum(p.numel() * 4 for p in lm.parameters("blank"))
     assert parts["weights"] == frozen / 2**30 and parts["adapters"] == 7 * lora / 2**30
     lm.checkpoint_layers()
-    assert pit.estimate_memory(lm, cfg)["activations"] < parts["activations"] / 2
+    assert curriculum.estimate_memory(lm, cfg)["activations"] < parts["activations"] / 2
