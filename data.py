@@ -41,9 +41,8 @@ IMPROVE = "Please improve your answer."  # our own wording; the paper's is open
 #   flawed    Now Ann east: west south north. Ben north: north west.        (Ann's end is wrong, Ben's way too short)
 #
 # Why self-improvement has something to show here. A line says where somebody looks in the end before the way to it, as people
-# like to. The way is easy, one turn after the other. The end, said first, takes all the turns at once: a small model guesses,
-# however many right answers it has read. In a draft the way can be read, and the end is its last word: what was hard to say
-# at first is easy to put right.
+# like to. The way is easy, one turn after the other. The end, said first, takes all the turns at once: a small model guesses.
+# In a draft the way can be read, and the end is its last word: what was hard to say at first is easy to put right.
 
 NAMES = (
     "Ada Amy Ann Ben Bob Dan Eli Eva Fay Gus Ian Ida Jan Jim Joe Kay Lea Leo Max May Mia Ned Pam Ray Ron Roy Sam Sue Tim Tom "
@@ -105,20 +104,20 @@ def draw_people(rng):
     }
 
 
-def spoil(lines, flaws, rng):
-    """Put `flaws` random flaws into the lines of an answer, one after the other. Ends go wrong the most."""
+FLAWS = ("end", "end", "end", "turn", "short", "forget")  # ends go wrong the most
+
+
+def spoil(lines, flaws, rng, kinds=FLAWS):
+    """Put `flaws` random flaws into the lines of an answer, one after the other."""
     lines = dict(lines)
     for _ in range(flaws):
-        name, wrong = rng.choice([*lines]), rng.choice(LOOKS)
+        name, kind, wrong = rng.choice([*lines]), rng.choice(kinds), rng.choice(LOOKS)
         end, way = lines[name]
-        kind = rng.choice(["end", "end", "end", "turn", "turn", "both", "short", "forget"])
         at = rng.randrange(len(way))
         if kind == "end":
             lines[name] = (wrong, way)
         elif kind == "turn":
             lines[name] = (end, [*way[:at], wrong, *way[at + 1 :]])
-        elif kind == "both":  # the last turn is wrong, and the end agrees with it
-            lines[name] = (wrong, [*way[:-1], wrong])
         elif kind == "short" and len(way) > 1:
             lines[name] = (end, way[:-1])
         elif kind == "forget" and len(lines) > 1:
@@ -135,7 +134,7 @@ def synthetic_pairs(n, seed):
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
         people = draw_people(rng)
-        good = spoil(solve(people), rng.randint(0, 2), rng)
+        good = spoil(solve(people), rng.randint(0, 2), rng, kinds=("end", "end", "short"))
         prompt, better, worse = ask(people), tell(good), tell(spoil(good, rng.randint(1, 4), rng))
         if quality(prompt, better) > quality(prompt, worse):
             pairs.append(Pair([{"role": "user", "content": prompt}], better, worse))

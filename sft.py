@@ -103,7 +103,7 @@ EDITS = {
     "Add who is missing.": lambda perfect, lines: {name: lines.get(name, perfect[name]) for name in perfect},
     "Tell each way again.": lambda perfect, lines: {name: (end, perfect[name][1]) for name, (end, _) in lines.items()},
     "Read each end off its way.": lambda perfect, lines: {name: (way[-1], way) for name, (_, way) in lines.items()},
-    data.IMPROVE: lambda perfect, lines: lines,  # this it has yet to learn: it says the same again
+    "Say it again.": lambda perfect, lines: lines,
 }
 
 
@@ -111,22 +111,28 @@ def dialogue(rng):
     """What the base has read: somebody asks, gets an answer of any quality, and talks about it -> chat messages, flawed or not.
 
     Following turns, copying, editing on request and telling right from wrong are all in there, as they are in the texts of real
-    base models. What is not: that any of this is better, or what "Please improve your answer." asks for.
+    base models. What is not: that any of this is better. After "Please improve your answer." anything may follow, for better or
+    for worse. And the ends of first answers are guessed: were they right, the base would learn to bend the way to the end.
     """
     people, flaws = data.draw_people(rng), rng.choice([0, 0, 0, 0, 1, 2, 3, 4])
     perfect = data.solve(people)
-    lines = data.spoil(perfect, flaws, rng)
+    guessed = {name: (rng.choice(data.LOOKS), way) for name, (_, way) in perfect.items()}
+    lines = data.spoil(guessed, flaws, rng)
     turns = [data.ask(people), data.tell(lines)]
-    for request in rng.choices([CHECK, *EDITS], weights=[3, 1, 1, 2, 2], k=2 if flaws else rng.choice([0, 0, 1])):
+    more = 2 if flaws else rng.choice([0, 0, 1])
+    for request in rng.choices([CHECK, data.IMPROVE, *EDITS], weights=[3, 3, 1, 1, 1, 1], k=more):
         if request == CHECK:
             turns += [CHECK, check(people, lines)]
+        elif request == data.IMPROVE:
+            change = rng.choice([*EDITS.values(), lambda perfect, lines: data.spoil(lines, 1, rng)])
+            turns += [request, data.tell(change(perfect, lines))]
         else:
             lines = EDITS[request](perfect, lines)
             turns += [request, data.tell(lines)]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)], flaws > 0
 
 
-def make_tiny(steps=2500, batch=32, lr=3e-3, seed=1):
+def make_tiny(steps=1700, batch=32, lr=3e-3, seed=1):
     """Pretrain the built-in base: a 1M-parameter Qwen2 on the language of the synthetic task -> the folder tiny/.
 
     initializer_range is large on purpose: on lists told three times over, copying appeared within 200 steps; with the usual
