@@ -338,6 +338,8 @@ def export_command(
     Example: python pit.py export --run runs/tiny --adapter pit_rl1 --to improver --merge
     """
     opened = open_run(run)
+    if Path(adapter).name != adapter or adapter in ("", ".."):
+        raise UserError(f"--adapter {adapter}: give the name of a role, such as pit_rl1 or policy_rl, not a path.")
     opened.need(adapter, "all")
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")

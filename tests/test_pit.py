@@ -103,6 +103,8 @@ def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
         (["infer", "--run", "{mini}", "--input", "nowhere.jsonl", "--output", "x.jsonl"], "nowhere.jsonl"),
         (["export", "--run", "{mini}", "--adapter", "reward_gap", "--to", "{tmp}/x", "--merge"], "leave out --merge"),
         (["export", "--run", "{mini}", "--adapter", "nonesuch", "--to", "{tmp}/x"], "no nonesuch"),
+        (["export", "--run", "{mini}", "--adapter", "../adapters/pit_rl1", "--to", "{tmp}/x"], "not a path"),
+        (["export", "--run", "{mini}", "--adapter", "..", "--to", "{tmp}/x"], "not a path"),
         (["infer", "--run", "{mini}", "  "], "prompt is empty"),
         (["infer", "--run", "{mini}", "hello", "--response", ""], "--response is empty"),
         (["infer", "--run", "{mini}", "hello", "--temperature", "-1"], "--temperature"),
