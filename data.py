@@ -28,9 +28,18 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import datasets  # before torch, which run imports: on Windows it must be
+from pyarrow import parquet
+
 from run import UserError
 
 IMPROVE = "Please improve your answer."  # our own wording; the paper's is open
+
+
+def improve_prompt(prompt, reference):
+    """(x, y_ref) as chat messages. R_PIT(x, y, y_ref) reads the same turns and then y: it scores the very tokens of M_PIT."""
+    return [*prompt, {"role": "assistant", "content": reference}, {"role": "user", "content": IMPROVE}]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The synthetic task: where does each look in the end?
@@ -152,6 +161,7 @@ def synthetic_pairs(n, seed):
 
 HUB = {"hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
 FILES = ".json, .jsonl, .csv or .parquet (.gz)"
+TRANSCRIPT = re.compile(r"\s*Human:")
 
 
 @dataclass(frozen=True)
@@ -185,10 +195,10 @@ def load_pairs(source, n, seed, skip_bad=False):
                 raise UserError(f"{source}, {place}: {error}. To go on without such rows: --skip-bad") from None
             columns, pair = "another form", "not a pair"
         notes[f"rows of {columns}"] += 1
-        if isinstance(pair, Pair) and pair.key() not in kept:
-            kept[pair.key()] = pair
-        else:
-            notes[f"dropped ({'seen before' if isinstance(pair, Pair) else pair})"] += 1
+        if isinstance(pair, str):
+            notes[f"dropped ({pair})"] += 1
+        elif kept.setdefault(pair.key(), pair) is not pair:
+            notes["dropped (seen before)"] += 1
     if not kept:
         raise UserError(f"--data {source} holds no pair to learn from: {describe(notes) or 'it is empty'}.")
     pairs = list(kept.values())
@@ -204,20 +214,18 @@ def describe(notes):
 
 def rows_of_file(path):
     """Yield (place, row) for each row of a file; a row of a .jsonl file is its line, in bytes."""
-    kind, place, unit = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:], "the start", "row"
+    kind, place, unit = Path(path.name.removesuffix(".gz")).suffix, "the start", "row"
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if ".parquet" in kind:
-                from pyarrow import parquet  # comes with datasets
-
+            if kind == ".parquet":
                 rows = enumerate(parquet.read_table(io.BytesIO(file.read())).to_pylist(), 1)
-            elif ".csv" in kind:
+            elif kind == ".csv":
                 csv.field_size_limit(2**31 - 1)
                 table, unit = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True), "line"
                 rows = ((table.line_num, row) for row in table)
-            elif ".json" in kind and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one list of rows
+            elif kind == ".json" and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one list of rows
                 rows = enumerate(json.loads(file.read().decode("utf-8-sig")), 1)
-            elif ".json" in kind or ".jsonl" in kind:
+            elif kind in (".json", ".jsonl"):
                 rows, unit = ((number, line) for number, line in enumerate(file, 1) if line.strip()), "line"
             else:
                 raise UserError(f"--data {path}: the ending must be {FILES}.")
@@ -232,21 +240,15 @@ def rows_of_hub(source):
     """Yield (place, row) of a hub data set; "id:split" names a split other than train."""
     if source.endswith((".json", ".jsonl", ".csv", ".parquet", ".gz")):
         raise UserError(f"--data {source}: there is no such file. Give {FILES}, or: hh, tldr, a hub id, synthetic")
-    from datasets import load_dataset
-
     name, _, part = HUB.get(source, source).partition(":")
     try:
-        rows = load_dataset(name, split=part or "train")
+        rows = datasets.load_dataset(name, split=part or "train")
     except Exception as error:  # of many kinds: no network, no such id, no such split, a loading script
         raise UserError(
             f"--data {source}: there is no such file, and the hub does not give it: {first_line(error)}\n"
             f"Give a local file, {FILES}, or the built-in task: --data synthetic"
         ) from None
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def first_line(error):
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def read_columns(row):
@@ -264,24 +266,23 @@ def read_row(row):
     """A row in any of the forms above -> the columns used, and a Pair, or why it teaches nothing. Raises BadRow."""
     row = read_columns(row)
     asked = [name for name in ("prompt", "instruction", "question") if name in row][:1]
-    columns = asked + ["input"] * (asked == ["instruction"] and bool(row.get("input")))
-    if row.keys().isdisjoint(("chosen", "rejected")) and not row.keys().isdisjoint(("response_0", "response_1")):
-        answers, label = ["response_0", "response_1"], "better_response_id" if "better_response_id" in row else "label"
-        columns += [*answers, label]
-    else:
-        answers, label = ["chosen", "rejected"], None
-        columns += answers
+    more = ["input"] if asked == ["instruction"] and row.get("input") else []
+    answers, label = ["chosen", "rejected"], []
+    if row.keys().isdisjoint(answers) and not row.keys().isdisjoint(("response_0", "response_1")):
+        answers = ["response_0", "response_1"]
+        label = ["better_response_id" if "better_response_id" in row else "label"]
+    columns = [*asked, *more, *answers, *label]
     for name in columns:
         if name not in row:
             raise BadRow(f"there is no `{name}`")
     prompt = read_turns(row[asked[0]], asked[0]) if asked else []
-    if "input" in columns:
+    if more:
         prompt = read_turns([*prompt, {"role": "user", "content": row["input"]}], "input")
     (before, chosen), (also_before, rejected) = (read_answer(row[name], name, prompt, asked) for name in answers)
-    if label and str(row[label]).strip() not in ("0", "1"):
-        raise BadRow(f"`{label}` must be 0 or 1, the number of the better answer")
-    if label and str(row[label]).strip() == "1":
-        chosen, rejected = rejected, chosen
+    better = str(row[label[0]]).strip() if label else "0"
+    if better not in ("0", "1"):
+        raise BadRow(f"`{label[0]}` must be 0 or 1, the number of the better answer")
+    pair = Pair(before, chosen, rejected) if better == "0" else Pair(before, rejected, chosen)
     if not chosen or not rejected:
         pair = "an empty answer"
     elif chosen == rejected:
@@ -292,8 +293,6 @@ def read_row(row):
         pair = "an empty prompt"
     elif before[-1]["role"] != "user":
         raise BadRow("the prompt must end in the user's turn")
-    else:
-        pair = Pair(before, chosen, rejected)
     return ", ".join(columns), pair
 
 
@@ -329,14 +328,13 @@ def read_turns(value, column):
 def real_text(value, column):
     if not isinstance(value, str):
         raise BadRow(f"`{column}` must be text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(f"`{column}` holds half a character (a lone surrogate)") from None
+    if re.search("[\ud800-\udfff]", value):
+        raise BadRow(f"`{column}` holds half a character (a lone surrogate)")
     return value.strip()
 
 
-TRANSCRIPT = re.compile(r"\s*Human:")
+def first_line(error):
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def dialogue(text):
@@ -357,7 +355,7 @@ def fit(pairs, count_prompt, count_answer, max_prompt, max_response, notes):
     """
     kept = {}
     for pair in pairs:
-        prompt = pair.prompt if count_prompt(pair.prompt) <= max_prompt else shorten(pair.prompt, count_prompt, max_prompt)
+        prompt = shorten(pair.prompt, count_prompt, max_prompt)
         if max(count_answer(pair.chosen), count_answer(pair.rejected)) > max_response:
             notes[f"dropped (an answer over {max_response} tokens)"] += 1
         elif prompt is None:
@@ -372,6 +370,8 @@ def fit(pairs, count_prompt, count_answer, max_prompt, max_response, notes):
 
 def shorten(prompt, count, longest):
     """The longest end of `prompt` within `longest` tokens, its system message kept -> messages, or None."""
+    if count(prompt) <= longest:
+        return prompt
     system = [turn for turn in prompt if turn["role"] == "system"]
     starts = [(i, 0) for i, turn in enumerate(prompt) if turn["role"] == "user"]  # (turn, character)
     starts += [(len(prompt) - 1, space.end()) for space in re.finditer(r"\s+", prompt[-1]["content"])]
@@ -402,13 +402,3 @@ def split(pairs, seed):
         if len(parts[name]) < 8:
             raise UserError(f"{len(pairs)} pairs are too few: the part {name!r} would get {len(parts[name])}, and needs 8.")
     return parts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Templates
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def improve_prompt(prompt, reference):
-    """(x, y_ref) as chat messages. R_PIT(x, y, y_ref) reads the same turns and then y: it scores the very tokens of M_PIT."""
-    return [*prompt, {"role": "assistant", "content": reference}, {"role": "user", "content": IMPROVE}]
