@@ -135,7 +135,7 @@ def print_table1(run):
     print(table(rows, slice(1, 9)))
     for reason in {r["not_applicable"] for r in results["not_applicable"]}:
         print(f"n/a: {reason}")
-    print(f"\nAll tables and figures: {run.path / 'report.md'}   every stage's answers: {run.path / 'samples.md'}")
+    print(f"\nAll tables and figures: {run.path / 'report.md'}\nAnswers after each stage: {run.path / 'samples.md'}")
 
 
 def write_report(run):

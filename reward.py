@@ -86,7 +86,8 @@ def report(lm, run, role, measured, n):
     if measured["accuracy"] < 0.5 + n**-0.5:  # two standard errors
         run.warn(f"{role} is no better than chance on held-out pairs. Try more --rm-steps, more --pairs, another --rm-lr.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
-    print("  held out: " + "  ".join(f"{name} {value:.2f}" for name, value in measured.items()))
+    short = {name: value for name, value in measured.items() if not name.startswith("mean_")}
+    print("  held out: " + "  ".join(f"{name} {value:.2f}" for name, value in short.items()))
     with run.new_adapter(role) as folder:
         lm.save(role, folder)
 

@@ -1,32 +1,44 @@
 """The command line, end to end at miniature size, and what it says to bad input."""
 
+import gc
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+
+import pit as command_line
+from run import signal
 
 ROOT = Path(__file__).parent.parent
 MINI = "--pairs 120 --sft-steps 2 --sft-batch 4 --rm-steps 2 --rm-batch 4 --rl-steps 2 --rl-batch 8 --minibatch 4 --eval-n 8"
 
 
 def pit(*words):
-    """Run `python pit.py WORDS` -> (exit code, stdout, stderr)."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "pit.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
-    )
-    return done.returncode, done.stdout, done.stderr
+    """What `python pit.py WORDS` does, without a process of its own -> (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["pit.py", *map(str, words)])
+        patch.setattr(signal, "signal", lambda number, handler: None)
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+        code = end.value.code or 0
+    del end
+    gc.collect()  # the lock ends with the run that held it, as with its process
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mini"
-    code, out, err = pit("all", "--run", folder, *MINI.split())
-    assert code == 0, err
-    return folder, out
+    words = [sys.executable, "pit.py", "all", "--run", folder, *MINI.split()]  # a real process: the other runs must equal it
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 FIGURES = ["curves.png", "result.png", "fig2.png", "fig3.png", "rounds.png", "stops.png"]
@@ -51,6 +63,14 @@ def test_every_stage_runs_and_leaves_its_files(mini):
     assert (folder / "report.md").read_text().index("## Scorecard") < (folder / "report.md").read_text().index("## Table 1")
     assert "| quality | pit " in (folder / "report.md").read_text()
     assert (folder / "samples.md").read_text().count("## after") == 5
+
+
+def test_the_console_fits_100_columns(mini):
+    folder, out = mini
+    assert (
+        "| pit " in out
+        and [line for line in out.replace("\r", "\n").split("\n") if len(line) > 100 and str(folder) not in line] == []
+    )
 
 
 def test_the_same_seed_gives_the_same_run(mini, tmp_path):
@@ -133,3 +153,17 @@ def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
     for command, missing in (("rl", "python pit.py sft"), ("eval", "python pit.py reward")):
         code, _, err = pit(command, "--run", folder)
         assert code == 2 and missing in err
+
+
+def test_a_run_of_an_older_version_gets_one_line(mini, tmp_path):
+    config = json.loads((mini[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("critic_lr", "vram")}))
+    for words in (["sft"], ["rl"], ["eval"], ["ablate"], ["infer", "Hello"], ["export", "--adapter", "x", "--to", "y"]):
+        code, _, err = pit(*words, "--run", tmp_path)
+        assert code == 2 and len(err.splitlines()) == 1 and "critic_lr, vram" in err
+
+
+def test_every_command_shows_an_example():
+    for command in ("all", "sft", "reward", "rl", "eval", "ablate", "infer", "export"):
+        code, out, _ = pit(command, "--help")
+        assert code == 0 and f"Example: python pit.py {command}" in " ".join(out.split())

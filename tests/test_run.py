@@ -268,6 +268,9 @@ def test_another_question_is_refused_unless_it_may_overwrite(tmp_path):
     del caught  # its traceback holds the lock
     run = Run.start(folder, dict(seed=0, save_every=5))  # may change: no result depends on it
     run.pin("data fingerprint", "abc")
+    assert run.config.versions.keys() >= {"python", "torch"}
+    config = json.loads((folder / "config.json").read_text()) | {"versions": {"python": "1.5"}}  # no reason to refuse
+    (folder / "config.json").write_text(json.dumps(config))
     del run
     run = Run.start(folder, dict(seed=0, save_every=2))
     with pytest.raises(UserError, match="data fingerprint is not what it was"):
@@ -275,7 +278,11 @@ def test_another_question_is_refused_unless_it_may_overwrite(tmp_path):
     with pytest.raises(UserError, match="in use"):
         Run.start(folder, dict(seed=0, save_every=2), overwrite=True)
     del run
+    for name in ("answers.json", "fig4.png", "report.md"):
+        (folder / name).write_text("old")
+    (folder / "mine.txt").write_text("not of the run")
     run = Run.start(folder, dict(seed=1, save_every=2), overwrite=True)
+    assert {file.name for file in folder.iterdir()} == {".config.json.copy", "config.json", ".lock", "mine.txt"}
     assert not run.done("toy") and run.metrics() == [] and run.config.seed == 1
     del run
     assert toy(folder, seed=1) != expected
