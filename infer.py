@@ -8,6 +8,7 @@ import os
 import time
 import zlib
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from transformers import AutoConfig
@@ -26,13 +27,9 @@ ROUNDS = 5  # of Table 3
 STOPS = ("rounds", "same", "gap", "time")  # what ends the rounds of improvement, see `after_round`
 
 
-def feedback_prompt(prompt, answer):
-    return [*prompt, {"role": "assistant", "content": answer}, {"role": "user", "content": FEEDBACK}]
-
-
-def refine_prompt(prompt, answer, feedback):
-    request = {"role": "user", "content": REFINE}
-    return [*feedback_prompt(prompt, answer), {"role": "assistant", "content": feedback}, request]
+def talk(prompt, *texts):
+    """A chat that goes on after its prompt, the assistant and the user by turns."""
+    return [*prompt, *({"role": role, "content": text} for role, text in zip(cycle(("assistant", "user")), texts))]
 
 
 def answer(lm, role, chats, cfg, temperature=1.0):
@@ -85,8 +82,7 @@ def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None, st
 
     At most `rounds` improvements, fewer where the stop rule says so (budget: seconds, for "time"). The last text is the answer.
     """
-    started = time.monotonic()
-    text = response if response is not None else answer(lm, policy, [prompt], cfg, temperature)[0]
+    started, text = time.monotonic(), response or answer(lm, policy, [prompt], cfg, temperature)[0]
     yield text, None
     for _ in range(rounds):
         better = improve(lm, pit, [prompt], [text], cfg, temperature)[0]
@@ -126,7 +122,7 @@ def rows_done(path, rows):
     try:
         prompts = [json.loads(line)["prompt"] for line in lines if line.startswith(begin)]
     except (ValueError, KeyError):
-        prompts = []
+        prompts = None
     if prompts != [row["prompt"] for row, *_ in rows[: len(lines)]] or not rest.startswith(begin[: len(rest)]):
         raise UserError(f"--output {path} is there already, and is not the beginning of this work. Give another --output.")
     if rest:
@@ -204,8 +200,7 @@ class Answers:
             write_json(self.path, self.kept)
         texts = self.kept[name]["texts"]
         tokens = [len(self.lm.encode_response(text)) for text in texts]
-        if after is None:
-            return Side(texts, tokens, 1)
+        after = after or Side([], [0] * len(texts), 0)
         return Side(texts, [new + old for new, old in zip(tokens, after.tokens)], after.generations + 1)
 
     def improve(self, name, role, side, temperature=1.0):
@@ -213,12 +208,12 @@ class Answers:
         return self.write(name, role, chats, temperature, side)
 
     def feedback(self, name, role, side, temperature=1.0):
-        chats = [feedback_prompt(x, y) for x, y in zip(self.prompts, side.texts)]
+        chats = [talk(x, y, FEEDBACK) for x, y in zip(self.prompts, side.texts)]
         return self.write(f"{name} feedback", role, chats, temperature, side)
 
     def self_refine(self, name, role, side, temperature=1.0):
         feedback = self.feedback(name, role, side, temperature)
-        chats = [refine_prompt(*row) for row in zip(self.prompts, side.texts, feedback.texts)]
+        chats = [talk(x, y, FEEDBACK, said, REFINE) for x, y, said in zip(self.prompts, side.texts, feedback.texts)]
         return self.write(name, role, chats, temperature, feedback)
 
     def best_of(self, sides):
