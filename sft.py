@@ -112,11 +112,11 @@ def dialogue(rng):
 
     Following turns, copying, editing on request and telling right from wrong are all in there, as they are in the texts of real
     base models. What is not: that any of this is better. After "Please improve your answer." anything may follow, for better or
-    for worse. And the ends of first answers are guessed: were they right, the base would learn to bend the way to the end.
+    for worse. And half of the ends of first answers are guessed: a base that read right ones alone bent the way to its end.
     """
     people, flaws = data.draw_people(rng), rng.choice([0, 0, 0, 0, 1, 2, 3, 4])
     perfect = data.solve(people)
-    guessed = {name: (rng.choice(data.LOOKS), way) for name, (_, way) in perfect.items()}
+    guessed = {name: (rng.choice([end, rng.choice(data.LOOKS)]), way) for name, (end, way) in perfect.items()}
     lines = data.spoil(guessed, flaws, rng)
     turns = [data.ask(people), data.tell(lines)]
     more = 2 if flaws else rng.choice([0, 0, 1])
