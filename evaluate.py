@@ -7,7 +7,7 @@ report.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from textwrap import shorten
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -296,5 +296,7 @@ def show_samples(lm, run, stage, pairs):
         rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | ({stage: improved[i]} if improved else {})
         page += "\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items())
         if i < 2:
-            print("".join(f"  {who:10} {shorten(text, 87)}\n" for who, text in rows.items()), end="")
+            for who, text in rows.items():
+                lines = dict(initial_indent=f"  {who:10} ", subsequent_indent=" " * 13, max_lines=3, placeholder=" [...]")
+                print(fill(text, 100, **lines))
     write_text(run.path / "samples.md", run.samples() + page)

@@ -84,7 +84,7 @@ def gap(lm, prompts, responses, references, micro_batch):
 def report(lm, run, role, measured, n):
     """Print, store and save; n is the number of comparisons behind the accuracy."""
     if measured["accuracy"] < 0.5 + n**-0.5:  # two standard errors
-        run.warn(f"{role} is no better than chance on held-out pairs. Try more --rm-steps, more --pairs, another --rm-lr.")
+        run.warn(f"{role} is no better than chance. Try more --rm-steps, more --pairs, another --rm-lr.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
     short = {name: value for name, value in measured.items() if not name.startswith("mean_")}
     print("  held out: " + "  ".join(f"{name} {value:.2f}" for name, value in short.items()))
