@@ -131,7 +131,7 @@ def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
         (["infer", "--run", "{mini}", "hello", "--stop", "never"], "--stop never"),
         (["eval", "--run", "{mini}", "--judge", "no/such-judge"], "no/such-judge"),
         (["rl", "--run", "runs/nowhere"], "no run in"),
-        (["all", "--run", "{tmp}/new", "--model", "no/such-model"], "no/such-model"),
+        (["all", "--run", "{tmp}/new", "--model", "no/such-model", "--data", "synthetic"], "no/such-model"),
         (["all", "--run", "{tmp}/new", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
         (["all", "--run", "{tmp}/new", "--rounds", "annotated,magic"], "magic"),
         (["all", "--run", "{tmp}/new", "--bits", "7"], "--bits 7"),

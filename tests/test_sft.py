@@ -30,7 +30,7 @@ def test_unlikelihood_pushes_the_probability_of_the_sequence_down(lm, pairs):
     from models import adamw, take_step
 
     lm.add("role")
-    tokens = lm.collate([lm.encode_prompt(pairs[0].prompt)], [lm.encode_response("Now")[:1]])
+    tokens = lm.collate([lm.encode_prompt(pairs[0].prompt)], [lm.encode_response(pairs[0].chosen)[:3]])
     optimizer = adamw(lm.parameters("role"), lr=1e-3)
     seen = []
     for _ in range(4):
