@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 MINI = dict(seed=0, model="tiny", bits=16, lora_r=4, lora_alpha=8, target_modules="all-linear", data="synthetic", pairs=100,
             skip_bad=False, max_prompt=200, max_response=30, sft_steps=3, sft_lr=5e-3, sft_batch=4, keep_better=0.0,
             unlikelihood=0.0, rm_steps=3, rm_lr=3e-3, rm_batch=4, rounds="annotated,policy", rl_steps=3, rl_batch=4, rl_lr=1e-3,
-            critic_lr=3e-3, kl=0.1, target_kl=3.0, epochs=1, minibatch=2, micro_batch=64, temperature=1.0, eval_n=8, save_every=2)  # fmt: skip
+            critic_lr=3e-3, kl=0.1, target_kl=3.0, epochs=1, minibatch=2, micro_batch=64, temperature=1.0, eval_n=8,
+            save_every=2)  # fmt: skip
 ROLES = ["policy_sft", "pit_sft", "reward_policy", "reward_gap", "judge", "policy_rl", "pit_rl0", "pit_rl1"]
 
 
