@@ -9,9 +9,6 @@ to improve. A curriculum is a list of sources of y_ref: "annotated" (y_w and y_l
 That a round starts where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 """
 
-import copy
-from types import SimpleNamespace
-
 from torch.nn.init import zeros_
 
 from data import improve_prompt
@@ -46,33 +43,21 @@ def train_policy_rl(lm, run, pairs):
         rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
         return [lm.encode_prompt(pairs[row].prompt) for row in rows], score
 
-    solve(lm, run, "policy_rl", "policy_sft", "policy_sft", "reward_policy", problem)
+    solve(lm, run, "policy_rl", "policy_sft", "policy_sft", "reward_policy", problem, cfg.rl_steps)
 
 
-def ablation(curriculum, total):
-    """The rounds of one of CURRICULA, `total` PPO iterations in all -> [(role, source, role it starts from, iterations)]."""
-    sources, rounds = parse(curriculum), []
+def rounds(sources, total, prefix):
+    """Share out `total` PPO iterations: a round for each source -> [(role, source, role it starts from, iterations)]."""
+    plan = []
     for number, source in enumerate(sources):
-        start = rounds[-1][0] if rounds else "pit_sft"
+        start = plan[-1][0] if plan else "pit_sft"
         steps = total * (number + 1) // len(sources) - total * number // len(sources)
-        rounds.append((f"ablate_{'-'.join(sources)}_{number}", source, start, steps))
-    return rounds
+        plan.append((f"{prefix}{number}", source, start, steps))
+    return plan
 
 
-def train_ablation_round(lm, run, pairs, role, source, start, steps):
-    """One round of an ablation -> adapter `role`: the run's own options but for the number of iterations."""
-    run = copy.copy(run)
-    run.config = SimpleNamespace(**vars(run.config) | {"rl_steps": steps})
-    train_round(lm, run, pairs, role, source, start)
-
-
-def train_pit_round(lm, run, pairs, number, source):
-    """One round of PIT (Eqs. 4 and 5) -> adapter pit_rl{number}."""
-    train_round(lm, run, pairs, f"pit_rl{number}", source, f"pit_rl{number - 1}" if number else "pit_sft")
-
-
-def train_round(lm, run, pairs, role, source, start):
-    """PIT against references by `source`, from adapter `start` -> adapter `role`."""
+def train_pit_round(lm, run, pairs, role, source, start, steps):
+    """One round of PIT (Eqs. 4 and 5): `steps` iterations on references by `source`, from adapter `start` -> adapter `role`."""
     cfg = run.config
 
     def problem(step):
@@ -88,10 +73,10 @@ def train_round(lm, run, pairs, role, source, start):
         return prompts, lambda tokens: gap(lm, prompts, tokens.lists(), unchanged, cfg.micro_batch)
 
     # a gap of 0 is "no change": shift=0 keeps it so, and a positive reward means better than y_ref
-    solve(lm, run, role, start, "pit_sft", "reward_gap", problem, shift=0.0)
+    solve(lm, run, role, start, "pit_sft", "reward_gap", problem, steps, shift=0.0)
 
 
-def solve(lm, run, role, start, reference, reward, problem, shift=None):
+def solve(lm, run, role, start, reference, reward, problem, steps, shift=None):
     """PPO from adapter `start` to the new adapter `role`, held to `reference`, with a critic on a copy of `reward`'s trunk."""
     lm.add(role, like=start)
     # The reward model's trunk knows what is good. Its head, read before the end of an answer, says nothing of returns: as a
@@ -99,7 +84,7 @@ def solve(lm, run, role, start, reference, reward, problem, shift=None):
     lm.add("critic", like=reward, head=True)
     zeros_(lm.heads["critic"].weight)
     zeros_(lm.heads["critic"].bias)
-    train(lm, run, role, reference, "critic", problem, shift)
+    train(lm, run, role, reference, "critic", problem, steps, shift)
     lm.remove("critic")
 
 

@@ -137,6 +137,7 @@ class Session:
         print(", ".join(f"{name} {len(part):,}" for name, part in self.parts.items()))
         self.rounds = curriculum.parse(cfg.rounds)
         self.last = f"pit_rl{len(self.rounds) - 1}"
+        self.iterations = cfg.rl_steps * len(self.rounds)  # of PPO for PIT, all rounds together
 
     def train(self, role, why, function, *args):
         """Train `role` by function(lm, run, *args), or load it where the run has it already."""
@@ -179,9 +180,9 @@ def rl_stage(session):
     session.require("sft", "policy_sft", "pit_sft")
     session.require("reward", "reward_policy", "reward_gap")
     session.train("policy_rl", "PPO: better answers by R_P (Eq. 3)", curriculum.train_policy_rl, pairs)
-    for number, source in enumerate(session.rounds):
+    for role, source, start, steps in curriculum.rounds(session.rounds, session.iterations, "pit_rl"):
         why = f"PPO: larger gaps by R_PIT over {source} answers (Eq. {4 if source == 'annotated' else 5})"
-        session.train(f"pit_rl{number}", why, curriculum.train_pit_round, pairs, number, source)
+        session.train(role, why, curriculum.train_pit_round, pairs, role, source, start, steps)
 
 
 def eval_stage(session, names=(), judge_base=None):
@@ -266,11 +267,12 @@ def ablate(run: StageRun, judge: JudgeOption = None):
     held_out = session.parts["held_out"]
     three = session.parts["rm"], held_out, "reward_gap3", reward.three_terms
     session.train("reward_gap3", "Eq. 2 with only its first three terms", reward.train_gap_reward, *three)
-    total, lasts = session.run.config.rl_steps * len(session.rounds), {}
+    lasts = {}
     for name in curriculum.CURRICULA:
-        for role, source, start, steps in curriculum.ablation(name, total):
+        prefix = f"ablate_{name.replace(',', '-')}_"
+        for role, source, start, steps in curriculum.rounds(curriculum.parse(name), session.iterations, prefix):
             why = f"curriculum {name}: PPO over {source} answers"
-            session.train(role, why, curriculum.train_ablation_round, session.parts["rl"], role, source, start, steps)
+            session.train(role, why, curriculum.train_pit_round, session.parts["rl"], role, source, start, steps)
             lasts[name] = role
     with session.run.stage("ablate", "which curriculum is best?"):
         evaluate.judge_curricula(session.lm, session.run, held_out, lasts, judges)

@@ -183,7 +183,7 @@ def check(run, sample, eos):
     finite("The reward model is broken: train it again with a lower --rm-lr.", score=sample.scores.sum())
     mask, answers = sample.tokens.response_mask, sample.tokens.responses * sample.tokens.response_mask
     if masked_mean(k1(sample.logprobs, sample.ref_logprobs), mask) > WILD_KL:
-        run.warn(f"the KL is above {WILD_KL} nats a token; answers may turn to gibberish. Try a higher --kl, a lower --rl-lr.")
+        run.warn(f"the KL is above {WILD_KL} nats a token. Try a higher --kl, a lower --rl-lr.")
     if not (sample.tokens.responses == eos).any():
         run.warn("no answer of this batch ended by itself. Try a higher --max-response, more --sft-steps.")
     if len(answers.unique(dim=0)) == 1 < len(answers):
@@ -196,8 +196,8 @@ def adapt_beta(beta, kl, target, batch, horizon=10_000):
     return beta * (1 + error * batch / horizon)
 
 
-def train(lm, run, role, reference, critic, problem, shift=None):
-    """PPO on adapter `role`, held to `reference`, for cfg.rl_steps iterations.
+def train(lm, run, role, reference, critic, problem, steps, shift=None):
+    """PPO on adapter `role`, held to `reference`, for `steps` iterations.
 
     problem(step) gives an iteration's prompts, a list of token ids, and a function that scores the responses to them: Tokens ->
     (B,). Scores are normalised once, by the spread of the first batch and, where `shift` is None, by its mean: the first batch
@@ -211,7 +211,7 @@ def train(lm, run, role, reference, critic, problem, shift=None):
     cfg = run.config
     optimizers = adamw(lm.parameters(role), cfg.rl_lr, eps=1e-5), adamw(lm.parameters(critic), cfg.critic_lr, eps=1e-5)
     numbers = {"beta": cfg.kl, "shift": shift, "scale": None}  # what a later iteration needs besides, for the checkpoint
-    for step in run.steps(cfg.rl_steps, optimizers, numbers):
+    for step in run.steps(steps, optimizers, numbers):
         prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")  # however much randomness the prompts took
         sample = rollout(lm, role, reference, critic, prompts, score, cfg)
@@ -223,7 +223,7 @@ def train(lm, run, role, reference, critic, problem, shift=None):
         mask = sample.tokens.response_mask
         ended = (sample.tokens.responses == lm.eos).any(1)
         scores = normalise(sample.scores, numbers["shift"], numbers["scale"]) + NO_EOS * ~ended
-        fraction_left = 1 - step / cfg.rl_steps
+        fraction_left = 1 - step / steps
         metrics = ppo_update(lm, role, critic, optimizers, sample, scores, beta, fraction_left, cfg)
         kl = (k1(sample.logprobs, sample.ref_logprobs) * mask).sum(1).mean().item()
         run.log(

@@ -174,6 +174,6 @@ def test_ppo_finds_the_best_answer_of_a_toy_problem(lm, tmp_path):
         return (tokens.responses[:, 2] == best).float()
 
     with run.stage("toy", "find the best answer"):
-        ppo.train(lm, run, "policy", "reference", "critic", lambda step: ([prompt] * 32, score))
+        ppo.train(lm, run, "policy", "reference", "critic", lambda step: ([prompt] * 32, score), 16)
     scores = [line["score"] for line in run.metrics()]
     assert scores[0] < 0.5 and sum(scores[-3:]) / 3 > 0.9
