@@ -12,9 +12,9 @@ That a round starts where the last one ended, and is held to M_PIT^SFT all along
 from torch.nn.init import zeros_
 
 from data import improve_prompt
-from models import LOGIT_CHUNK, in_parts
+from models import LOGIT_CHUNK
 from ppo import train
-from reward import gap
+from reward import gap, scores
 from run import UserError, shuffled_batch
 
 # Table 2 of the paper, and two curricula more; all start from M_PIT^SFT and share out the same number of PPO iterations
@@ -36,8 +36,7 @@ def train_policy_rl(lm, run, pairs):
     cfg = run.config
 
     def score(tokens):
-        lm.activate("reward_policy")
-        return in_parts(lambda part: lm.scores("reward_policy", part), tokens, cfg.micro_batch)
+        return scores(lm, "reward_policy", tokens, cfg.micro_batch)
 
     def problem(step):
         rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)

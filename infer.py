@@ -15,7 +15,6 @@ from transformers import AutoConfig
 
 import reward
 from data import BadRow, improve_prompt, read_columns, read_turns, real_text, rows_of_file, shorten
-from models import in_parts
 from run import UserError, progress, read_json, seed_all, write_json
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself, in words: once for feedback, once for the refined answer.
@@ -53,12 +52,10 @@ def gaps(lm, prompts, answers, references, cfg):
     return reward.gap(lm, encoded, answers, references, cfg.micro_batch).cpu()
 
 
-@torch.no_grad()
 def rewards(lm, role, prompts, answers, cfg):
     """R_P, or a judge by its role, of each answer -> (N,) on the CPU."""
-    lm.activate(role)
     tokens = lm.collate([lm.encode_prompt(x) for x in prompts], [lm.encode_response(text) for text in answers])
-    return in_parts(lambda part: lm.scores(role, part), tokens, cfg.micro_batch).cpu()
+    return reward.scores(lm, role, tokens, cfg.micro_batch).cpu()
 
 
 def best_of_n(lm, prompts, candidates, cfg):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data import improve_prompt
-from models import adamw, take_step
+from models import adamw, in_parts, take_step
 from run import finite, shuffled_batch
 
 
@@ -64,6 +64,13 @@ def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=gap_lo
         **{f"mean_{name}": (r - no_change.mean()).mean().item() for name, r in dict(wl=wl, ww=ww, ll=ll, lw=lw).items()},
     }
     report(lm, run, role, measured, 2 * len(ww))
+
+
+@torch.no_grad()
+def scores(lm, role, tokens, micro_batch):
+    """R_P, or a judge by its role, of each response of `tokens` -> (B,)."""
+    lm.activate(role)
+    return in_parts(lambda part: lm.scores(role, part), tokens, micro_batch)
 
 
 @torch.no_grad()
