@@ -41,9 +41,7 @@ def improve_prompt(prompt, reference):
     return [*prompt, {"role": "assistant", "content": reference}, {"role": "user", "content": IMPROVE}]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The synthetic task: where does each look in the end?
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the synthetic task: where does each look in the end? ------------------------------------------------------------------
 #
 #   prompt    Where does each look in the end? Ann north: left left back. Ben west: right left right.
 #   perfect   Now Ann north: west south north. Ben north: north west north.
@@ -63,18 +61,21 @@ TURNS = {"right": 1, "back": 2, "left": 3}  # in quarters, clockwise
 
 def ask(people):
     """The prompt about `people`: {name: (where he or she looks at first, turns)}."""
-    lines = [f"{name} {start}: {' '.join(turns)}." for name, (start, turns) in people.items()]
-    return f"Where does each look in the end? {' '.join(lines)}"
+    return tell(people, begin="Where does each look in the end?")
 
 
-def asked_about(prompt):
-    """The people in a prompt."""
-    lines = re.findall(r"(\w+) (\w+): ([\w ]+)\.", prompt)
-    return {name: (start, turns.split()) for name, start, turns in lines}
+def tell(lines, begin="Now"):
+    """The answer that says `lines`: {name: (end, way)}, the way being where he or she looks after each turn."""
+    return " ".join([begin, *(f"{name} {look}: {' '.join(words)}." for name, (look, words) in lines.items())])
+
+
+def read(text):
+    """The lines of a prompt or an answer, as `ask` or `tell` was given them. What has not the form of a line is not read."""
+    return {name: (look, words.split()) for name, look, words in re.findall(r"(\w+) (\w+): ([\w ]+)\.", text)}
 
 
 def solve(people):
-    """The perfect answer about `people` -> {name: (end, way)}, the way being where he or she looks after each turn."""
+    """The lines of the perfect answer about `people`."""
     lines = {}
     for name, (start, turns) in people.items():
         quarters = accumulate((TURNS[turn] for turn in turns), initial=LOOKS.index(start))
@@ -83,22 +84,12 @@ def solve(people):
     return lines
 
 
-def tell(lines):
-    """The answer that says `lines`."""
-    return "Now " + " ".join(f"{name} {end}: {' '.join(way)}." for name, (end, way) in lines.items())
-
-
-def read(answer):
-    """The lines of an answer -> {name: (end, way)}. What has not the form of a line is not read."""
-    return {name: (end, way.split()) for name, end, way in re.findall(r"(\w+) (\w+): ([\w ]+)\.", answer)}
-
-
 def quality(prompt, answer):
     """The share of the prompt's requirements that the answer meets, in [0, 1]: exact, and for judging alone.
 
     With n people there are 2n + 1: for each the right end and the right way, and nothing else besides.
     """
-    perfect, told = solve(asked_about(prompt)), read(answer)
+    perfect, told = solve(read(prompt)), read(answer)
     met = [bool(told) and set(told) <= set(perfect) and answer == tell(told)]
     for name, (end, way) in perfect.items():
         told_end, told_way = told.get(name, ("", []))
@@ -150,9 +141,7 @@ def synthetic_pairs(n, seed):
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs, from anywhere
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- pairs, from anywhere --------------------------------------------------------------------------------------------------
 #
 #   prompt, chosen, rejected                     text or chat messages (TRL's forms; chosen may hold the prompt as well)
 #   chosen, rejected                             transcripts that begin alike and part at the last answer (Anthropic's)
