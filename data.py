@@ -5,12 +5,8 @@ ever learns from: nobody writes down *why* one answer is better.
 
 Three sources:
   synthetic            the built-in task, who looks where in the end (below): made on the spot, with an exact quality function
-  FILE                 .json, .jsonl, .csv or .parquet, in any of the forms that are listed in the second half
+  FILE                 .json, .jsonl, .csv or .parquet, in any of the forms listed under "pairs, from anywhere"
   hh, tldr, a hub id   the same forms, through the library `datasets`
-
-Two prompt templates, both natural turns without any rubric in words (the paper's own template is not known):
-  answer          x                               the policy M_P answers
-  improve         x, y_ref, "Please improve ..."   M_PIT writes a better y; R_PIT reads the same turns and then y
 
 This file knows nothing of models, and only the judge in evaluate.py may call `quality`.
 """
@@ -33,11 +29,11 @@ from pyarrow import parquet
 
 from run import UserError
 
-IMPROVE = "Please improve your answer."  # our own wording; the paper's is open
+IMPROVE = "Please improve your answer."  # our wording, the paper's is not known: a natural turn, without any rubric in words
 
 
 def improve_prompt(prompt, reference):
-    """(x, y_ref) as chat messages. R_PIT(x, y, y_ref) reads the same turns and then y: it scores the very tokens of M_PIT."""
+    """(x, y_ref) as chat messages. M_PIT writes y after them, and R_PIT(x, y, y_ref) scores the very same tokens."""
     return [*prompt, {"role": "assistant", "content": reference}, {"role": "user", "content": IMPROVE}]
 
 
@@ -287,21 +283,19 @@ def read_row(row):
 
 def read_answer(value, column, prompt, asked):
     """An answer after the turns of `prompt`, or a transcript that ends in it -> (all turns before the answer, the answer)."""
-    if isinstance(value, str) and not TRANSCRIPT.match(value):
-        if not asked:
-            raise BadRow(f"there is no `prompt`, and `{column}` is no transcript")
-        return prompt, real_text(value, column)
-    turns = read_turns(value, column)
+    if isinstance(value, str) and not TRANSCRIPT.match(value) and not asked:
+        raise BadRow(f"there is no `prompt`, and `{column}` is no transcript")
+    turns = read_turns(value, column, "assistant")
     if not turns or turns[-1]["role"] != "assistant":
         return turns, ""
     *before, last = turns
     return before if before[: len(prompt)] == prompt else prompt + before, last["content"]
 
 
-def read_turns(value, column):
+def read_turns(value, column, speaker="user"):
     """Text or chat messages -> messages, empty ones left out and neighbours by one speaker joined: many templates insist."""
     turns = []
-    for message in dialogue(value) if isinstance(value, str) else value if isinstance(value, list) else [None]:
+    for message in dialogue(value, speaker) if isinstance(value, str) else value if isinstance(value, list) else [None]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise BadRow(f"`{column}` must be text, or a list of messages with `role` and `content`")
         role, said = message["role"], real_text(message["content"], column)
@@ -326,10 +320,10 @@ def first_line(error):
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
-def dialogue(text):
-    """Text -> chat messages: the turns of Anthropic's "\\n\\nHuman: ... \\n\\nAssistant:" form, or one user message."""
+def dialogue(text, speaker="user"):
+    """Text -> chat messages: the turns of Anthropic's "\\n\\nHuman: ... \\n\\nAssistant:" form, or one message by `speaker`."""
     if not TRANSCRIPT.match(text):
-        return [{"role": "user", "content": text.strip()}]
+        return [{"role": speaker, "content": text.strip()}]
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
