@@ -283,12 +283,15 @@ def judge_curricula(lm, run, pairs, lasts, judges):
 
 def show_samples(lm, run, stage, pairs):
     """Answer the same prompts after each stage, and improve the answers once there is a PIT model -> samples.md, console."""
+    path, page = run.path / "samples.md", f"\n## after {stage}\n"
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if page in before:  # asked each time: a kill may come between a stage and its samples
+        return
     cfg, policy = run.config, "policy_rl" if "policy_rl" in lm.roles else "policy_sft"
     prompts = [pair.prompt for pair in pairs]
     seed_all(cfg.seed, "samples")
     answers = infer.answer(lm, policy, prompts, cfg)
     improved = infer.improve(lm, stage, prompts, answers, cfg) if stage.startswith("pit") else None
-    page = f"\n## after {stage}\n"
     for i, prompt in enumerate(prompts):
         rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | ({stage: improved[i]} if improved else {})
         page += "\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items())
@@ -296,4 +299,4 @@ def show_samples(lm, run, stage, pairs):
             for who, text in rows.items():
                 lines = dict(initial_indent=f"  {who:10} ", subsequent_indent=" " * 13, max_lines=3, placeholder=" [...]")
                 print(fill(text, 100, **lines))
-    write_text(run.path / "samples.md", run.samples() + page)
+    write_text(path, before + page)

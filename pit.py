@@ -146,8 +146,7 @@ class Session:
         else:
             with self.run.stage(role, why):
                 function(self.lm, self.run, *args)
-        writes = role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl")
-        if writes and f"\n## after {role}\n" not in self.run.samples():  # a kill may come in between
+        if role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl"):
             evaluate.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
     def load(self, role):

@@ -172,10 +172,6 @@ class Run:
         lines = [json.dumps(line) + "\n" for line in self.metrics() if line["stage"] != stage or line["step"] < step]
         write_text(self.path / "metrics.jsonl", "".join(lines))
 
-    def samples(self):
-        path = self.path / "samples.md"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
     def warn(self, text):
         """Say once a stage that something looks wrong, and what to try."""
         if text not in self.warned:
