@@ -23,9 +23,8 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager
-from importlib import metadata
-from importlib.util import find_spec
+from contextlib import contextmanager, suppress
+from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,8 +55,7 @@ class Run:
 
     @classmethod
     def start(cls, path, options, overwrite=False):
-        """Open the run in `path` and keep others out. A new one gets `options` as its configuration; one that has learned
-        anything must have had them."""
+        """Open the run in `path` and keep others out. A new one gets `options`; one that has learned must have had them."""
         path = Path(path)
         held = hold(path)
         old = read_json(path / "config.json")
@@ -135,20 +133,20 @@ class Run:
 
     def restore(self, optimizers, numbers):
         """Put back the newest whole checkpoint of this stage, in place -> the number of steps done; 0 where there is none."""
-        for folder in sorted((self.path / "checkpoints" / self.name).glob("[0-9]*"), reverse=True):
-            if not is_whole(folder):
-                continue
-            tensors = load((folder / "training.safetensors").read_bytes())
-            for place, p, state in in_training(optimizers):
-                p.data.copy_(tensors[f"{place} value"])
-                for name in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's; it counts its steps on the CPU
-                    state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
-            stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
-            numbers.update(stored["numbers"])
-            self.started -= stored["seconds"]
-            print(f"  going on after step {int(folder.name)}", flush=True)
-            return int(folder.name)
-        return 0
+        folders = sorted((self.path / "checkpoints" / self.name).glob("[0-9]*"), reverse=True)
+        folder = next(filter(is_whole, folders), None)
+        if folder is None:
+            return 0
+        tensors = load((folder / "training.safetensors").read_bytes())
+        for place, p, state in in_training(optimizers):
+            p.data.copy_(tensors[f"{place} value"])
+            for name in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's; it counts its steps on the CPU
+                state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
+        stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+        numbers.update(stored["numbers"])
+        self.started -= stored["seconds"]
+        print(f"  going on after step {int(folder.name)}", flush=True)
+        return int(folder.name)
 
     def log(self, **metrics):
         """Append one line to metrics.jsonl: the stage, the step within it, and numbers by name. The bar shows the first few."""
@@ -201,7 +199,7 @@ class Run:
             raise UserError(f"{name}, step {self.step}: {error}\n{again}") from None
         self.add_seconds()
 
-    def steps(self, total, optimizers=(), numbers=None):
+    def steps(self, total, optimizers, numbers=None):
         """The steps of the present stage that are still to do, up to total - 1, under a progress bar.
 
         A checkpoint holds the parameters in `optimizers`, AdamW's moments, and `numbers`, a dict. Nothing else has to be
@@ -210,14 +208,13 @@ class Run:
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(self.name, first)
-        every = getattr(self.config, "save_every", 10)
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
             seed_all(self.config.seed, self.name, step)
-            self.in_step = bool(optimizers)
+            self.in_step = True
             yield step
-            if optimizers and ((step + 1) % every == 0 or step + 1 == total or self.stop_signal):
+            if (step + 1) % self.config.save_every == 0 or step + 1 == total or self.stop_signal:
                 self.save(step + 1, optimizers, numbers)
             self.in_step = False
             if self.stop_signal:
@@ -235,8 +232,8 @@ def in_training(optimizers):
 
 def versions():
     """For the reader of config.json alone: other versions may end in other last digits, but a run goes on all the same."""
-    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes") if find_spec(name)}
-    return {"python": platform.python_version()} | libraries
+    libraries = "torch transformers peft bitsandbytes".split()
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries if util.find_spec(name)}
 
 
 def same_command():
@@ -295,11 +292,9 @@ def checksums(folder):
 
 def is_whole(folder):
     """Whether a folder holds what `new_folder` was given; says so where it does not."""
-    try:
+    with suppress(OSError, ValueError):
         if json.loads((folder / "sha256.json").read_bytes()) == checksums(folder):
             return True
-    except (OSError, ValueError):
-        pass
     print(f"{folder} is damaged: it does not match its checksums. It is left out.")
     return False
 
