@@ -45,13 +45,13 @@ class UserError(Exception):
 class Run:
     """An open run folder. `config` holds the options it was started with, as attributes."""
 
-    def __init__(self, path):
+    def __init__(self, path, held=None):
         self.path = Path(path)
         options = read_json(self.path / "config.json")
         if not options:
             raise UserError(f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}")
         self.config = SimpleNamespace(**options)
-        self.in_step, self.stop_signal, self.held = False, 0, None
+        self.in_step, self.stop_signal, self.held = False, 0, held
 
     @classmethod
     def start(cls, path, options, overwrite=False):
@@ -72,9 +72,7 @@ class Run:
                 raise UserError(f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}")
             options = old | options
         write_json(path / "config.json", options | {"versions": versions()})
-        run = cls(path)
-        run.held = held
-        return run
+        return cls(path, held)
 
     def hold(self):
         """Keep other processes from training in this folder, and let Ctrl-C and SIGTERM wait for the end of a step."""
