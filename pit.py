@@ -208,9 +208,8 @@ def open_run(path):
     opened = Run(path)
     missing = inspect.signature(run_all).parameters.keys() - vars(opened.config).keys() - {"run", "smoke", "overwrite"}
     if missing:
-        raise UserError(
-            f"{path / 'config.json'} is of another version: {', '.join(sorted(missing))} missing. Start a new --run."
-        )
+        names = ", ".join(sorted(missing))
+        raise UserError(f"{path / 'config.json'} is of another version: {names} missing. Start a new --run.")
     return opened
 
 
