@@ -5,12 +5,8 @@ ever learns from: nobody writes down *why* one answer is better.
 
 Three sources:
   synthetic            the built-in task, who looks where in the end (below): made on the spot, with an exact quality function
-  FILE                 .json, .jsonl, .csv or .parquet, in any of the forms that are listed in the second half
+  FILE                 .json, .jsonl, .csv or .parquet, in any of the forms listed under "pairs, from anywhere"
   hh, tldr, a hub id   the same forms, through the library `datasets`
-
-Two prompt templates, both natural turns without any rubric in words (the paper's own template is not known):
-  answer          x                               the policy M_P answers
-  improve         x, y_ref, "Please improve ..."   M_PIT writes a better y; R_PIT reads the same turns and then y
 
 This file knows nothing of models, and only the judge in evaluate.py may call `quality`.
 """
@@ -33,17 +29,15 @@ from pyarrow import parquet
 
 from run import UserError
 
-IMPROVE = "Please improve your answer."  # our own wording; the paper's is open
+IMPROVE = "Please improve your answer."  # our wording, the paper's is not known: a natural turn, without any rubric in words
 
 
 def improve_prompt(prompt, reference):
-    """(x, y_ref) as chat messages. R_PIT(x, y, y_ref) reads the same turns and then y: it scores the very tokens of M_PIT."""
+    """(x, y_ref) as chat messages. M_PIT writes y after them, and R_PIT(x, y, y_ref) scores the very same tokens."""
     return [*prompt, {"role": "assistant", "content": reference}, {"role": "user", "content": IMPROVE}]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The synthetic task: where does each look in the end?
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the synthetic task: where does each look in the end? ------------------------------------------------------------------
 #
 #   prompt    Where does each look in the end? Ann north: left left back. Ben west: right left right.
 #   perfect   Now Ann north: west south north. Ben north: north west north.
@@ -63,18 +57,21 @@ TURNS = {"right": 1, "back": 2, "left": 3}  # in quarters, clockwise
 
 def ask(people):
     """The prompt about `people`: {name: (where he or she looks at first, turns)}."""
-    lines = [f"{name} {start}: {' '.join(turns)}." for name, (start, turns) in people.items()]
-    return f"Where does each look in the end? {' '.join(lines)}"
+    return tell(people, begin="Where does each look in the end?")
 
 
-def asked_about(prompt):
-    """The people in a prompt."""
-    lines = re.findall(r"(\w+) (\w+): ([\w ]+)\.", prompt)
-    return {name: (start, turns.split()) for name, start, turns in lines}
+def tell(lines, begin="Now"):
+    """The answer that says `lines`: {name: (end, way)}, the way being where he or she looks after each turn."""
+    return " ".join([begin, *(f"{name} {look}: {' '.join(words)}." for name, (look, words) in lines.items())])
+
+
+def read(text):
+    """The lines of a prompt or an answer, as `ask` or `tell` was given them. What has not the form of a line is not read."""
+    return {name: (look, words.split()) for name, look, words in re.findall(r"(\w+) (\w+): ([\w ]+)\.", text)}
 
 
 def solve(people):
-    """The perfect answer about `people` -> {name: (end, way)}, the way being where he or she looks after each turn."""
+    """The lines of the perfect answer about `people`."""
     lines = {}
     for name, (start, turns) in people.items():
         quarters = accumulate((TURNS[turn] for turn in turns), initial=LOOKS.index(start))
@@ -83,22 +80,12 @@ def solve(people):
     return lines
 
 
-def tell(lines):
-    """The answer that says `lines`."""
-    return "Now " + " ".join(f"{name} {end}: {' '.join(way)}." for name, (end, way) in lines.items())
-
-
-def read(answer):
-    """The lines of an answer -> {name: (end, way)}. What has not the form of a line is not read."""
-    return {name: (end, way.split()) for name, end, way in re.findall(r"(\w+) (\w+): ([\w ]+)\.", answer)}
-
-
 def quality(prompt, answer):
     """The share of the prompt's requirements that the answer meets, in [0, 1]: exact, and for judging alone.
 
     With n people there are 2n + 1: for each the right end and the right way, and nothing else besides.
     """
-    perfect, told = solve(asked_about(prompt)), read(answer)
+    perfect, told = solve(read(prompt)), read(answer)
     met = [bool(told) and set(told) <= set(perfect) and answer == tell(told)]
     for name, (end, way) in perfect.items():
         told_end, told_way = told.get(name, ("", []))
@@ -150,9 +137,7 @@ def synthetic_pairs(n, seed):
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs, from anywhere
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- pairs, from anywhere --------------------------------------------------------------------------------------------------
 #
 #   prompt, chosen, rejected                     text or chat messages (TRL's forms; chosen may hold the prompt as well)
 #   chosen, rejected                             transcripts that begin alike and part at the last answer (Anthropic's)
@@ -298,21 +283,19 @@ def read_row(row):
 
 def read_answer(value, column, prompt, asked):
     """An answer after the turns of `prompt`, or a transcript that ends in it -> (all turns before the answer, the answer)."""
-    if isinstance(value, str) and not TRANSCRIPT.match(value):
-        if not asked:
-            raise BadRow(f"there is no `prompt`, and `{column}` is no transcript")
-        return prompt, real_text(value, column)
-    turns = read_turns(value, column)
+    if isinstance(value, str) and not TRANSCRIPT.match(value) and not asked:
+        raise BadRow(f"there is no `prompt`, and `{column}` is no transcript")
+    turns = read_turns(value, column, "assistant")
     if not turns or turns[-1]["role"] != "assistant":
         return turns, ""
     *before, last = turns
     return before if before[: len(prompt)] == prompt else prompt + before, last["content"]
 
 
-def read_turns(value, column):
+def read_turns(value, column, speaker="user"):
     """Text or chat messages -> messages, empty ones left out and neighbours by one speaker joined: many templates insist."""
     turns = []
-    for message in dialogue(value) if isinstance(value, str) else value if isinstance(value, list) else [None]:
+    for message in dialogue(value, speaker) if isinstance(value, str) else value if isinstance(value, list) else [None]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise BadRow(f"`{column}` must be text, or a list of messages with `role` and `content`")
         role, said = message["role"], real_text(message["content"], column)
@@ -337,10 +320,10 @@ def first_line(error):
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
-def dialogue(text):
-    """Text -> chat messages: the turns of Anthropic's "\\n\\nHuman: ... \\n\\nAssistant:" form, or one user message."""
+def dialogue(text, speaker="user"):
+    """Text -> chat messages: the turns of Anthropic's "\\n\\nHuman: ... \\n\\nAssistant:" form, or one message by `speaker`."""
     if not TRANSCRIPT.match(text):
-        return [{"role": "user", "content": text.strip()}]
+        return [{"role": speaker, "content": text.strip()}]
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]

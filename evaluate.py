@@ -97,13 +97,15 @@ def adapter_judge(lm, role, cfg):
 def judges_by_name(names, lm, cfg):
     """Judges for the names of --judge, the main one first; without names, the exact quality if there is one, and the run's."""
     judges = {}
-    for name in names or (["quality"] if cfg.data == "synthetic" else []) + ["judge"]:
-        if name == "quality" and cfg.data != "synthetic":
-            raise UserError("--judge quality: only the synthetic task has an exact quality. Give judge, or a reward model.")
-        if name == "quality":
+    for name in names or (["quality", "judge"] if cfg.data == "synthetic" else ["judge"]):
+        if name == "judge":
+            judges[name] = adapter_judge(lm, name, cfg)
+        elif name != "quality":
+            judges[name] = hub_judge(name, lm.device)
+        elif cfg.data == "synthetic":
             judges[name] = Judge(exact, SAME)
         else:
-            judges[name] = adapter_judge(lm, name, cfg) if name == "judge" else hub_judge(name, lm.device)
+            raise UserError("--judge quality: only the synthetic task has an exact quality. Give judge, or a reward model.")
     return judges
 
 
@@ -237,13 +239,8 @@ def stop_table(lm, cfg, prompts, sides, scores):
 
 def written_pairs(prompts, sides, scores, margin):
     """PIT's answer and the original as preference pairs, by the main judge; ties are left out."""
-    pairs = []
-    for prompt, a, b, difference in zip(
-        prompts, sides["pit"].texts, sides["original"].texts, scores["pit"] - scores["original"]
-    ):
-        if abs(difference) >= margin:
-            pairs.append(Pair(prompt, a, b) if difference > 0 else Pair(prompt, b, a))
-    return pairs
+    rows = zip(prompts, sides["pit"].texts, sides["original"].texts, scores["pit"] - scores["original"])
+    return [Pair(x, a, b) if a_over_b > 0 else Pair(x, b, a) for x, a, b, a_over_b in rows if abs(a_over_b) >= margin]
 
 
 GAP_MODELS = {"reward_gap": "R_PIT, Eq. 2", "reward_policy": "R_P(y) - R_P(y_ref)", "reward_gap3": "Eq. 2, first three terms"}
@@ -286,12 +283,15 @@ def judge_curricula(lm, run, pairs, lasts, judges):
 
 def show_samples(lm, run, stage, pairs):
     """Answer the same prompts after each stage, and improve the answers once there is a PIT model -> samples.md, console."""
+    path, page = run.path / "samples.md", f"\n## after {stage}\n"
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if page in before:  # asked each time: a kill may come between a stage and its samples
+        return
     cfg, policy = run.config, "policy_rl" if "policy_rl" in lm.roles else "policy_sft"
     prompts = [pair.prompt for pair in pairs]
     seed_all(cfg.seed, "samples")
     answers = infer.answer(lm, policy, prompts, cfg)
     improved = infer.improve(lm, stage, prompts, answers, cfg) if stage.startswith("pit") else None
-    page = f"\n## after {stage}\n"
     for i, prompt in enumerate(prompts):
         rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | ({stage: improved[i]} if improved else {})
         page += "\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items())
@@ -299,4 +299,4 @@ def show_samples(lm, run, stage, pairs):
             for who, text in rows.items():
                 lines = dict(initial_indent=f"  {who:10} ", subsequent_indent=" " * 13, max_lines=3, placeholder=" [...]")
                 print(fill(text, 100, **lines))
-    write_text(run.path / "samples.md", run.samples() + page)
+    write_text(path, before + page)

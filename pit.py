@@ -146,8 +146,7 @@ class Session:
         else:
             with self.run.stage(role, why):
                 function(self.lm, self.run, *args)
-        writes = role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl")
-        if writes and f"\n## after {role}\n" not in self.run.samples():  # a kill may come in between
+        if role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl"):
             evaluate.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
     def load(self, role):
@@ -209,9 +208,8 @@ def open_run(path):
     opened = Run(path)
     missing = inspect.signature(run_all).parameters.keys() - vars(opened.config).keys() - {"run", "smoke", "overwrite"}
     if missing:
-        raise UserError(
-            f"{path / 'config.json'} is of another version: {', '.join(sorted(missing))} missing. Start a new --run."
-        )
+        names = ", ".join(sorted(missing))
+        raise UserError(f"{path / 'config.json'} is of another version: {names} missing. Start a new --run.")
     return opened
 
 

@@ -57,11 +57,12 @@ def table(rows, columns=slice(None)):
     lines = []
     for r in rows:
         if "not_applicable" in r:
-            lines.append([r["judge"], r["a"], r["b"]] + ["-"] * 4 + ["n/a"] + ["-"] * 5)
-            continue
-        lines.append([r["judge"], r["a"], r["b"], r["n"], *(f"{100 * r[x]:.0f}" for x in ("win", "lose", "tie")),
-                      f"{100 * r['delta']:+.1f}", span([100 * end for end in r["ci95"]], "+.1f"),
-                      *(f"{r[x]:.1f}" for x in ("tokens_a", "tokens_b", "generated_tokens")), r["generations"]])  # fmt: skip
+            numbers = ["-"] * 4 + ["n/a"] + ["-"] * 5
+        else:
+            numbers = [r["n"], *(f"{100 * r[x]:.0f}" for x in ("win", "lose", "tie")),
+                       f"{100 * r['delta']:+.1f}", span([100 * end for end in r["ci95"]], "+.1f"),
+                       *(f"{r[x]:.1f}" for x in ("tokens_a", "tokens_b", "generated_tokens")), r["generations"]]  # fmt: skip
+        lines.append([r["judge"], r["a"], r["b"], *numbers])
     return markdown(header[columns], [line[columns] for line in lines])
 
 
@@ -272,10 +273,9 @@ def plot_fig3(run, results, metrics):
     """Delta over the original at each temperature -> fig3.png."""
     figure, ax = plt.subplots(figsize=(8, 4.2))
     for method in dict.fromkeys(r["method"] for r in results["fig3"]):
-        rows = [
-            (r["temperature"], 100 * r["delta"], 100 * np.array(r["ci95"])) for r in results["fig3"] if r["method"] == method
-        ]
-        bars(ax, *zip(*rows), label=LABELS[method])
+        rows = [r for r in results["fig3"] if r["method"] == method]
+        curve = [(r["temperature"], 100 * r["delta"], 100 * np.array(r["ci95"])) for r in rows]
+        bars(ax, *zip(*curve), label=LABELS[method])
     ax.axhline(0, color="black", linewidth=1)
     ax.set(title=f"One improvement against the original answer (judge: {results['main']})", xlabel="sampling temperature",
            ylabel="win - lose, points (95% interval)")  # fmt: skip

@@ -23,9 +23,8 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager
-from importlib import metadata
-from importlib.util import find_spec
+from contextlib import contextmanager, suppress
+from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,18 +45,17 @@ class UserError(Exception):
 class Run:
     """An open run folder. `config` holds the options it was started with, as attributes."""
 
-    def __init__(self, path):
+    def __init__(self, path, held=None):
         self.path = Path(path)
         options = read_json(self.path / "config.json")
         if not options:
             raise UserError(f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}")
         self.config = SimpleNamespace(**options)
-        self.in_step, self.stop_signal, self.held = False, 0, None
+        self.in_step, self.stop_signal, self.held = False, 0, held
 
     @classmethod
     def start(cls, path, options, overwrite=False):
-        """Open the run in `path` and keep others out. A new one gets `options` as its configuration; one that has learned
-        anything must have had them."""
+        """Open the run in `path` and keep others out. A new one gets `options`; one that has learned must have had them."""
         path = Path(path)
         held = hold(path)
         old = read_json(path / "config.json")
@@ -74,9 +72,7 @@ class Run:
                 raise UserError(f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}")
             options = old | options
         write_json(path / "config.json", options | {"versions": versions()})
-        run = cls(path)
-        run.held = held
-        return run
+        return cls(path, held)
 
     def hold(self):
         """Keep other processes from training in this folder, and let Ctrl-C and SIGTERM wait for the end of a step."""
@@ -135,20 +131,20 @@ class Run:
 
     def restore(self, optimizers, numbers):
         """Put back the newest whole checkpoint of this stage, in place -> the number of steps done; 0 where there is none."""
-        for folder in sorted((self.path / "checkpoints" / self.name).glob("[0-9]*"), reverse=True):
-            if not is_whole(folder):
-                continue
-            tensors = load((folder / "training.safetensors").read_bytes())
-            for place, p, state in in_training(optimizers):
-                p.data.copy_(tensors[f"{place} value"])
-                for name in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's; it counts its steps on the CPU
-                    state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
-            stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
-            numbers.update(stored["numbers"])
-            self.started -= stored["seconds"]
-            print(f"  going on after step {int(folder.name)}", flush=True)
-            return int(folder.name)
-        return 0
+        folders = sorted((self.path / "checkpoints" / self.name).glob("[0-9]*"), reverse=True)
+        folder = next(filter(is_whole, folders), None)
+        if folder is None:
+            return 0
+        tensors = load((folder / "training.safetensors").read_bytes())
+        for place, p, state in in_training(optimizers):
+            p.data.copy_(tensors[f"{place} value"])
+            for name in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's; it counts its steps on the CPU
+                state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
+        stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+        numbers.update(stored["numbers"])
+        self.started -= stored["seconds"]
+        print(f"  going on after step {int(folder.name)}", flush=True)
+        return int(folder.name)
 
     def log(self, **metrics):
         """Append one line to metrics.jsonl: the stage, the step within it, and numbers by name. The bar shows the first few."""
@@ -171,10 +167,6 @@ class Run:
         """Drop the lines of a stage that goes on at `step`, so that none is there twice; and a last line that was cut off."""
         lines = [json.dumps(line) + "\n" for line in self.metrics() if line["stage"] != stage or line["step"] < step]
         write_text(self.path / "metrics.jsonl", "".join(lines))
-
-    def samples(self):
-        path = self.path / "samples.md"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def warn(self, text):
         """Say once a stage that something looks wrong, and what to try."""
@@ -205,7 +197,7 @@ class Run:
             raise UserError(f"{name}, step {self.step}: {error}\n{again}") from None
         self.add_seconds()
 
-    def steps(self, total, optimizers=(), numbers=None):
+    def steps(self, total, optimizers, numbers=None):
         """The steps of the present stage that are still to do, up to total - 1, under a progress bar.
 
         A checkpoint holds the parameters in `optimizers`, AdamW's moments, and `numbers`, a dict. Nothing else has to be
@@ -214,14 +206,13 @@ class Run:
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(self.name, first)
-        every = getattr(self.config, "save_every", 10)
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
             seed_all(self.config.seed, self.name, step)
-            self.in_step = bool(optimizers)
+            self.in_step = True
             yield step
-            if optimizers and ((step + 1) % every == 0 or step + 1 == total or self.stop_signal):
+            if (step + 1) % self.config.save_every == 0 or step + 1 == total or self.stop_signal:
                 self.save(step + 1, optimizers, numbers)
             self.in_step = False
             if self.stop_signal:
@@ -239,8 +230,8 @@ def in_training(optimizers):
 
 def versions():
     """For the reader of config.json alone: other versions may end in other last digits, but a run goes on all the same."""
-    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes") if find_spec(name)}
-    return {"python": platform.python_version()} | libraries
+    libraries = "torch transformers peft bitsandbytes".split()
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries if util.find_spec(name)}
 
 
 def same_command():
@@ -299,11 +290,9 @@ def checksums(folder):
 
 def is_whole(folder):
     """Whether a folder holds what `new_folder` was given; says so where it does not."""
-    try:
+    with suppress(OSError, ValueError):
         if json.loads((folder / "sha256.json").read_bytes()) == checksums(folder):
             return True
-    except (OSError, ValueError):
-        pass
     print(f"{folder} is damaged: it does not match its checksums. It is left out.")
     return False
 

@@ -41,7 +41,7 @@ def test_a_perfect_answer_exists_for_every_prompt_and_flaws_lower_it():
     for _ in range(200):
         people = data.draw_people(rng)
         prompt = data.ask(people)
-        assert data.asked_about(prompt) == people
+        assert data.read(prompt) == people
         for flaws in means:
             lines = data.spoil(data.solve(people), flaws, rng)
             assert data.read(data.tell(lines)) == lines
