@@ -9,8 +9,6 @@ to improve. A curriculum is a list of sources of y_ref: "annotated" (y_w and y_l
 That a round starts where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 """
 
-from torch.nn.init import zeros_
-
 from data import improve_prompt
 from models import LOGIT_CHUNK
 from ppo import train
@@ -42,7 +40,8 @@ def train_policy_rl(lm, run, pairs):
         rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
         return [lm.encode_prompt(pairs[row].prompt) for row in rows], score
 
-    solve(lm, run, "policy_rl", "policy_sft", "policy_sft", "reward_policy", problem, cfg.rl_steps)
+    lm.add("policy_rl", like="policy_sft")
+    train(lm, run, "policy_rl", "policy_sft", "reward_policy", problem, cfg.rl_steps)
 
 
 def rounds(sources, total, prefix):
@@ -71,20 +70,9 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         unchanged = [lm.encode_response(y_ref) for y_ref in references]
         return prompts, lambda tokens: gap(lm, prompts, tokens.lists(), unchanged, cfg.micro_batch)
 
-    # a gap of 0 is "no change": shift=0 keeps it so, and a positive reward means better than y_ref
-    solve(lm, run, role, start, "pit_sft", "reward_gap", problem, steps, shift=0.0)
-
-
-def solve(lm, run, role, start, reference, reward, problem, steps, shift=None):
-    """PPO from adapter `start` to the new adapter `role`, held to `reference`, with a critic on a copy of `reward`'s trunk."""
     lm.add(role, like=start)
-    # The reward model's trunk knows what is good. Its head, read before the end of an answer, says nothing of returns: as a
-    # first value function it explained -3.4 of their variance. A head of zeros explains 0, and learns.
-    lm.add("critic", like=reward, head=True)
-    zeros_(lm.heads["critic"].weight)
-    zeros_(lm.heads["critic"].bias)
-    train(lm, run, role, reference, "critic", problem, steps, shift)
-    lm.remove("critic")
+    # a gap of 0 is "no change": shift=0 keeps it so, and a positive reward means better than y_ref
+    train(lm, run, role, "pit_sft", "reward_gap", problem, steps, shift=0.0)
 
 
 # ---- the memory that stage 3, the largest, takes ---------------------------------------------------------------------------

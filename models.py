@@ -1,7 +1,7 @@
 """One frozen base, many LoRA adapters: the single model-loading helper of the project.
 
-Every role of PIT (policy, PIT model, reward models, critic, judge) is one small LoRA adapter on the same base, which is
-loaded once, in 4-bit. A reward model or critic has a scalar head besides: one nn.Linear that reads the last hidden states.
+Every role of PIT (policy, PIT model, reward models, judge) is one small LoRA adapter on the same base, which is
+loaded once, in 4-bit. A reward model has a scalar head besides: one nn.Linear that reads the last hidden states.
 
                       head (D -> 1)                  LM head (D -> V)
                            ^                               ^
@@ -66,6 +66,12 @@ class Tokens:
     @property
     def responses(self):  # (B, R)
         return self.ids[:, -self.response_mask.shape[1] :]
+
+    def trim(self):
+        """Without the columns, at both ends, that hold nothing but padding."""
+        first, R = self.mask.any(0).int().argmax(), int(self.response_mask.sum(1).max())
+        last = self.ids.shape[1] - self.response_mask.shape[1] + R
+        return Tokens(self.ids[:, first:last], self.mask[:, first:last], self.response_mask[:, :R])
 
     def lists(self):
         """The responses without padding, as lists of token ids."""
@@ -222,14 +228,11 @@ class LM:
         chosen = [checkpoint(token_logprobs, self.lm_head, h, y, temperature, use_reentrant=False) for h, y in chunks]
         return torch.zeros(real.shape, device=self.device).masked_scatter(real, torch.cat(chosen))
 
-    def scalars(self, role, tokens):
-        """The scalar head on each state: (B, R + 1), before the first response token up to after the last."""
-        return self.heads[role](self.hidden(tokens).float()).squeeze(-1)
-
     def scores(self, role, tokens):
-        """A reward model's verdict, read at the last real token, the EOS: (B,)."""
-        last = tokens.response_mask.sum(1, keepdim=True)  # state n has seen all n tokens
-        return self.scalars(role, tokens).gather(1, last).squeeze(1)
+        """A reward model's verdict: its scalar head at the last real token, the EOS: (B,)."""
+        last = tokens.response_mask.sum(1)  # state n has seen all n tokens
+        states = self.hidden(tokens)[torch.arange(len(last), device=self.device), last]  # (B, D)
+        return self.heads[role](states.float()).squeeze(-1)
 
     def scores_of_candidates(self, role, prompts, candidates):
         """The same verdict on k responses to each prompt, with the prompt read once for all of them: (B, k).
@@ -281,8 +284,20 @@ class LM:
 
 
 def in_parts(function, tokens, size):
-    """Apply `function` to `size` rows at a time and join the results: memory for one part, the same values."""
-    return torch.cat([function(tokens[start : start + size]) for start in range(0, len(tokens.ids), size)])
+    """Apply `function` to `size` rows at a time and join the results: memory for one part, the same values.
+
+    Rows of similar length go together, without the padding that they do not need; results get it back, as zeros.
+    """
+    order = tokens.mask.sum(1).argsort()
+    results, R = [], tokens.response_mask.shape[1]
+    for rows in order.split(size):
+        part = tokens[rows].trim()
+        result = function(part)  # (b,), or (b, R of this part, maybe + 1, ...)
+        if result.dim() > 1:
+            missing = result.new_zeros(len(rows), R - part.response_mask.shape[1], *result.shape[2:])
+            result = torch.cat([result, missing], 1)
+        results.append(result)
+    return torch.cat(results)[order.argsort()]
 
 
 def adamw(parameters, lr, eps=1e-8):

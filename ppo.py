@@ -20,6 +20,9 @@ Left out: value and policy sharing a trunk, reward whitening, entropy bonus. Def
 of RLHF with PPO" (Huang et al., 2024) unless a line says otherwise.
 """
 
+import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +47,7 @@ class Rollout:
     tokens: Tokens
     logprobs: torch.Tensor  # (B, R) by the policy
     ref_logprobs: torch.Tensor  # (B, R) by the frozen reference
+    states: torch.Tensor  # (B, R, D) hidden states of the reward model, which the critic reads; state t has seen t tokens
     values: torch.Tensor  # (B, R) by the critic
     scores: torch.Tensor  # (B,) raw, by the reward model
 
@@ -117,22 +121,26 @@ def value_loss(values, old_values, returns):
 
 
 @torch.no_grad()
-def rollout(lm, policy, reference, critic, prompts, score, cfg):
+def rollout(lm, policy, reference, reader, critic, prompts, score, cfg, seconds):
     """Sample one response for each prompt, and evaluate it with everything that the update needs."""
-    tokens = lm.generate(policy, prompts, cfg.max_response, cfg.temperature)
+    with timed(seconds, "sampling"):
+        tokens = lm.generate(policy, prompts, cfg.max_response, cfg.temperature)
 
     def evaluate(role, function):  # one role at a time
         lm.activate(role)
         return in_parts(function, tokens, cfg.micro_batch)
 
-    return Rollout(
-        tokens,
-        # not the log-probs of the sampler: recomputed by the same forward pass as in training, so that the first ratio is 1
-        logprobs=evaluate(policy, lambda part: lm.logprobs(part, cfg.temperature)),
-        ref_logprobs=evaluate(reference, lambda part: lm.logprobs(part, cfg.temperature)),
-        values=evaluate(critic, lambda part: lm.scalars(critic, part)[:, :-1]),
-        scores=score(tokens),
-    )
+    with timed(seconds, "scoring"):
+        states = evaluate(reader, lm.hidden)[:, :-1].float()
+        return Rollout(
+            tokens,
+            # not the log-probs of the sampler: recomputed by the same pass as in training, so that the first ratio is 1
+            logprobs=evaluate(policy, lambda part: lm.logprobs(part, cfg.temperature)),
+            ref_logprobs=evaluate(reference, lambda part: lm.logprobs(part, cfg.temperature)),
+            states=states,
+            values=critic(states).squeeze(-1),
+            scores=score(tokens),
+        )
 
 
 def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_left, cfg):
@@ -141,31 +149,33 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_le
     rewards = token_rewards(scores, sample.logprobs, sample.ref_logprobs, mask, beta)
     advantages, returns = gae(rewards, sample.values, mask)
     advantages = whiten(advantages, mask)
+    lengths = sample.tokens.mask.sum(1)
     sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clipped", "grad_norm"), 0.0)
     updates = 0
+    lm.activate(policy, train=True)
     for _ in range(cfg.epochs):
         epoch_kl = []
         for rows in torch.randperm(len(mask)).split(cfg.minibatch):
             # all sums are divided by the minibatch's tokens, so that the micro-batch size does not change the gradient
             n_tokens = mask[rows].sum()
             step = dict.fromkeys(sums, 0.0)
-            lm.activate(policy, train=True)
-            for part in rows.split(cfg.micro_batch):
-                logprobs = lm.logprobs(sample.tokens[part], cfg.temperature)
-                loss = (policy_loss(logprobs, sample.logprobs[part], advantages[part]) * mask[part]).sum() / n_tokens
+            for part in rows[lengths[rows].argsort()].split(cfg.micro_batch):  # similar lengths together: little padding
+                tokens = sample.tokens[part].trim()
+                R = tokens.response_mask.shape[1]
+                old, advantage, real = (x[part, :R] for x in (sample.logprobs, advantages, mask))
+                logprobs = lm.logprobs(tokens, cfg.temperature)
+                loss = (policy_loss(logprobs, old, advantage) * real).sum() / n_tokens
                 loss.backward()
-                log_ratio = (logprobs.detach() - sample.logprobs[part]) * mask[part]
+                log_ratio = (logprobs.detach() - old) * real
                 step["policy_loss"] += loss.item()
                 step["approx_kl"] += ((torch.expm1(log_ratio) - log_ratio).sum() / n_tokens).item()  # k3 against the old policy
                 step["clipped"] += (((log_ratio.exp() - 1).abs() > CLIP).sum() / n_tokens).item()
             finite("Lower --rl-lr.", policy_loss=step["policy_loss"])
             step["grad_norm"] = take_step(optimizers[0], cfg.rl_lr * fraction_left)
-            lm.activate(critic, train=True)
-            for part in rows.split(cfg.micro_batch):
-                values = lm.scalars(critic, sample.tokens[part])[:, :-1]
-                loss = (value_loss(values, sample.values[part], returns[part]) * mask[part]).sum() / n_tokens
-                loss.backward()
-                step["value_loss"] += loss.item()
+            values = critic(sample.states[rows]).squeeze(-1)
+            loss = (value_loss(values, sample.values[rows], returns[rows]) * mask[rows]).sum() / n_tokens
+            loss.backward()
+            step["value_loss"] = loss.item()
             finite("Lower --critic-lr.", value_loss=step["value_loss"])
             take_step(optimizers[1], cfg.critic_lr * fraction_left)
             sums = {name: sums[name] + step[name] for name in sums}
@@ -196,8 +206,21 @@ def adapt_beta(beta, kl, target, batch, horizon=10_000):
     return beta * (1 + error * batch / horizon)
 
 
-def train(lm, run, role, reference, critic, problem, steps, shift=None):
+@contextmanager
+def timed(seconds, phase):
+    """Add the seconds that the block takes to seconds[phase]."""
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a GPU computes while Python goes on
+    seconds[phase] += time.perf_counter() - started
+
+
+def train(lm, run, role, reference, reader, problem, steps, shift=None):
     """PPO on adapter `role`, held to `reference`, for `steps` iterations.
+
+    The critic is a linear head, from zeros, on the hidden states of the reward model `reader`: that knows what is good already,
+    and since it stays frozen, one pass over a rollout serves all epochs.
 
     problem(step) gives an iteration's prompts, a list of token ids, and a function that scores the responses to them: Tokens ->
     (B,). Scores are normalised once, by the spread of the first batch and, where `shift` is None, by its mean: the first batch
@@ -209,12 +232,18 @@ def train(lm, run, role, reference, critic, problem, steps, shift=None):
     clipped    share of tokens whose ratio left the clip range       explained  share of the returns' variance in the values
     """
     cfg = run.config
-    optimizers = adamw(lm.parameters(role), cfg.rl_lr, eps=1e-5), adamw(lm.parameters(critic), cfg.critic_lr, eps=1e-5)
+    critic = torch.nn.Linear(lm.hidden_size, 1, device=lm.device)
+    torch.nn.init.zeros_(critic.weight)
+    torch.nn.init.zeros_(critic.bias)
+    optimizers = adamw(lm.parameters(role), cfg.rl_lr, eps=1e-5), adamw(critic.parameters(), cfg.critic_lr, eps=1e-5)
+    seconds = Counter()
     numbers = {"beta": cfg.kl, "shift": shift, "scale": None}  # what a later iteration needs besides, for the checkpoint
     for step in run.steps(steps, optimizers, numbers):
-        prompts, score = problem(step)
+        started = time.perf_counter()
+        with timed(seconds, "sampling"):  # of y_ref, where a model writes it
+            prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")  # however much randomness the prompts took
-        sample = rollout(lm, role, reference, critic, prompts, score, cfg)
+        sample = rollout(lm, role, reference, reader, critic, prompts, score, cfg, seconds)
         check(run, sample, lm.eos)
         if numbers["scale"] is None:
             mean = sample.scores.mean().item()
@@ -224,7 +253,8 @@ def train(lm, run, role, reference, critic, problem, steps, shift=None):
         ended = (sample.tokens.responses == lm.eos).any(1)
         scores = normalise(sample.scores, numbers["shift"], numbers["scale"]) + NO_EOS * ~ended
         fraction_left = 1 - step / steps
-        metrics = ppo_update(lm, role, critic, optimizers, sample, scores, beta, fraction_left, cfg)
+        with timed(seconds, "updating"):
+            metrics = ppo_update(lm, role, critic, optimizers, sample, scores, beta, fraction_left, cfg)
         kl = (k1(sample.logprobs, sample.ref_logprobs) * mask).sum(1).mean().item()
         run.log(
             score=sample.scores.mean(),
@@ -237,5 +267,8 @@ def train(lm, run, role, reference, critic, problem, steps, shift=None):
         )
         if cfg.target_kl:
             numbers["beta"] = adapt_beta(beta, kl, cfg.target_kl, len(prompts))
+        seconds["total"] += time.perf_counter() - started
+    phases = [f"{phase} {seconds[phase] / seconds['total']:.0%}" for phase in ("sampling", "scoring", "updating")]
+    print(f"  {seconds['total'] / steps:.1f} s an iteration: {', '.join(phases)}")
     with run.new_adapter(role) as folder:
         lm.save(role, folder)

@@ -150,6 +150,18 @@ def test_scores_are_read_at_the_last_real_token(lm, pairs):
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_parts_of_similar_length_give_the_same_values(lm, pairs):
+    """Sorted, split and trimmed, against one pass over all rows with all their padding."""
+    tokens = batch(lm, pairs)
+    lm.add("policy")
+    lm.activate("policy")
+    real = tokens.response_mask.bool()
+    for function in (lm.logprobs, lambda part: lm.hidden(part)[:, :-1]):
+        parts, whole = models.in_parts(function, tokens, 2), function(tokens)
+        assert parts.shape == whole.shape
+        torch.testing.assert_close(parts[real], whole[real], atol=1e-4, rtol=1e-4)
+
+
 def test_generate_at_temperature_0_is_the_argmax_and_stops_at_eos(lm, pairs):
     prompts = [lm.encode_prompt(pair.prompt) for pair in pairs]
     tokens = lm.generate("blank", prompts, 40, temperature=0)

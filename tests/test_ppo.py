@@ -1,6 +1,7 @@
 """PPO: its maths one by one, then the whole on a problem with a known best answer."""
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import ppo
 from data import ask
 from run import Run
 
-CFG = dict(max_response=12, temperature=1.0, micro_batch=64, minibatch=8, epochs=1, rl_lr=1e-3, critic_lr=1e-3)
+CFG = dict(max_response=12, temperature=1.0, micro_batch=64, minibatch=8, epochs=1, rl_lr=1e-3, critic_lr=1e-3, save_every=10)
 
 
 def brute_force_gae(rewards, values, gamma, lam):
@@ -111,11 +112,15 @@ def test_adaptive_beta_moves_towards_the_target():
 
 
 def make_rollout(lm, pairs, cfg, score=lambda tokens: tokens.response_mask.sum(1).float()):
-    lm.add("policy")
-    lm.add("reference")
-    lm.add("critic", head=True)
+    for role in ("policy", "reference"):
+        lm.add(role)
     prompts = [lm.encode_prompt(pair.prompt) for pair in pairs]
-    return ppo.rollout(lm, "policy", "reference", "critic", prompts, score, cfg)
+    return ppo.rollout(lm, "policy", "reference", "reference", new_critic(lm), prompts, score, cfg, Counter())
+
+
+def new_critic(lm):
+    torch.manual_seed(3)
+    return torch.nn.Linear(lm.hidden_size, 1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -136,13 +141,13 @@ def test_micro_batch_size_does_not_change_the_update(lm, pairs):
         torch.manual_seed(1)
         cfg = SimpleNamespace(**CFG | dict(micro_batch=size, minibatch=6))
         lm.add("policy")
-        lm.add("critic", like="reference", head=True)
-        torch.nn.init.ones_(lm.heads["critic"].weight)
+        critic = new_critic(lm)
+        trained = lm.parameters("policy"), list(critic.parameters())
         # plain gradient descent: Adam would magnify the rounding of near-zero gradients
-        optimizers = [torch.optim.SGD(lm.parameters(role), lr=1e-3) for role in ("policy", "critic")]
+        optimizers = [torch.optim.SGD(parameters, lr=1e-3) for parameters in trained]
         torch.manual_seed(2)
-        ppo.ppo_update(lm, "policy", "critic", optimizers, sample, sample.scores, 0.05, 1.0, cfg)
-        results.append([p.detach().clone() for role in ("policy", "critic") for p in lm.parameters(role)])
+        ppo.ppo_update(lm, "policy", critic, optimizers, sample, sample.scores, 0.05, 1.0, cfg)
+        results.append([p.detach().clone() for parameters in trained for p in parameters])
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -156,7 +161,7 @@ def test_updates_stop_early_when_the_policy_has_moved_too_far(lm, pairs, monkeyp
         steps.clear()
         monkeypatch.setattr(ppo, "STOP_KL", limit)
         cfg = SimpleNamespace(**CFG | dict(epochs=4, minibatch=64))
-        ppo.ppo_update(lm, "policy", "critic", [None, None], sample, sample.scores, 0.05, 1.0, cfg)
+        ppo.ppo_update(lm, "policy", new_critic(lm), [None, None], sample, sample.scores, 0.05, 1.0, cfg)
         assert len(steps) == 2 * expected
 
 
@@ -168,12 +173,11 @@ def test_ppo_finds_the_best_answer_of_a_toy_problem(lm, tmp_path):
     best = lm.encode_response("Now Ann north")[-2]
     for role in ("reference", "policy"):
         lm.add(role)
-    lm.add("critic", head=True)
 
     def score(tokens):
         return (tokens.responses[:, 2] == best).float()
 
     with run.stage("toy", "find the best answer"):
-        ppo.train(lm, run, "policy", "reference", "critic", lambda step: ([prompt] * 32, score), 16)
+        ppo.train(lm, run, "policy", "reference", "reference", lambda step: ([prompt] * 32, score), 16)
     scores = [line["score"] for line in run.metrics()]
     assert scores[0] < 0.5 and sum(scores[-3:]) / 3 > 0.9
