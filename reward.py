@@ -5,6 +5,9 @@ R_PIT    r(x, y, y_ref)     how much better y is than y_ref. Eq. 2, over five co
 
 R_P reads the turns (x, y); R_PIT reads (x, y_ref, "Please improve ...", y), which are the very tokens that M_P and M_PIT write.
 So "score" always means: read the transcript, and take the scalar head's output at the last token.
+
+R_P and the judge start from the base, not from M_P^SFT: on the built-in task, a policy that was taught to write y_w, flaws
+included, had lost much of the base's eye for flaws. R_PIT starts from R_P.
 """
 
 import torch
@@ -43,9 +46,9 @@ def gap_contexts(lm, pair):
     return [lm.encode_prompt(improve_prompt(pair.prompt, y_ref)) for y_ref in (pair.chosen, pair.rejected)]
 
 
-def train_policy_reward(lm, run, pairs, held_out, role="reward_policy", start="policy_sft"):
+def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     """A Bradley-Terry model of single answers -> adapter and head `role`: R_P from D_RM, the judge from pairs of its own."""
-    train(lm, run, role, start, answer_contexts, bradley_terry, pairs)
+    train(lm, run, role, "blank", answer_contexts, bradley_terry, pairs)
     chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config.micro_batch)
     report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()}, len(chosen))
 
