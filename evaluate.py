@@ -19,7 +19,8 @@ from run import UserError, seed_all, write_text
 
 SAME = 1e-4  # exact scores closer than this are a tie
 NEAR = 0.1  # learned scores are log-odds: closer than this is a tie, a preference of less than 52.5 to 47.5
-COMPARISONS = [("original", "y_w"), ("pit", "original"), ("self_refine", "original"), ("self_refine_sft", "original"),
+COMPARISONS = [("original", "y_w"), ("original", "policy_sft"),
+               ("pit", "original"), ("self_refine", "original"), ("self_refine_sft", "original"),
                ("pit_sft", "original"), ("pit_rl0", "original"), ("best_of_2", "original"), ("best_of_3", "original"),
                ("pit", "self_refine"), ("pit", "best_of_2"), ("pit", "best_of_3"), ("pit", "second_sample"),
                ("pit", "pit_sft"), ("pit", "pit_rl0")]  # fmt: skip
@@ -157,7 +158,9 @@ def evaluate(lm, run, pairs, last, judges):
     prompts = [pair.prompt for pair in pairs]
     sides, refusal = infer.write_sides(infer.Answers(lm, run, prompts), pairs, last)
     print("\r" + " " * 50 + "\r", end="")
-    scores = {j: {side: judge.score(prompts, s.texts) for side, s in sides.items()} for j, judge in judges.items()}
+    unlike = {id(side): side.texts for side in sides.values()}  # some sides go by several names
+    scored = {j: {key: judge.score(prompts, texts) for key, texts in unlike.items()} for j, judge in judges.items()}
+    scores = {j: {name: scored[j][id(side)] for name, side in sides.items()} for j in judges}
     main, margin = next(iter(judges)), next(iter(judges.values())).margin
 
     def length(text):
@@ -181,6 +184,7 @@ def evaluate(lm, run, pairs, last, judges):
         mean_tokens={side: float(np.mean([length(text) for text in s.texts])) for side, s in sides.items()},
         cooler=compare(scores[main]["pit@0.4"], scores[main]["pit@1.0"], margin),
         table3=rounds_table(methods, scores[main], margin),
+        rl=rl_table(lm, run.config, prompts, sides),
         stops=stop_table(lm, run.config, prompts, sides, scores[main]),
         **gap_evidence(lm, run.config, pairs, written_pairs(prompts, sides, scores[main], margin)),
     )  # fmt: skip
@@ -208,6 +212,21 @@ def rounds_table(methods, scores, margin):
         })  # fmt: skip
         if k and method == "pit" and f"self_refine#{k}" in scores:
             rows[-1]["over_self_refine"] = compare(scores[player], scores[f"self_refine#{k}"], margin)
+    return rows
+
+
+def rl_table(lm, cfg, prompts, sides):
+    """What each RL stage did to its own reward: its mean on the held-out prompts before and after, and the rise's interval."""
+    rows = []
+    for before, after in (("policy_sft", "original"), ("pit_sft", "pit_rl0"), ("pit_rl0", "pit")):
+        if after == "original":  # the policy's own stage
+            by, means = "R_P", [infer.rewards(lm, "reward_policy", prompts, sides[s].texts, cfg) for s in (before, after)]
+        else:
+            original = sides["original"].texts
+            by, means = "gap by R_PIT", [infer.gaps(lm, prompts, sides[s].texts, original, cfg) for s in (before, after)]
+        start, end = (float(x.mean()) for x in means)
+        rows.append({"after": after, "before": before, "by": by, "start": start, "end": end,
+                     "ci95": interval(means[1] - means[0])})  # fmt: skip
     return rows
 
 

@@ -69,7 +69,7 @@ def after_round(stop, before, text, gap, seconds, budget):
 
     "next" round; "stop", and take the new text; or go "back" to the text before, and stop.
     """
-    if stop == "gap" and gap <= 0:  # R_PIT holds the new text for no better than "no change"
+    if stop == "gap" and (gap <= 0 or text == before):  # R_PIT holds the new text for no better than "no change"
         return "back"
     return "stop" if (stop == "same" and text == before) or (stop == "time" and seconds >= budget) else "next"
 
@@ -225,6 +225,7 @@ def write_sides(answers, pairs, last):
     why, and is None otherwise.
     """
     sides = {"y_w": Side([pair.chosen for pair in pairs], [0] * len(pairs), 0)}
+    sides["policy_sft"] = answers.write("policy_sft", "policy_sft", answers.prompts)
     samples = "original", "second_sample", "third_sample"
     sides |= {name: answers.write(name, "policy_rl", answers.prompts) for name in samples}
     original = sides["original"]

@@ -177,7 +177,11 @@ def write_report(run):
     ]  # fmt: skip
     if "table2" in results:
         parts += ["## Table 2 and Figure 4: curricula", table2(results["table2"]), "![fig4](fig4.png)"]
-    parts += ["## Training"] + [
+    rl = [[f"{r['before']} -> {r['after']}", r["by"], f"{r['start']:.2f}", f"{r['end']:.2f}", span(r["ci95"], "+.2f")]
+          for r in results["rl"]]  # fmt: skip
+    parts += ["## Training", "What RL did to its own reward, on the held-out prompts; gaps are over the original answers:",
+              markdown(["stage", "mean", "before", "after", "95% interval of the rise"], rl)]  # fmt: skip
+    parts += [
         f"{role} on held-out pairs: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
         for role, measured in results["reward"].items()
     ]
@@ -308,7 +312,7 @@ def plot_stops(run, results, metrics):
     for number, stop in enumerate(dict.fromkeys(r["stop"] for r in results["stops"])):
         rows = [(r["tokens"], r["mean"], r["ci95"]) for r in results["stops"] if r["stop"] == stop]
         # thick, then ever thinner: rules that agree stay visible
-        bars(ax, *zip(*rows), label=LABELS[stop], linewidth=4 - number, markersize=10 - 2 * number)
+        bars(ax, *zip(*rows), label=LABELS.get(stop, stop), linewidth=4 - number, markersize=10 - 2 * number)
     ax.set(title="When to stop improving: each line is a rule, its points from left to right allow one round more each",
            xlabel="tokens generated for an answer, the original's included",
            ylabel=f"mean score by {results['main']} (95% interval)")  # fmt: skip
