@@ -9,7 +9,8 @@ to improve. A curriculum is a list of sources of y_ref: "annotated" (y_w and y_l
 That a round starts where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 """
 
-from data import improve_prompt
+from data import improve_prompt, max_length
+from infer import SAMPLED
 from models import LOGIT_CHUNK
 from ppo import train
 from reward import gap, scores
@@ -78,11 +79,6 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
 # ---- the memory that stage 3, the largest, takes ---------------------------------------------------------------------------
 
 
-def longest(cfg):
-    """Tokens of the longest sequence: x, y_ref, "Please improve your answer.", y."""
-    return cfg.max_prompt + 2 * cfg.max_response + 16
-
-
 def estimate_memory(lm, cfg):
     """Peak memory by arithmetic -> {part: GiB}: what is always there, then training's part or sampling's, whichever is larger.
 
@@ -92,7 +88,7 @@ def estimate_memory(lm, cfg):
     c = base.config
     D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     heads = c.num_attention_heads
-    length = longest(cfg)
+    length = max_length(cfg)
     n = cfg.micro_batch * length
     for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
     scores = 3 * size * heads * length if c._attn_implementation == "eager" else 0
@@ -100,7 +96,8 @@ def estimate_memory(lm, cfg):
     activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
     logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
     cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token
-    sampling = cfg.rl_batch * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
+    rows = max(cfg.rl_batch, SAMPLED // length)
+    sampling = rows * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
     lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
     parts = {"weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name)}
     parts |= {"adapters": 7 * 4 * lora, "optimiser and gradients": 2 * 3 * 4 * lora}
@@ -115,6 +112,6 @@ def plan_memory(lm, cfg):
     parts = estimate_memory(lm, cfg)
     print(f"memory: about {sum(parts.values()):.1f} GiB (" + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()) + ")")
     context = getattr(lm.peft.get_base_model().config, "max_position_embeddings", None)
-    if context and longest(cfg) > context:
-        needs = f"{cfg.model} reads {context} tokens, and PIT needs {longest(cfg)}"
+    if context and max_length(cfg) > context:
+        needs = f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}"
         raise UserError(f"{needs}: lower --max-prompt or --max-response.")

@@ -37,6 +37,11 @@ def improve_prompt(prompt, reference):
     return [*prompt, {"role": "assistant", "content": reference}, {"role": "user", "content": IMPROVE}]
 
 
+def max_length(cfg):
+    """Tokens of the longest sequence that a run meets: x, y_ref, "Please improve your answer.", y."""
+    return cfg.max_prompt + 2 * cfg.max_response + 16
+
+
 # ---- the synthetic task: where does each look in the end? ------------------------------------------------------------------
 #
 #   prompt    Where does each look in the end? Ann north: left left back. Ben west: right left right.

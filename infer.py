@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 import reward
-from data import BadRow, improve_prompt, read_columns, read_turns, real_text, rows_of_file, shorten
+from data import BadRow, improve_prompt, max_length, read_columns, read_turns, real_text, rows_of_file, shorten
 from run import UserError, progress, read_json, seed_all, write_json
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself, in words: once for feedback, once for the refined answer.
@@ -22,6 +22,7 @@ FEEDBACK = "What could be better in your answer? Name each flaw and say how to m
 REFINE = "Now write your answer again with these flaws mended. Write nothing but the new answer."
 FOLLOWS = 0.5  # Self-Refine applies where at least this share of the feedback is neither empty nor the answer once more
 TEMPERATURES = (0.1, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)  # of Fig. 3
+SAMPLED = 32_768  # tokens in memory at one time while texts are written, prompts included
 ROUNDS = 5  # of Table 3
 STOPS = ("rounds", "same", "gap", "time")  # what ends the rounds of improvement, see `after_round`
 
@@ -33,9 +34,9 @@ def talk(prompt, *texts):
 
 def answer(lm, role, chats, cfg, temperature=1.0):
     """One text by `role`, a policy or a PIT model, to each chat (lists of messages) -> texts."""
-    texts = []
-    for start in range(0, len(chats), cfg.rl_batch):
-        batch = [lm.encode_prompt(chat) for chat in chats[start : start + cfg.rl_batch]]
+    texts, size = [], max(1, SAMPLED // max_length(cfg))
+    for start in range(0, len(chats), size):
+        batch = [lm.encode_prompt(chat) for chat in chats[start : start + size]]
         texts += lm.decode(lm.generate(role, batch, cfg.max_response, temperature).responses)
     return texts
 

@@ -223,9 +223,10 @@ def plot_curves(run, results, metrics):
     """All stages' learning curves, one panel a quantity -> curves.png."""
     figure, axes = plt.subplots(2, 4, figsize=(18, 7))
     for ax, (name, title, prefixes) in zip(axes.flat, PANELS):
-        for stage in dict.fromkeys(line["stage"] for line in metrics if line["stage"].startswith(prefixes)):
+        for k, stage in enumerate(dict.fromkeys(line["stage"] for line in metrics if line["stage"].startswith(prefixes))):
             curve = [(line["step"] + 1, line[name]) for line in metrics if line["stage"] == stage and name in line]
-            ax.plot(*zip(*curve), marker="." if len(curve) < 10 else None, label=stage)
+            # ever thinner: curves that agree stay visible
+            ax.plot(*zip(*curve), marker="." if len(curve) < 10 else None, label=stage, linewidth=max(1, 3.5 - k))
         ax.set(title=title, xlabel="PPO iteration" if "RL" in title else "optimiser step")
         whole_numbers(ax)
         if ax.lines:
@@ -268,7 +269,7 @@ def plot_fig2(run, results, metrics):
                     edgecolor=color, linewidth=1.5, label=f"{label}: mean {np.mean(four[name]):+.2f}")  # fmt: skip
         ax.set(title=f"Pairs {kind.replace('annotated', 'with annotated answers')} (n = {len(four['wl'])})",
                xlabel="score by R_PIT (log-odds)", ylabel="density")  # fmt: skip
-        ax.legend()
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)  # below: bars fill the panel
     figure.suptitle("R_PIT's scores r(answer, reference): green should lie right of blue and orange, red left of them")
     save(figure, run, "fig2.png")
 
