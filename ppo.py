@@ -16,7 +16,8 @@ All tensors of responses are (B, R). One mask serves rewards, KL, advantages, lo
     rewards        -bk  -bk  -bk  s-bk  0    0      b = beta, k = the token's KL estimate, s = score
     values          v0   v1   v2   v3   0    0      v_t has seen the prompt and t response tokens
 
-Left out: value and policy sharing a trunk, reward whitening, entropy bonus. Defaults follow "The N implementation details
+The critic is a linear head on the hidden states of the reward model, which is frozen: no second trunk is trained.
+Left out: reward whitening, entropy bonus. Defaults follow "The N implementation details
 of RLHF with PPO" (Huang et al., 2024) unless a line says otherwise.
 """
 
@@ -268,7 +269,9 @@ def train(lm, run, role, reference, reader, problem, steps, shift=None):
         if cfg.target_kl:
             numbers["beta"] = adapt_beta(beta, kl, cfg.target_kl, len(prompts))
         seconds["total"] += time.perf_counter() - started
-    phases = [f"{phase} {seconds[phase] / seconds['total']:.0%}" for phase in ("sampling", "scoring", "updating")]
-    print(f"  {seconds['total'] / steps:.1f} s an iteration: {', '.join(phases)}")
+        seconds["iterations"] += 1
+    if seconds["iterations"]:  # none where a stop came between the last one and the saving of the adapter
+        phases = [f"{phase} {seconds[phase] / seconds['total']:.0%}" for phase in ("sampling", "scoring", "updating")]
+        print(f"  {seconds['total'] / seconds['iterations']:.1f} s an iteration: {', '.join(phases)}")
     with run.new_adapter(role) as folder:
         lm.save(role, folder)
