@@ -55,7 +55,7 @@ def test_generations_and_tokens_are_counted_exactly(run, pairs):
     assert {name: sides[name].generations for name in expected} == expected
     assert set(sides["self_refine"].tokens) == {3 * 4}  # three texts of three words and an EOS
     assert set(sides["pit#5"].tokens) == {6 * 4} and set(sides["y_w"].tokens) == {0}
-    # 4 samples of policies, PIT after each stage, PIT's 6 other temperatures and 4 more rounds; Self-Refine's with 2 each; by SFT
+    # 4 samples of policies, PIT after each stage, its 6 other temperatures and 4 more rounds; Self-Refine's with 2 each; by SFT
     assert len(lm.calls) == len(pairs) * (4 + 3 + 6 + 4 + 2 * (1 + 6 + 4) + 2)
 
 
