@@ -206,13 +206,14 @@ class Run:
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(self.name, first)
+        every = getattr(self.config, "save_every", 10)
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
             seed_all(self.config.seed, self.name, step)
             self.in_step = True
             yield step
-            if (step + 1) % self.config.save_every == 0 or step + 1 == total or self.stop_signal:
+            if (step + 1) % every == 0 or step + 1 == total or self.stop_signal:
                 self.save(step + 1, optimizers, numbers)
             self.in_step = False
             if self.stop_signal:
