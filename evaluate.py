@@ -217,17 +217,15 @@ def rounds_table(methods, scores, margin):
 
 def rl_table(lm, cfg, prompts, sides):
     """What each RL stage did to its own reward: its mean on the held-out prompts before and after, and the rise's interval."""
-    rows = []
-    for before, after in (("policy_sft", "original"), ("pit_sft", "pit_rl0"), ("pit_rl0", "pit")):
-        if after == "original":  # the policy's own stage
-            by, means = "R_P", [infer.rewards(lm, "reward_policy", prompts, sides[s].texts, cfg) for s in (before, after)]
-        else:
-            original = sides["original"].texts
-            by, means = "gap by R_PIT", [infer.gaps(lm, prompts, sides[s].texts, original, cfg) for s in (before, after)]
-        start, end = (float(x.mean()) for x in means)
-        rows.append({"after": after, "before": before, "by": by, "start": start, "end": end,
-                     "ci95": interval(means[1] - means[0])})  # fmt: skip
-    return rows
+    original = sides["original"].texts
+    rewards = {s: infer.rewards(lm, "reward_policy", prompts, sides[s].texts, cfg) for s in ("policy_sft", "original")}
+    rewards |= {s: infer.gaps(lm, prompts, sides[s].texts, original, cfg) for s in ("pit_sft", "pit_rl0", "pit")}
+    stages = (("policy_sft", "original", "R_P"), ("pit_sft", "pit_rl0", "gap by R_PIT"), ("pit_rl0", "pit", "gap by R_PIT"))
+    return [
+        {"before": before, "after": after, "by": by, "start": float(rewards[before].mean()),
+         "end": float(rewards[after].mean()), "ci95": interval(rewards[after] - rewards[before])}
+        for before, after, by in stages
+    ]  # fmt: skip
 
 
 def stop_table(lm, cfg, prompts, sides, scores):

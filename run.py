@@ -206,7 +206,7 @@ class Run:
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(self.name, first)
-        every = getattr(self.config, "save_every", 10)
+        every = self.config.save_every
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
