@@ -350,7 +350,8 @@ def test_what_goes_wrong_in_ppo_is_said_once(tmp_path, capsys):
     run = Run.start(tmp_path / "run", dict(seed=0))
     mask = torch.ones(2, 3, dtype=torch.long)
     tokens = Tokens(torch.full((2, 5), 7), torch.ones(2, 5), mask)
-    sick = ppo.Rollout(tokens, torch.zeros(2, 3), torch.full((2, 3), -5.0), torch.zeros(2, 3), torch.zeros(2))
+    logprobs, states, values = torch.zeros(2, 3), torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    sick = ppo.Rollout(tokens, logprobs, torch.full((2, 3), -5.0), states, values, torch.zeros(2))
     with run.stage("sick", ""):
         ppo.check(run, sick, eos=1)
         ppo.check(run, sick, eos=1)
