@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 import infer
-from data import Pair, quality
+from data import Pair
 from reward import gap_contexts, pair_gaps, score_pairs
 from run import UserError, seed_all, write_text
+from task import quality
 
 SAME = 1e-4  # exact scores closer than this are a tie
 NEAR = 0.1  # learned scores are log-odds: closer than this is a tie, a preference of less than 52.5 to 47.5

@@ -9,6 +9,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -93,6 +94,17 @@ def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None, st
         text = better
 
 
+def check_request(prompt, response, input, output, stop):
+    """Complain about options of the command `infer` that do not go together."""
+    if (prompt is None) == (input is None) or (input is None) != (output is None) or input and response:
+        raise UserError("Give either a prompt (and --response, if you like), or both --input and --output.")
+    for name, text in (("The prompt", prompt), ("--response", response)):
+        if text is not None and not text.strip():
+            raise UserError(f"{name} is empty. Say what to answer; without --response the policy answers first.")
+    if stop not in STOPS:
+        raise UserError(f"--stop {stop}: choose one of {', '.join(STOPS)}.")
+
+
 # ---- whole files -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +162,17 @@ def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed):
 
 
 # ---- for other programs -----------------------------------------------------------------------------------------------------
+
+
+def check_export(run, role, folder, merge):
+    """Complain about a role that cannot be exported like this, and a folder that is there already."""
+    if Path(role).name != role or role in ("", ".."):
+        raise UserError(f"--adapter {role}: give the name of a role, such as pit_rl1 or policy_rl, not a path.")
+    run.need(role, "all")
+    if folder.exists():
+        raise UserError(f"--to {folder} is there already. Give a new folder.")
+    if merge and (run.adapter(role) / "head.safetensors").exists():
+        raise UserError(f"{role} is a scalar head on an adapter, not a model that writes: leave out --merge.")
 
 
 def export(lm, role, source, folder, merge):

@@ -7,20 +7,13 @@ loaded once, in 4-bit. A reward model has a scalar head besides: one nn.Linear t
                            ^                               ^
     ids (B, L) -> [ base in 4-bit + the active adapter ] -> hidden (B, L, D)
 
-Shapes everywhere: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size. Prompts are padded
-on the left and responses on the right, so that all responses of a batch start in the same column:
-
-    ids    pad pad  x   x   x | y   y  eos pad
-           x   x    x   x   x | y  eos pad pad
-           <------ P -------> | <----- R ---->
-
+Shapes are those of tokens.py: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size.
 This file knows nothing of data sets and of training.
 """
 
 import copy
 import logging
 import warnings
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -42,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from run import UserError, finite
+from tokens import Tokens, mask_after_eos
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -50,32 +44,6 @@ TINY = Path(__file__).parent / "tiny"  # the built-in base, made by `python sft.
 HUB = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google", "OLMo": "allenai",
        "pythia": "EleutherAI", "TinyLlama": "TinyLlama"}  # who publishes a model, by how its name begins  # fmt: skip
 LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at one time; 256 x 152k in fp32 is 150 MiB
-
-
-@dataclass
-class Tokens:
-    """A batch of prompts with their responses, padded as drawn above. Slicing selects rows."""
-
-    ids: torch.Tensor  # (B, L) int64
-    mask: torch.Tensor  # (B, L) 1 for real tokens, 0 for padding
-    response_mask: torch.Tensor  # (B, R) 1 for each response token up to and including EOS
-
-    def __getitem__(self, rows):
-        return Tokens(self.ids[rows], self.mask[rows], self.response_mask[rows])
-
-    @property
-    def responses(self):  # (B, R)
-        return self.ids[:, -self.response_mask.shape[1] :]
-
-    def trim(self):
-        """Without the columns, at both ends, that hold nothing but padding."""
-        first, R = self.mask.any(0).int().argmax(), int(self.response_mask.sum(1).max())
-        last = self.ids.shape[1] - self.response_mask.shape[1] + R
-        return Tokens(self.ids[:, first:last], self.mask[:, first:last], self.response_mask[:, :R])
-
-    def lists(self):
-        """The responses without padding, as lists of token ids."""
-        return [row[:n].tolist() for row, n in zip(self.responses, self.response_mask.sum(1))]
 
 
 class LM:
@@ -114,10 +82,10 @@ class LM:
         weights = get_peft_model_state_dict(self.peft, adapter_name=like)
         set_peft_model_state_dict(self.peft, {k: v.clone() for k, v in weights.items()}, adapter_name=role)
         self.roles.add(role)
-        if head:
-            self.heads[role] = (
-                copy.deepcopy(self.heads[like]) if like in self.heads else new_head(self.hidden_size, self.device)
-            )
+        if head and like in self.heads:
+            self.heads[role] = copy.deepcopy(self.heads[like])
+        elif head:
+            self.heads[role] = new_head(self.hidden_size, self.device)
 
     def remove(self, role):
         if role in self.roles:
@@ -146,8 +114,7 @@ class LM:
         return [p for p in [*self.peft.parameters(), *self.heads.parameters()] if p.requires_grad]
 
     def save(self, role, folder):
-        """Write `role` as a standard PEFT folder, with head.safetensors beside the adapter where it has a head."""
-        folder = Path(folder)
+        """Write `role` to the Path `folder`, as standard PEFT, with head.safetensors beside it where it has a head."""
         config = copy.deepcopy(self.peft.peft_config[role])
         config.inference_mode = True
         config.save_pretrained(folder)
@@ -157,8 +124,7 @@ class LM:
             (folder / "head.safetensors").write_bytes(save(self.heads[role].state_dict()))
 
     def load(self, role, folder):
-        """Add `role` as `save` wrote it."""
-        folder = Path(folder)
+        """Add `role` as `save` wrote it to the Path `folder`."""
         self.add(role, head=(folder / "head.safetensors").exists())
         set_peft_model_state_dict(self.peft, load_peft_weights(str(folder), device=str(self.device)), adapter_name=role)
         if role in self.heads:
@@ -200,7 +166,7 @@ class LM:
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def collate(self, prompts, responses):
-        """Lists of token ids -> Tokens, padded as drawn at the top. Masks come from lengths, never from `ids != pad`."""
+        """Lists of token ids -> Tokens, padded as drawn in tokens.py. Masks come from lengths, never from `ids != pad`."""
         P, R = max(map(len, prompts)), max(map(len, responses))
         ids = [[self.pad] * (P - len(p)) + p + r + [self.pad] * (R - len(r)) for p, r in zip(prompts, responses)]
         mask = [[0] * (P - len(p)) + [1] * len(p + r) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
@@ -270,34 +236,15 @@ class LM:
     def generate(self, role, prompts, max_tokens, temperature=1.0):
         """Sample one response for each prompt (lists of token ids) -> Tokens. Temperature 0 takes the likeliest token."""
         self.activate(role)
-        P = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (P - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
         sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
         # the model's own generation_config would leak in wherever an option is not given
         out = self.peft.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, top_k=0, top_p=1.0, repetition_penalty=1.0,
-            pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
+            input_ids=start.ids, attention_mask=start.mask, max_new_tokens=max_tokens, top_k=0, top_p=1.0,
+            repetition_penalty=1.0, pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
         )  # fmt: skip
-        response_mask = mask_after_eos(out[:, P:], self.eos)
-        return Tokens(out, torch.cat([mask, response_mask], 1), response_mask)
-
-
-def in_parts(function, tokens, size):
-    """Apply `function` to `size` rows at a time and join the results: memory for one part, the same values.
-
-    Rows of similar length go together, without the padding that they do not need; results get it back, as zeros.
-    """
-    order = tokens.mask.sum(1).argsort()
-    results, R = [], tokens.response_mask.shape[1]
-    for rows in order.split(size):
-        part = tokens[rows].trim()
-        result = function(part)  # (b,), or (b, R of this part, maybe + 1, ...)
-        if result.dim() > 1:
-            missing = result.new_zeros(len(rows), R - part.response_mask.shape[1], *result.shape[2:])
-            result = torch.cat([result, missing], 1)
-        results.append(result)
-    return torch.cat(results)[order.argsort()]
+        response_mask = mask_after_eos(out[:, start.ids.shape[1] :], self.eos)
+        return Tokens(out, torch.cat([start.mask, response_mask], 1), response_mask)
 
 
 def adamw(parameters, lr, eps=1e-8):
@@ -320,18 +267,6 @@ def token_logprobs(lm_head, states, targets, temperature):
     """(N, D) states, (N,) token ids -> (N,) log-probabilities at the temperature."""
     logits = lm_head(states.to(lm_head.weight.dtype)).float() / temperature  # (N, V)
     return -F.cross_entropy(logits, targets, reduction="none")
-
-
-def mask_after_eos(responses, eos):
-    """(B, R) token ids -> (B, R) mask: 1 up to and including the first EOS, 0 after it.
-
-    responses   y   y  eos pad pad
-    is eos      0   0   1   0   0
-    cumsum      0   0   1   1   1
-    minus       0   0   0   1   1   -> real where this is 0
-    """
-    is_eos = (responses == eos).long()
-    return ((is_eos.cumsum(1) - is_eos) == 0).long()
 
 
 def new_head(hidden_size, device):
@@ -358,10 +293,6 @@ def end_of_turn(tokenizer):
     return tokenizer.eos_token_id
 
 
-def pick_device():
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def find_model(name):
     """What a name stands for: "tiny", a local folder, a short name such as "Qwen2-0.5B", or a hub id -> folder or hub id."""
     publisher = next((publisher for start, publisher in HUB.items() if name.startswith(start)), None)
@@ -376,7 +307,8 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32 where there is no bf16).
     Raises UserError, in one or two lines, when there is no such model. Never runs code from a hub, never opens a pickle.
     """
-    device, source = pick_device(), find_model(name)
+    source = find_model(name)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     # fp16 has too small a range for gradients that nobody scales: without bf16, everything is fp32
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -399,10 +331,8 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
-        lora = LoraConfig(
-            r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
-        )
-        return LM(base, tokenizer, lora)
+        lora = dict(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0)
+        return LM(base, tokenizer, LoraConfig(**lora, task_type="CAUSAL_LM"))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(

@@ -44,10 +44,9 @@ PRESETS = {
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
 
-OUT_OF_MEMORY = (
-    "Repeat the command with half the --micro-batch: no result changes, and finished stages are kept. If that is 1 already, "
-    "start a new --run with a lower --max-prompt, --max-response or --rl-batch."
-)
+OUT_OF_MEMORY = """Repeat the command with half the --micro-batch: no result changes, and finished stages are kept.
+If that is 1 already, start a new --run with a lower --max-prompt, --max-response or --rl-batch."""
+NOT_STORED = {"run", "smoke", "overwrite"}  # options of `all` that say how to start, not what to do
 
 
 def option(panel, text, **kwargs):
@@ -97,7 +96,7 @@ def run_all(
 
     Example: python pit.py all --model FOLDER --data pairs.jsonl --run runs/mine
     """
-    options = {name: value for name, value in locals().items() if name not in ("run", "smoke", "overwrite")}
+    options = {name: value for name, value in locals().items() if name not in NOT_STORED}
     if bits not in (4, 16):
         raise UserError(f"--bits {bits}: choose 4 or 16.")
     curriculum.parse(rounds)
@@ -146,18 +145,21 @@ class Session:
         else:
             with self.run.stage(role, why):
                 function(self.lm, self.run, *args)
-        if role in ("policy_sft", "pit_sft", "policy_rl") or role.startswith("pit_rl"):
+        if role.startswith(("policy", "pit")):
             evaluate.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
     def load(self, role):
         if role not in self.lm.roles:
             self.lm.load(role, self.run.adapter(role))
 
-    def require(self, command, *roles):
-        """Load roles that an earlier command has trained."""
-        for role in roles:
-            self.run.need(role, command)
-            self.load(role)
+    def require(self, *commands):
+        """Load the roles that earlier commands have trained."""
+        trained = {"sft": ("policy_sft", "pit_sft"), "reward": ("reward_policy", "reward_gap", "judge"),
+                   "rl": ("policy_rl", "pit_rl0", self.last)}  # fmt: skip
+        for command in commands:
+            for role in trained[command]:
+                self.run.need(role, command)
+                self.load(role)
 
 
 def sft_stage(session):
@@ -167,7 +169,6 @@ def sft_stage(session):
 
 
 def reward_stage(session):
-    session.require("sft", "policy_sft")
     pairs, held_out, judge = session.parts["rm"], session.parts["held_out"], session.parts["judge"]
     session.train("reward_policy", "R_P, how good is an answer? (Bradley-Terry)", reward.train_policy_reward, pairs, held_out)
     session.train("reward_gap", "R_PIT, how much better than a reference? (Eq. 2)", reward.train_gap_reward, pairs, held_out)
@@ -176,8 +177,7 @@ def reward_stage(session):
 
 def rl_stage(session):
     pairs = session.parts["rl"]
-    session.require("sft", "policy_sft", "pit_sft")
-    session.require("reward", "reward_policy", "reward_gap")
+    session.require("sft", "reward")
     session.train("policy_rl", "PPO: better answers by R_P (Eq. 3)", curriculum.train_policy_rl, pairs)
     for role, source, start, steps in curriculum.rounds(session.rounds, session.iterations, "pit_rl"):
         why = f"PPO: larger gaps by R_PIT over {source} answers (Eq. {4 if source == 'annotated' else 5})"
@@ -185,9 +185,7 @@ def rl_stage(session):
 
 
 def eval_stage(session, names=(), judge_base=None):
-    session.require("reward", "reward_policy", "reward_gap", "judge")
-    session.require("sft", "policy_sft", "pit_sft")
-    session.require("rl", "policy_rl", "pit_rl0", session.last)
+    session.require("sft", "reward", "rl")
     if session.run.done("reward_gap3"):  # from `ablate`
         session.load("reward_gap3")
     cfg, held_out = session.run.config, session.parts["held_out"]
@@ -206,10 +204,9 @@ def eval_stage(session, names=(), judge_base=None):
 def open_run(path):
     """An existing run; its config.json may be of a version that had fewer options."""
     opened = Run(path)
-    missing = inspect.signature(run_all).parameters.keys() - vars(opened.config).keys() - {"run", "smoke", "overwrite"}
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise UserError(f"{path / 'config.json'} is of another version: {names} missing. Start a new --run.")
+    if missing := inspect.signature(run_all).parameters.keys() - vars(opened.config).keys() - NOT_STORED:
+        missing = ", ".join(sorted(missing))
+        raise UserError(f"{path / 'config.json'} is of another version: {missing} missing. Start a new --run.")
     return opened
 
 
@@ -234,14 +231,13 @@ def rl_command(run: StageRun):
     rl_stage(Session(open_run(run)))
 
 
-JUDGE_HELP = "quality (exact, synthetic task), judge (the run's own), or a reward model by folder or hub id."
-JudgeOption = Annotated[Optional[list[str]], typer.Option("--judge", help=JUDGE_HELP)]
+Judges = Annotated[Optional[list[str]], typer.Option("--judge", help="quality, judge (the run's own), or a reward model's id.")]
 
 
 @app.command(name="eval")
 def eval_command(
     run: StageRun,
-    judge: JudgeOption = None,
+    judge: Judges = None,
     judge_base: Annotated[Optional[str], typer.Option(help="Train one more judge on this base: folder or hub id.")] = None,
 ):
     """Judge a run again: scorecard, tables, figures, report. --judge may be given several times; the first one decides.
@@ -252,15 +248,13 @@ def eval_command(
 
 
 @app.command()
-def ablate(run: StageRun, judge: JudgeOption = None):
+def ablate(run: StageRun, judge: Judges = None):
     """Train the paper's curricula and the variant of Eq. 2, and compare: Table 2, Fig. 4, and the report with them.
 
     Example: python pit.py ablate --run runs/tiny
     """
     session = Session(open_run(run))
-    session.require("sft", "policy_sft", "pit_sft")
-    session.require("reward", "reward_policy", "reward_gap", "judge")
-    session.require("rl", "policy_rl", "pit_rl0", session.last)
+    session.require("sft", "reward", "rl")
     judges = evaluate.judges_by_name(judge, session.lm, session.run.config)  # named wrongly? better said before the training
     held_out = session.parts["held_out"]
     three = session.parts["rm"], held_out, "reward_gap3", reward.three_terms
@@ -293,17 +287,9 @@ def infer_command(
 ):
     """Answer a prompt, or a file of prompts, and improve the answers round by round.
 
-    Example: python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
-
     Example: python pit.py infer --run runs/tiny --input prompts.jsonl --output improved.jsonl
     """
-    if (prompt is None) == (input is None) or (input is None) != (output is None) or input and response:
-        raise UserError("Give either a prompt (and --response, if you like), or both --input and --output.")
-    for name, text in (("The prompt", prompt), ("--response", response)):
-        if text is not None and not text.strip():
-            raise UserError(f"{name} is empty. Say what to answer; without --response the policy answers first.")
-    if stop not in inference.STOPS:
-        raise UserError(f"--stop {stop}: choose one of {', '.join(inference.STOPS)}.")
+    inference.check_request(prompt, response, input, output, stop)
     opened = open_run(run)
     cfg = opened.config
     roles = "policy_rl", (last := f"pit_rl{len(curriculum.parse(cfg.rounds)) - 1}"), "reward_gap"
@@ -338,13 +324,7 @@ def export_command(
     Example: python pit.py export --run runs/tiny --adapter pit_rl1 --to improver --merge
     """
     opened = open_run(run)
-    if Path(adapter).name != adapter or adapter in ("", ".."):
-        raise UserError(f"--adapter {adapter}: give the name of a role, such as pit_rl1 or policy_rl, not a path.")
-    opened.need(adapter, "all")
-    if to.exists():
-        raise UserError(f"--to {to} is there already. Give a new folder.")
-    if merge and (opened.adapter(adapter) / "head.safetensors").exists():
-        raise UserError(f"{adapter} is a scalar head on an adapter, not a model that writes: leave out --merge.")
+    inference.check_export(opened, adapter, to, merge)
     lm = load_base(opened.config, bits=16)  # merged into 4-bit weights, the logits would move
     with new_folder(to) as folder:
         inference.export(lm, adapter, opened.adapter(adapter), folder, merge)

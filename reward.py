@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from data import improve_prompt
-from models import adamw, in_parts, take_step
+from models import adamw, take_step
 from run import finite, shuffled_batch
+from tokens import in_parts
 
 
 def bradley_terry(chosen, rejected):

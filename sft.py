@@ -16,6 +16,7 @@ import random
 import torch
 
 import data
+import task
 from models import TINY, adamw, take_step
 from run import finite, progress, shuffled_batch
 
@@ -88,10 +89,10 @@ def log_unlikelihood(logprobs, mask):
 
 def check(people, lines):
     """What can be said of an answer, line by line: is the end right, each turn, and the number of turns?"""
-    words, perfect = [], data.solve(people)
+    words, perfect = [], task.solve(people)
     for name, (end, way) in lines.items():
         start, turns = people[name]
-        right = [data.solve({name: (look, [turn])})[name][0] for look, turn in zip([start, *way], turns)]
+        right = [task.solve({name: (look, [turn])})[name][0] for look, turn in zip([start, *way], turns)]
         marks = ["right" if look == other else "wrong" for look, other in zip(way, right)]
         marks += ["short"] * (len(way) < len(turns))
         words.append(f"{name} {'right' if end == perfect[name][0] else 'wrong'}: {' '.join(marks)}.")
@@ -114,21 +115,21 @@ def dialogue(rng):
     base models. What is not: that any of this is better. After "Please improve your answer." anything may follow, for better or
     for worse. And half of the ends of first answers are guessed: a base that read right ones alone bent the way to its end.
     """
-    people, flaws = data.draw_people(rng), rng.choice([0, 0, 0, 0, 1, 2, 3, 4])
-    perfect = data.solve(people)
-    guessed = {name: (rng.choice([end, rng.choice(data.LOOKS)]), way) for name, (end, way) in perfect.items()}
-    lines = data.spoil(guessed, flaws, rng)
-    turns = [data.ask(people), data.tell(lines)]
+    people, flaws = task.draw_people(rng), rng.choice([0, 0, 0, 0, 1, 2, 3, 4])
+    perfect = task.solve(people)
+    guessed = {name: (rng.choice([end, rng.choice(task.LOOKS)]), way) for name, (end, way) in perfect.items()}
+    lines = task.spoil(guessed, flaws, rng)
+    turns = [task.ask(people), task.tell(lines)]
     more = 2 if flaws else rng.choice([0, 0, 1])
     for request in rng.choices([CHECK, data.IMPROVE, *EDITS], weights=[3, 3, 1, 1, 1, 1], k=more):
         if request == CHECK:
             turns += [CHECK, check(people, lines)]
         elif request == data.IMPROVE:
-            change = rng.choice([*EDITS.values(), lambda perfect, lines: data.spoil(lines, 1, rng)])
-            turns += [request, data.tell(change(perfect, lines))]
+            change = rng.choice([*EDITS.values(), lambda perfect, lines: task.spoil(lines, 1, rng)])
+            turns += [request, task.tell(change(perfect, lines))]
         else:
             lines = EDITS[request](perfect, lines)
-            turns += [request, data.tell(lines)]
+            turns += [request, task.tell(lines)]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)], flaws > 0
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import task
 from run import UserError
 
 PROMPT = "Where does each look in the end? Ann north: left left back. Ben west: right left right."
@@ -32,26 +33,26 @@ PROMPT = "Where does each look in the end? Ann north: left left back. Ben west: 
     ],
 )
 def test_quality_counts_the_requirements_met(answer, met):
-    assert data.quality(PROMPT, answer) == met / 5
+    assert task.quality(PROMPT, answer) == met / 5
 
 
 def test_a_perfect_answer_exists_for_every_prompt_and_flaws_lower_it():
     rng = random.Random(0)
     means = dict.fromkeys((0, 2, 6), 0.0)
     for _ in range(200):
-        people = data.draw_people(rng)
-        prompt = data.ask(people)
-        assert data.read(prompt) == people
+        people = task.draw_people(rng)
+        prompt = task.ask(people)
+        assert task.read(prompt) == people
         for flaws in means:
-            lines = data.spoil(data.solve(people), flaws, rng)
-            assert data.read(data.tell(lines)) == lines
-            means[flaws] += data.quality(prompt, data.tell(lines)) / 200
+            lines = task.spoil(task.solve(people), flaws, rng)
+            assert task.read(task.tell(lines)) == lines
+            means[flaws] += task.quality(prompt, task.tell(lines)) / 200
     assert means[0] == pytest.approx(1) and means[0] > means[2] + 0.1 > means[6] + 0.2
 
 
 def test_pairs_are_ordered_by_quality_and_repeatable():
     pairs = data.synthetic_pairs(100, seed=3)
-    assert all(data.quality(p.prompt[0]["content"], p.chosen) > data.quality(p.prompt[0]["content"], p.rejected) for p in pairs)
+    assert all(task.quality(p.prompt[0]["content"], p.chosen) > task.quality(p.prompt[0]["content"], p.rejected) for p in pairs)
     assert pairs == data.synthetic_pairs(100, seed=3) != data.synthetic_pairs(100, seed=4)
 
 

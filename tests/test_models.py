@@ -8,6 +8,7 @@ from conftest import batch, shake
 import curriculum
 import models
 from run import UserError
+from tokens import in_parts, mask_after_eos
 
 
 def gradients(lm, tokens):
@@ -80,7 +81,7 @@ def test_logprobs_equal_the_naive_full_vocabulary_ones(lm, pairs, temperature, m
 def test_mask_keeps_eos_and_nothing_after():
     responses = torch.tensor([[5, 6, 2, 0, 2], [5, 6, 7, 8, 9], [2, 2, 2, 2, 2]])
     expected = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
-    assert torch.equal(models.mask_after_eos(responses, eos=2), expected)
+    assert torch.equal(mask_after_eos(responses, eos=2), expected)
 
 
 def test_collate_masks_come_from_lengths(lm):
@@ -157,7 +158,7 @@ def test_parts_of_similar_length_give_the_same_values(lm, pairs):
     lm.activate("policy")
     real = tokens.response_mask.bool()
     for function in (lm.logprobs, lambda part: lm.hidden(part)[:, :-1]):
-        parts, whole = models.in_parts(function, tokens, 2), function(tokens)
+        parts, whole = in_parts(function, tokens, 2), function(tokens)
         assert parts.shape == whole.shape
         torch.testing.assert_close(parts[real], whole[real], atol=1e-4, rtol=1e-4)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ppo
-from data import ask
 from run import Run
+from task import ask
 
 CFG = dict(max_response=12, temperature=1.0, micro_batch=64, minibatch=8, epochs=1, rl_lr=1e-3, critic_lr=1e-3, save_every=10)
 

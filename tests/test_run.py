@@ -17,8 +17,9 @@ import torch
 import pit
 import ppo
 import run as run_module
-from models import Tokens, adamw, take_step
+from models import adamw, take_step
 from run import Run, UserError
+from tokens import Tokens
 
 ROOT = Path(__file__).parent.parent
 MINI = dict(seed=0, model="tiny", bits=16, lora_r=4, lora_alpha=8, target_modules="all-linear", data="synthetic", pairs=100,

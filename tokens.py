@@ -1,0 +1,73 @@
+"""A batch of prompts with their responses: padding and the one mask.
+
+Prompts are padded on the left and responses on the right, so that all responses of a batch start in the same column:
+
+    ids              pad pad  x   x   x | y   y  eos pad
+                     x   x    x   x   x | y  eos pad pad
+                     <------ P -------> | <----- R ---->
+    mask              0   0   1   1   1   1   1   1   0
+                      1   1   1   1   1   1   1   0   0
+    response_mask                         1   1   1   0        the EOS is in it: that an answer ends is part of the answer
+                                          1   1   0   0
+
+Shapes everywhere: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Tokens:
+    """A batch of prompts with their responses, padded as drawn above. Slicing selects rows."""
+
+    ids: torch.Tensor  # (B, L) int64
+    mask: torch.Tensor  # (B, L) 1 for real tokens, 0 for padding
+    response_mask: torch.Tensor  # (B, R) 1 for each response token up to and including EOS
+
+    def __getitem__(self, rows):
+        return Tokens(self.ids[rows], self.mask[rows], self.response_mask[rows])
+
+    @property
+    def responses(self):  # (B, R)
+        return self.ids[:, -self.response_mask.shape[1] :]
+
+    def trim(self):
+        """Without the columns, at both ends, that hold nothing but padding."""
+        first, R = self.mask.any(0).int().argmax(), int(self.response_mask.sum(1).max())
+        last = self.ids.shape[1] - self.response_mask.shape[1] + R
+        return Tokens(self.ids[:, first:last], self.mask[:, first:last], self.response_mask[:, :R])
+
+    def lists(self):
+        """The responses without padding, as lists of token ids."""
+        return [row[:n].tolist() for row, n in zip(self.responses, self.response_mask.sum(1))]
+
+
+def mask_after_eos(responses, eos):
+    """(B, R) token ids -> (B, R) mask: 1 up to and including the first EOS, 0 after it.
+
+    responses   y   y  eos pad pad
+    is eos      0   0   1   0   0
+    cumsum      0   0   1   1   1
+    minus       0   0   0   1   1   -> real where this is 0
+    """
+    is_eos = (responses == eos).long()
+    return ((is_eos.cumsum(1) - is_eos) == 0).long()
+
+
+def in_parts(function, tokens, size):
+    """Apply `function` to `size` rows at a time and join the results: memory for one part, the same values.
+
+    Rows of similar length go together, without the padding that they do not need; results get it back, as zeros.
+    """
+    order = tokens.mask.sum(1).argsort()
+    results, R = [], tokens.response_mask.shape[1]
+    for rows in order.split(size):
+        part = tokens[rows].trim()
+        result = function(part)  # (b,), or (b, R of this part, maybe + 1, ...)
+        if result.dim() > 1:
+            missing = result.new_zeros(len(rows), R - part.response_mask.shape[1], *result.shape[2:])
+            result = torch.cat([result, missing], 1)
+        results.append(result)
+    return torch.cat(results)[order.argsort()]
