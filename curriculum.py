@@ -13,7 +13,7 @@ from data import improve_prompt, max_length
 from infer import SAMPLED
 from models import LOGIT_CHUNK
 from ppo import train
-from reward import gap, scores
+from reward import no_change
 from run import UserError, shuffled_batch
 
 # Table 2 of the paper, and two curricula more; all start from M_PIT^SFT and share out the same number of PPO iterations
@@ -34,8 +34,8 @@ def train_policy_rl(lm, run, pairs):
     """Eq. 3 -> adapter policy_rl."""
     cfg = run.config
 
-    def score(tokens):
-        return scores(lm, "reward_policy", tokens, cfg.micro_batch)
+    def score(tokens, states):
+        return lm.verdict("reward_policy", tokens, states)
 
     def problem(step):
         rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
@@ -69,7 +69,11 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
             references = lm.decode(written.responses)
         prompts = [lm.encode_prompt(improve_prompt(pair.prompt, y_ref)) for pair, y_ref in zip(rows, references)]
         unchanged = [lm.encode_response(y_ref) for y_ref in references]
-        return prompts, lambda tokens: gap(lm, prompts, tokens.lists(), unchanged, cfg.micro_batch)
+
+        def score(tokens, states):  # reward.gap
+            return lm.verdict("reward_gap", tokens, states) - no_change(lm, prompts, unchanged, cfg.micro_batch)
+
+        return prompts, score
 
     lm.add(role, like=start)
     # a gap of 0 is "no change": shift=0 keeps it so, and a positive reward means better than y_ref
@@ -91,8 +95,7 @@ def estimate_memory(lm, cfg):
     length = max_length(cfg)
     n = cfg.micro_batch * length
     for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
-    scores = 3 * size * heads * length if c._attn_implementation == "eager" else 0
-    layer = n * (size * (10 * D + 4 * W) + for_lora + scores)
+    layer = n * (size * (10 * D + 4 * W) + for_lora)
     activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
     logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
     cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token

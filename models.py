@@ -196,8 +196,12 @@ class LM:
 
     def scores(self, role, tokens):
         """A reward model's verdict: its scalar head at the last real token, the EOS: (B,)."""
+        return self.verdict(role, tokens, self.hidden(tokens))
+
+    def verdict(self, role, tokens, states):
+        """`scores`, where the hidden states (B, R + 1, D) are there already."""
         last = tokens.response_mask.sum(1)  # state n has seen all n tokens
-        states = self.hidden(tokens)[torch.arange(len(last), device=self.device), last]  # (B, D)
+        states = states[torch.arange(len(last), device=self.device), last]  # (B, D)
         return self.heads[role](states.float()).squeeze(-1)
 
     def scores_of_candidates(self, role, prompts, candidates):
@@ -265,7 +269,9 @@ def take_step(optimizer, lr, clip=1.0):
 
 def token_logprobs(lm_head, states, targets, temperature):
     """(N, D) states, (N,) token ids -> (N,) log-probabilities at the temperature."""
-    logits = lm_head(states.to(lm_head.weight.dtype)).float() / temperature  # (N, V)
+    logits = lm_head(states.to(lm_head.weight.dtype)).float()  # (N, V)
+    if temperature != 1.0:  # a pass over (N, V) that most runs need not make
+        logits = logits / temperature
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -324,7 +330,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         base = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="eager" if device == "cpu" else "sdpa", **options,
+            attn_implementation="sdpa", **options,
         )  # fmt: skip
         base.requires_grad_(False)
         for module in base.modules():  # bitsandbytes' AVX512 layout for CPUs has no backward, yet gives gradients, wrong ones

@@ -133,15 +133,15 @@ def rollout(lm, policy, reference, reader, critic, prompts, score, cfg, seconds)
         return in_parts(function, tokens, cfg.micro_batch)
 
     with timed(seconds, "scoring"):
-        states = evaluate(reader, lm.hidden)[:, :-1].float()
+        states = evaluate(reader, lm.hidden).float()  # (B, R + 1, D)
         return Rollout(
             tokens,
             # not the log-probs of the sampler: recomputed by the same pass as in training, so that the first ratio is 1
             logprobs=evaluate(policy, lambda part: lm.logprobs(part, cfg.temperature)),
             ref_logprobs=evaluate(reference, lambda part: lm.logprobs(part, cfg.temperature)),
-            states=states,
-            values=critic(states).squeeze(-1),
-            scores=score(tokens),
+            states=states[:, :-1],
+            values=critic(states[:, :-1]).squeeze(-1),
+            scores=score(tokens, states),
         )
 
 
@@ -224,9 +224,9 @@ def train(lm, run, role, reference, reader, problem, steps, shift=None):
     The critic is a linear head, from zeros, on the hidden states of the reward model `reader`: that knows what is good already,
     and since it stays frozen, one pass over a rollout serves all epochs.
 
-    problem(step) gives an iteration's prompts, a list of token ids, and a function that scores the responses to them: Tokens ->
-    (B,). Scores are normalised once, by the spread of the first batch and, where `shift` is None, by its mean: the first batch
-    is written before any update. Logged metrics, one line an iteration:
+    problem(step) gives an iteration's prompts, a list of token ids, and a function that scores the responses to them: Tokens,
+    and the states (B, R + 1, D) that `reader` has of them -> (B,). Scores are normalised once, by the spread of the first batch
+    and, where `shift` is None, by its mean: the first batch is written before any update. Logged, one line an iteration:
 
     score      mean raw score              kl         nats an answer between policy and reference, k1 summed over tokens
     eos        share that ended itself     length     tokens an answer, EOS included

@@ -72,24 +72,27 @@ def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=gap_lo
 
 @torch.no_grad()
 def scores(lm, role, tokens, micro_batch):
-    """R_P, or a judge by its role, of each response of `tokens` -> (B,)."""
+    """What reward model `role` gives to each response of `tokens` -> (B,)."""
     lm.activate(role)
     return in_parts(lambda part: lm.scores(role, part), tokens, micro_batch)
 
 
-@torch.no_grad()
 def gap(lm, prompts, responses, references, micro_batch):
     """How much better than y_ref is y?   gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)   -> (B,)
 
-    Nothing in Eq. 2 pins the value of "no change", r(x, y_ref, y_ref), to 0, and it differs from one y_ref to the next.
-    Measured against it, a gap of 0 means no change, for every y_ref. prompts, responses, references: lists of B lists of
-    token ids; the prompts are those of M_PIT, (x, y_ref).
+    prompts, responses, references: lists of B lists of token ids; the prompts are those of M_PIT, (x, y_ref).
     """
-    lm.activate("reward_gap")
-    candidates = list(zip(responses, references))
-    parts = [slice(at, at + micro_batch) for at in range(0, len(prompts), micro_batch)]
-    scores = torch.cat([lm.scores_of_candidates("reward_gap", prompts[part], candidates[part]) for part in parts])  # (B, 2)
-    return scores[:, 0] - scores[:, 1]
+    changed = scores(lm, "reward_gap", lm.collate(prompts, responses), micro_batch)
+    return changed - no_change(lm, prompts, references, micro_batch)
+
+
+def no_change(lm, prompts, references, micro_batch):
+    """What R_PIT gives for leaving y_ref as it is: r(x, y_ref, y_ref) -> (B,).
+
+    Nothing in Eq. 2 pins it to 0, and it differs from one y_ref to the next. Measured against it, a gap of 0 means no change,
+    for every y_ref.
+    """
+    return scores(lm, "reward_gap", lm.collate(prompts, references), micro_batch)
 
 
 def report(lm, run, role, measured, n):

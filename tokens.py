@@ -39,10 +39,6 @@ class Tokens:
         last = self.ids.shape[1] - self.response_mask.shape[1] + R
         return Tokens(self.ids[:, first:last], self.mask[:, first:last], self.response_mask[:, :R])
 
-    def lists(self):
-        """The responses without padding, as lists of token ids."""
-        return [row[:n].tolist() for row, n in zip(self.responses, self.response_mask.sum(1))]
-
 
 def mask_after_eos(responses, eos):
     """(B, R) token ids -> (B, R) mask: 1 up to and including the first EOS, 0 after it.

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,6 @@ import typer
 import ppo
 from data import load_pairs, shorten
 from models import adamw, load_model
-from reward import scores
 
 ROLES = "policy", "reference", "reward_policy"
 PHASES = "sampling", "scoring", "updating"
@@ -51,7 +51,7 @@ def measure(model, data, bits, batch, length, epochs, micro_batch, max_prompt, i
         if iteration < 2:  # the first one warms up
             seconds, started = Counter(), time.perf_counter()
         sample = ppo.rollout(lm, "policy", "reference", "reward_policy", critic, prompts,
-                             lambda tokens: scores(lm, "reward_policy", tokens, micro_batch), cfg, seconds)  # fmt: skip
+                             partial(lm.verdict, "reward_policy"), cfg, seconds)  # fmt: skip
         with ppo.timed(seconds, "updating"):
             ppo.ppo_update(lm, "policy", critic, optimizers, sample, ppo.normalise(sample.scores, 0, 1), 0.05, 1.0, cfg)
     total = (time.perf_counter() - started) / iterations

@@ -2,12 +2,15 @@
 
 import math
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import shake
 
 import ppo
+from reward import scores
 from run import Run
 from task import ask
 
@@ -111,11 +114,11 @@ def test_adaptive_beta_moves_towards_the_target():
     assert ppo.adapt_beta(0.1, kl=9.0, target=6.0, batch=64) > 0.1 > ppo.adapt_beta(0.1, kl=3.0, target=6.0, batch=64)
 
 
-def make_rollout(lm, pairs, cfg, score=lambda tokens: tokens.response_mask.sum(1).float()):
+def make_rollout(lm, pairs, cfg, score=lambda tokens, states: tokens.response_mask.sum(1).float(), reader="reference"):
     for role in ("policy", "reference"):
         lm.add(role)
     prompts = [lm.encode_prompt(pair.prompt) for pair in pairs]
-    return ppo.rollout(lm, "policy", "reference", "reference", new_critic(lm), prompts, score, cfg, Counter())
+    return ppo.rollout(lm, "policy", "reference", reader, new_critic(lm), prompts, score, cfg, Counter())
 
 
 def new_critic(lm):
@@ -132,6 +135,14 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(lm4, pairs, temperature)
     lm4.activate("policy", train=True)
     ratio = torch.exp(lm4.logprobs(sample.tokens, temperature) - sample.logprobs)
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
+
+
+def test_scores_from_the_critics_states_are_those_of_a_pass_of_their_own(lm, pairs):
+    lm.add("reward", head=True)
+    shake(lm, "reward")
+    verdict = partial(lm.verdict, "reward")
+    sample = make_rollout(lm, pairs, SimpleNamespace(**CFG | dict(micro_batch=5)), verdict, reader="reward")
+    torch.testing.assert_close(sample.scores, scores(lm, "reward", sample.tokens, 64), atol=1e-4, rtol=1e-4)
 
 
 def test_micro_batch_size_does_not_change_the_update(lm, pairs):
@@ -174,7 +185,7 @@ def test_ppo_finds_the_best_answer_of_a_toy_problem(lm, tmp_path):
     for role in ("reference", "policy"):
         lm.add(role)
 
-    def score(tokens):
+    def score(tokens, states):
         return (tokens.responses[:, 2] == best).float()
 
     with run.stage("toy", "find the best answer"):
