@@ -84,36 +84,53 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
 
 
 def estimate_memory(lm, cfg):
-    """Peak memory by arithmetic -> {part: GiB}: what is always there, then training's part or sampling's, whichever is larger.
+    """Peak memory by arithmetic -> {kind of work: {part: GiB}}.
 
-    n tokens at one time, N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
+    N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
     """
     base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
     c = base.config
     D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    heads = c.num_attention_heads
-    length = max_length(cfg)
-    n = cfg.micro_batch * length
     for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
-    layer = n * (size * (10 * D + 4 * W) + for_lora)
-    activations = n * N * D * size + layer if base.is_gradient_checkpointing else N * layer
-    logits = 3 * 4 * LOGIT_CHUNK * c.vocab_size  # fp32: logits, their log-softmax, its gradient
-    cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or heads) // heads  # bytes a token
+    cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) // c.num_attention_heads
+    length = max_length(cfg)
     rows = max(cfg.rl_batch, SAMPLED // length)
-    sampling = rows * (length * cache + (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)))
     lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
-    parts = {"weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name)}
-    parts |= {"adapters": 7 * 4 * lora, "optimiser and gradients": 2 * 3 * 4 * lora}
-    parts |= {"activations": activations, "logits": logits} if activations + logits > sampling else {"sampling": sampling}
-    return {part: number / 2**30 for part, number in parts.items()}
+
+    def activations(tokens):
+        layer = tokens * (size * (10 * D + 4 * W) + for_lora)
+        return tokens * N * D * size + layer if base.is_gradient_checkpointing else N * layer
+
+    always = {
+        "weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name),
+        "adapters": 7 * 4 * lora,
+        "optimiser, gradients": 3 * 4 * lora,
+    }
+    work = {
+        "SFT, PPO update": {  # in logits: themselves, their log-softmax, its gradient, in fp32
+            "activations": activations(cfg.micro_batch * length),
+            "logits": 3 * 4 * LOGIT_CHUNK * c.vocab_size,
+        },
+        # both contexts of R_PIT, (x, y_w) and (x, y_l), each with both answers
+        "reward models": {"activations": activations(2 * cfg.micro_batch * (length + cfg.max_response))},
+        "sampling": {
+            "activations": rows * (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)),
+            "keys and values": rows * length * cache,
+        },
+    }
+    return {name: {part: number / 2**30 for part, number in (always | parts).items()} for name, parts in work.items()}
 
 
 def plan_memory(lm, cfg):
     """Say what training will take, and checkpoint the layers where --vram, less what a desktop needs, would not hold it."""
-    if sum(estimate_memory(lm, cfg).values()) > cfg.vram - 0.75:
+
+    def most():
+        return max(estimate_memory(lm, cfg).items(), key=lambda work: sum(work[1].values()))
+
+    if sum(most()[1].values()) > cfg.vram - 0.75:
         lm.checkpoint_layers()
-    parts = estimate_memory(lm, cfg)
-    print(f"memory: about {sum(parts.values()):.1f} GiB (" + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()) + ")")
+    name, parts = most()
+    print(f"memory: about {sum(parts.values()):.1f} GiB, in {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
     context = getattr(lm.peft.get_base_model().config, "max_position_embeddings", None)
     if context and max_length(cfg) > context:
         needs = f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}"

@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 PRESETS = {
     # a 1M-parameter base bears, and needs, learning rates ten times those of real models
-    "tiny": dict(data="synthetic", pairs=12_000, max_prompt=48, max_response=30, sft_steps=60, sft_lr=1.5e-3, rm_steps=85,
+    "tiny": dict(data="synthetic", pairs=12_000, max_prompt=48, max_response=30, sft_steps=60, sft_lr=1.5e-3, rm_steps=100,
                  rm_lr=3e-3, rl_steps=16, rl_batch=64, rl_lr=1e-3, critic_lr=1e-2, kl=0.15, micro_batch=64, eval_n=256),
     "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
                  rm_lr=1e-4, rl_steps=150, rl_batch=64, rl_lr=2e-5, critic_lr=1e-3, kl=0.05, micro_batch=8, eval_n=256),

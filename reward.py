@@ -18,6 +18,8 @@ from models import adamw, take_step
 from run import finite, shuffled_batch
 from tokens import in_parts
 
+WARMUP = 0.2  # share of the steps. Without it, Adam's first steps throw R_P's knowledge over: r^ww and r^ll ended far apart
+
 
 def bradley_terry(chosen, rejected):
     """- log sigma(r_w - r_l) of each pair; both arguments and the result (B,). log 2 at a tie."""
@@ -121,7 +123,8 @@ def train(lm, run, role, start, contexts_of, loss_of, pairs):
             loss.backward()
             total, right = total + loss.item(), right + (scores[0] > scores[1]).sum().item()
         finite("Lower --rm-lr, or look for odd texts in the data.", loss=total)
-        norm = take_step(optimizer, cfg.rm_lr * (1 - step / cfg.rm_steps))
+        done = step / cfg.rm_steps
+        norm = take_step(optimizer, cfg.rm_lr * min(1, (done + 1 / cfg.rm_steps) / WARMUP) * (1 - done))
         run.log(loss=total, accuracy=right / len(batch), grad_norm=norm)
 
 

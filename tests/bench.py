@@ -3,6 +3,8 @@
     python tests/bench.py                                                            the built-in base
     python tests/bench.py --model FOLDER --data FILE --batch 4,8,16 --lengths 24,48,96 --epochs 4
 
+    python tests/bench.py --memory --model FOLDER                                    memory: by arithmetic, and measured
+
 Varies the batch size at the last length, then the length at the last batch size, each in a process of its own, so that its
 peak memory is its own. The work is that of policy RL: sample, score, evaluate by policy, reference and critic, update. All
 answers are as long as they may be. Prints seconds by phase and tokens a second; the scaling plot goes to --plot.
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +28,11 @@ import torch
 import typer
 
 import ppo
+from curriculum import estimate_memory, plan_memory
 from data import load_pairs, shorten
-from models import adamw, load_model
+from models import adamw, load_model, take_step
+from pit import PRESETS
+from reward import gap_loss
 
 ROLES = "policy", "reference", "reward_policy"
 PHASES = "sampling", "scoring", "updating"
@@ -64,12 +70,71 @@ def measure(model, data, bits, batch, length, epochs, micro_batch, max_prompt, i
     }  # fmt: skip
 
 
+def measure_memory(model, bits, vram, answers):
+    """A run's memory by arithmetic, and the peaks of one step of R_PIT and of one PPO iteration with `answers` answers, in GiB.
+
+    All texts are as long as they may be, and random. Measured is what comes on top of the imported libraries: on a GPU what is
+    allocated, else resident memory (Linux).
+    """
+    cfg = SimpleNamespace(**PRESETS["real"] | (PRESETS["small"] if vram < 6 else {}), model=model, vram=vram, temperature=1.0,
+                          epochs=1, minibatch=answers)  # fmt: skip
+    empty = resident("VmRSS")
+    lm = load_model(model, bits)
+    print(f"{model}: {lm.describe()}")
+    plan_memory(lm, cfg)
+    parts = list(dict.fromkeys(part for work in estimate_memory(lm, cfg).values() for part in work))
+    print("| GiB | " + " | ".join([*parts, "together"]) + " |\n|---|" + "---:|" * (len(parts) + 1))
+    for work, by_part in estimate_memory(lm, cfg).items():
+        numbers = [f"{by_part[part]:.2f}" if part in by_part else "" for part in parts]
+        print(f"| {work} | " + " | ".join([*numbers, f"{sum(by_part.values()):.2f}"]) + " |")
+
+    def ids(n, length):
+        return torch.randint(10, 1000, (n, length)).tolist()
+
+    for role in ("policy", "reference", "reward_gap", "reward_policy", "judge", "policy_rl"):
+        lm.add(role, head=role == "reward_gap")
+    optimizer, length = adamw(lm.parameters("reward_gap"), 1e-5), cfg.max_prompt + cfg.max_response + 16
+    with peak("a step of R_PIT", empty):
+        lm.activate("reward_gap", train=True)
+        candidates = [ids(2, cfg.max_response) for _ in range(cfg.micro_batch)]
+        four = [lm.scores_of_candidates("reward_gap", ids(cfg.micro_batch, length), candidates).T for _ in range(2)]
+        gap_loss(*torch.cat(four)).sum().backward()
+        take_step(optimizer, 1e-5)
+        del four, optimizer
+    critic = torch.nn.Linear(lm.hidden_size, 1, device=lm.device)
+    optimizers = adamw(lm.parameters("policy"), cfg.rl_lr), adamw(critic.parameters(), cfg.critic_lr)
+    lm.eos = lm.lm_head.weight.shape[0] - 1
+    with peak(f"PPO iteration, {answers} answers", empty):
+        sample = ppo.rollout(lm, "policy", "reference", "reward_gap", critic, ids(answers, length),
+                             partial(lm.verdict, "reward_gap"), cfg, Counter())  # fmt: skip
+        ppo.ppo_update(lm, "policy", critic, optimizers, sample, ppo.normalise(sample.scores, 0, 1), 0.05, 1.0, cfg)
+
+
+def resident(what):
+    """VmRSS, the present, or VmHWM, the most since the last reset, in GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
+
+
+@contextmanager
+def peak(what, empty):
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")
+    yield
+    most = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resident("VmHWM") - empty
+    print(f"measured, {what}: {most:.2f} GiB", flush=True)
+
+
 def main(
     model: str = "tiny", data: str = "synthetic", bits: int = 4, batch: str = "16,32,64,128", lengths: str = "8,16,32",
     epochs: int = 2, micro_batch: int = 64, max_prompt: int = 256, iterations: int = 2, plot: str = "bench.png",
-    one: bool = False,
+    memory: bool = False, vram: float = 6.0, one: bool = False,
 ):  # fmt: skip
     batches, sizes = ([int(number) for number in numbers.split(",")] for numbers in (batch, lengths))
+    if memory:
+        measure_memory(model, bits, vram, batches[0])
+        return
     if one:
         print(json.dumps(measure(model, data, bits, batches[0], sizes[0], epochs, micro_batch, max_prompt, iterations)))
         return
