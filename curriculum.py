@@ -9,11 +9,13 @@ to improve. A curriculum is a list of sources of y_ref: "annotated" (y_w and y_l
 That a round starts where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 """
 
+from functools import partial
+
 from data import improve_prompt, max_length
 from infer import SAMPLED
 from models import LOGIT_CHUNK
 from ppo import train
-from reward import no_change
+from reward import gap
 from run import UserError, shuffled_batch
 
 # Table 2 of the paper, and two curricula more; all start from M_PIT^SFT and share out the same number of PPO iterations
@@ -34,12 +36,9 @@ def train_policy_rl(lm, run, pairs):
     """Eq. 3 -> adapter policy_rl."""
     cfg = run.config
 
-    def score(tokens, states):
-        return lm.verdict("reward_policy", tokens, states)
-
     def problem(step):
         rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
-        return [lm.encode_prompt(pairs[row].prompt) for row in rows], score
+        return [lm.encode_prompt(pairs[row].prompt) for row in rows], partial(lm.scores, "reward_policy")
 
     lm.add("policy_rl", like="policy_sft")
     train(lm, run, "policy_rl", "policy_sft", "reward_policy", problem, cfg.rl_steps)
@@ -70,8 +69,8 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         prompts = [lm.encode_prompt(improve_prompt(pair.prompt, y_ref)) for pair, y_ref in zip(rows, references)]
         unchanged = [lm.encode_response(y_ref) for y_ref in references]
 
-        def score(tokens, states):  # reward.gap
-            return lm.verdict("reward_gap", tokens, states) - no_change(lm, prompts, unchanged, cfg.micro_batch)
+        def score(tokens, states):
+            return gap(lm, lm.scores("reward_gap", tokens, states), prompts, unchanged, cfg.micro_batch)
 
         return prompts, score
 
@@ -103,7 +102,7 @@ def estimate_memory(lm, cfg):
 
     always = {
         "weights": sum(p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name),
-        "adapters": 7 * 4 * lora,
+        "adapters": (7 + len(parse(cfg.rounds))) * 4 * lora,
         "optimiser, gradients": 3 * 4 * lora,
     }
     work = {

@@ -27,7 +27,7 @@ import datasets  # before torch, which run imports: on Windows it must be
 from pyarrow import parquet
 
 import task
-from run import UserError
+from run import UserError, first_line
 
 IMPROVE = "Please improve your answer."  # our wording, the paper's is not known: a natural turn, without any rubric in words
 
@@ -38,7 +38,7 @@ def improve_prompt(prompt, reference):
 
 
 def max_length(cfg):
-    """Tokens of the longest sequence that a run meets: x, y_ref, "Please improve your answer.", y."""
+    """Tokens of the longest sequence in training: x, y_ref, "Please improve your answer.", y."""
     return cfg.max_prompt + 2 * cfg.max_response + 16
 
 
@@ -94,7 +94,8 @@ def load_pairs(source, n, seed, skip_bad=False):
     if source == "synthetic":
         return synthetic_pairs(n, seed), Counter()
     notes, kept = Counter(), {}
-    for place, row in rows_of_file(Path(source)) if Path(source).exists() else rows_of_hub(source):
+    rows = rows_of_file(Path(source)) if Path(source).exists() else rows_of_hub(source)
+    for place, row in rows:
         try:
             columns, pair = read_row(row)
         except BadRow as error:
@@ -217,7 +218,10 @@ def read_answer(value, column, prompt, asked):
 def read_turns(value, column, speaker="user"):
     """Text or chat messages -> messages, empty ones left out and neighbours by one speaker joined: many templates insist."""
     turns = []
-    for message in dialogue(value, speaker) if isinstance(value, str) else value if isinstance(value, list) else [None]:
+    messages = dialogue(value, speaker) if isinstance(value, str) else value
+    if not isinstance(messages, list):
+        messages = [None]
+    for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise BadRow(f"`{column}` must be text, or a list of messages with `role` and `content`")
         role, said = message["role"], real_text(message["content"], column)
@@ -236,10 +240,6 @@ def real_text(value, column):
     if re.search("[\ud800-\udfff]", value):
         raise BadRow(f"`{column}` holds half a character (a lone surrogate)")
     return value.strip()
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def dialogue(text, speaker="user"):
@@ -281,12 +281,12 @@ def shorten(prompt, count, longest):
     starts = [(i, 0) for i, turn in enumerate(prompt) if turn["role"] == "user"]  # (turn, character)
     starts += [(len(prompt) - 1, space.end()) for space in re.finditer(r"\s+", prompt[-1]["content"])]
 
-    def end(start):
+    def from_start(start):
         turn, character = start
         return [*system, prompt[turn] | {"content": prompt[turn]["content"][character:]}, *prompt[turn + 1 :]]
 
-    first = bisect_left(starts, True, key=lambda start: count(end(start)) <= longest)
-    return end(starts[first]) if first < len(starts) else None
+    first = bisect_left(starts, True, key=lambda start: count(from_start(start)) <= longest)
+    return from_start(starts[first]) if first < len(starts) else None
 
 
 PARTS = {"held_out": 0.10, "judge": 0.15, "sft": 0.25, "rm": 0.25, "rl": 0.25}  # equal thirds, after the parts that judge

@@ -15,7 +15,7 @@ import torch
 import infer
 from data import Pair
 from reward import gap_contexts, pair_gaps, score_pairs
-from run import UserError, seed_all, write_text
+from run import UserError, first_line, seed_all, write_text
 from task import quality
 
 SAME = 1e-4  # exact scores closer than this are a tie
@@ -119,8 +119,8 @@ def hub_judge(name, device):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--judge {name}: {reason}\nGive quality, judge, or a reward model by folder or hub id.") from None
+        reason = f"--judge {name}: {first_line(error)}"
+        raise UserError(f"{reason}\nGive quality, judge, or a reward model by folder or hub id.") from None
     if model.config.num_labels != 1:
         raise UserError(f"--judge {name}: a reward model has one output, this one has {model.config.num_labels}.")
 
@@ -159,9 +159,7 @@ def evaluate(lm, run, pairs, last, judges):
     prompts = [pair.prompt for pair in pairs]
     sides, refusal = infer.write_sides(infer.Answers(lm, run, prompts), pairs, last)
     print("\r" + " " * 50 + "\r", end="")
-    unlike = {id(side): side.texts for side in sides.values()}  # some sides go by several names
-    scored = {j: {key: judge.score(prompts, texts) for key, texts in unlike.items()} for j, judge in judges.items()}
-    scores = {j: {name: scored[j][id(side)] for name, side in sides.items()} for j in judges}
+    scores = {j: {name: judge.score(prompts, side.texts) for name, side in sides.items()} for j, judge in judges.items()}
     main, margin = next(iter(judges)), next(iter(judges.values())).margin
 
     def length(text):
@@ -171,6 +169,7 @@ def evaluate(lm, run, pairs, last, judges):
         table1_row(a, b, j, scores[j], judge.margin, sides, length, refusal)
         for j, judge in judges.items()
         for a, b in COMPARISONS
+        if "pit_rl0" in sides or "pit_rl0" not in (a, b)  # of one round alone, it is `pit` itself
     ]
     methods = ["pit"] + ["self_refine"] * (refusal is None)
     fig3 = [
@@ -220,8 +219,9 @@ def rl_table(lm, cfg, prompts, sides):
     """What each RL stage did to its own reward: its mean on the held-out prompts before and after, and the rise's interval."""
     original = sides["original"].texts
     rewards = {s: infer.rewards(lm, "reward_policy", prompts, sides[s].texts, cfg) for s in ("policy_sft", "original")}
-    rewards |= {s: infer.gaps(lm, prompts, sides[s].texts, original, cfg) for s in ("pit_sft", "pit_rl0", "pit")}
-    stages = (("policy_sft", "original", "R_P"), ("pit_sft", "pit_rl0", "gap by R_PIT"), ("pit_rl0", "pit", "gap by R_PIT"))
+    pit = [side for side in ("pit_sft", "pit_rl0", "pit") if side in sides]
+    rewards |= {s: infer.gaps(lm, prompts, sides[s].texts, original, cfg) for s in pit}
+    stages = [("policy_sft", "original", "R_P")] + [(before, after, "gap by R_PIT") for before, after in zip(pit, pit[1:])]
     return [
         {"before": before, "after": after, "by": by, "start": float(rewards[before].mean()),
          "end": float(rewards[after].mean()), "ci95": interval(rewards[after] - rewards[before])}
@@ -243,13 +243,11 @@ def stop_table(lm, cfg, prompts, sides, scores):
         for limit in range(1, infer.ROUNDS + 1):
             final, spent = [], []
             for i in range(len(prompts)):
-                for k in range(1, (infer.ROUNDS if stop == "time" else limit) + 1):
-                    seconds = tokens[k][i] - tokens[0][i]
-                    then = infer.after_round(stop, texts[k - 1][i], texts[k][i], gaps[k - 1][i], seconds, limit * a_round)
-                    if then != "next":
-                        break
-                final.append(scores[names[k - 1 if then == "back" else k]][i])
-                spent.append(tokens[k][i])
+                versions = [text[i] for text in texts[: 1 + (infer.ROUNDS if stop == "time" else limit)]]
+                seconds = tokens[:, i] - tokens[0, i]
+                answer, k = infer.end_of(stop, versions, [gap[i] for gap in gaps], seconds, limit * a_round)
+                final.append(scores[names[answer]][i])
+                spent.append(tokens[k, i])
             rows.append({"stop": stop, "limit": limit, "mean": float(np.mean(final)), "ci95": interval(final),
                          "tokens": float(np.mean(spent))})  # fmt: skip
     return rows

@@ -51,7 +51,8 @@ def gaps(lm, prompts, answers, references, cfg):
     """How much better R_PIT holds each answer to be than its reference -> (N,) on the CPU; 0 means no change."""
     encoded = [lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(prompts, references)]
     answers, references = ([lm.encode_response(text) for text in texts] for texts in (answers, references))
-    return reward.gap(lm, encoded, answers, references, cfg.micro_batch).cpu()
+    changed = reward.scores(lm, "reward_gap", lm.collate(encoded, answers), cfg.micro_batch)
+    return reward.gap(lm, changed, encoded, references, cfg.micro_batch).cpu()
 
 
 def rewards(lm, role, prompts, answers, cfg):
@@ -76,13 +77,26 @@ def after_round(stop, before, text, gap, seconds, budget):
     return "stop" if (stop == "same" and text == before) or (stop == "time" and seconds >= budget) else "next"
 
 
+def end_of(stop, texts, gaps, spent, budget):
+    """Where stop rule `stop` ends, of the texts y_0 ... y_K of one prompt -> (index of the answer, rounds that were made).
+
+    gaps[k - 1] is that of texts[k] over the text before; spent[k]: seconds, or whatever unit `budget` has, after k rounds.
+    """
+    for k in range(1, len(texts)):
+        then = after_round(stop, texts[k - 1], texts[k], gaps[k - 1], spent[k], budget)
+        if then != "next":
+            break
+    return k - (then == "back"), k
+
+
 def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None, stop="rounds", budget=60.0):
     """Yield (text, gap over the text before) for one prompt: first the policy's answer, or `response`, with gap None.
 
     At most `rounds` improvements, fewer where the stop rule says so (budget: seconds, for "time"). The last text is the answer.
     """
-    started, text = time.monotonic(), response or answer(lm, policy, [prompt], cfg, temperature)[0]
+    text = response or answer(lm, policy, [prompt], cfg, temperature)[0]
     yield text, None
+    started = time.monotonic()
     for _ in range(rounds):
         better = improve(lm, pit, [prompt], [text], cfg, temperature)[0]
         gap = gaps(lm, [prompt], [better], [text], cfg).item()
@@ -101,8 +115,8 @@ def check_request(prompt, response, input, output, stop):
     for name, text in (("The prompt", prompt), ("--response", response)):
         if text is not None and not text.strip():
             raise UserError(f"{name} is empty. Say what to answer; without --response the policy answers first.")
-    if stop not in STOPS:
-        raise UserError(f"--stop {stop}: choose one of {', '.join(STOPS)}.")
+    if stop not in STOPS or stop == "time" and input:
+        raise UserError(f"--stop {stop}: choose one of {', '.join(STOPS)}; time is not for whole files.")
 
 
 # ---- whole files -----------------------------------------------------------------------------------------------------------
@@ -140,8 +154,11 @@ def rows_done(path, rows):
     return len(lines)
 
 
-def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed):
-    """Append to the JSONL file `path` each row with its improved text, the texts before it, and their gaps, in order."""
+def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed, stop="rounds"):
+    """Append to the JSONL file `path` each row with its improved text, the texts of all rounds, and their gaps, in order.
+
+    All rounds are made for a whole batch of rows at once; the stop rule chooses for each row which text is its answer.
+    """
     done = rows_done(path, rows)
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         for start in progress(range(done, len(rows), cfg.rl_batch)):
@@ -156,7 +173,8 @@ def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed):
                 texts.append(improve(lm, pit, prompts, texts[-1], cfg, temperature))
                 steps.append(gaps(lm, prompts, texts[-1], texts[-2], cfg).tolist())
             for (row, *_), versions, worth in zip(batch, zip(*texts), zip(*steps)):
-                line = {"improved": versions[-1]} | row | {"versions": versions, "gaps": [round(gap, 3) for gap in worth]}
+                kept, _ = end_of(stop, versions, worth, [0] * len(versions), 0)
+                line = {"improved": versions[kept]} | row | {"versions": versions, "gaps": [round(gap, 3) for gap in worth]}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
 
@@ -253,7 +271,7 @@ def write_sides(answers, pairs, last):
     samples = "original", "second_sample", "third_sample"
     sides |= {name: answers.write(name, "policy_rl", answers.prompts) for name in samples}
     original = sides["original"]
-    sides |= {name: answers.improve(name, name, original) for name in ("pit_sft", "pit_rl0")}
+    sides |= {name: answers.improve(name, name, original) for name in ("pit_sft", "pit_rl0") if name != last}
     sides |= {f"best_of_{n}": answers.best_of([sides[name] for name in samples[:n]]) for n in (2, 3)}
     improve = {"pit": lambda name, side, T=1.0: answers.improve(name, last, side, T)}
     refusal = self_refine_refusal(answers, original)

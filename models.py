@@ -8,7 +8,7 @@ loaded once, in 4-bit. A reward model has a scalar head besides: one nn.Linear t
     ids (B, L) -> [ base in 4-bit + the active adapter ] -> hidden (B, L, D)
 
 Shapes are those of tokens.py: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size.
-This file knows nothing of data sets and of training.
+This file knows nothing of data sets and of losses.
 """
 
 import copy
@@ -34,13 +34,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from run import UserError, finite
+from run import UserError, finite, first_line
 from tokens import Tokens, mask_after_eos
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-TINY = Path(__file__).parent / "tiny"  # the built-in base, made by `python sft.py`
+TINY = Path(__file__).parent / "tiny"  # the built-in base, made by make_tiny.py
 HUB = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google", "OLMo": "allenai",
        "pythia": "EleutherAI", "TinyLlama": "TinyLlama"}  # who publishes a model, by how its name begins  # fmt: skip
 LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at one time; 256 x 152k in fp32 is 150 MiB
@@ -57,6 +57,7 @@ class LM:
         self.pad = next(token for token in pads if token not in (None, self.eos))
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.control = sorted(special | set(tokenizer.all_special_tokens))
+        self.trunk = base.get_decoder()
         self.lm_head, self.hidden_size = base.get_output_embeddings(), base.get_input_embeddings().embedding_dim
         self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank", autocast_adapter_dtype=True)
         self.heads = nn.ModuleDict()
@@ -77,23 +78,15 @@ class LM:
 
     def add(self, role, like="blank", head=False):
         """A new adapter with the weights of `like`; with `head`, also a scalar head: `like`'s own where it has one."""
-        self.remove(role)
-        self.peft.add_adapter(role, copy.deepcopy(self.lora))
+        if role not in self.roles:
+            self.peft.add_adapter(role, copy.deepcopy(self.lora))
+            self.roles.add(role)
         weights = get_peft_model_state_dict(self.peft, adapter_name=like)
         set_peft_model_state_dict(self.peft, {k: v.clone() for k, v in weights.items()}, adapter_name=role)
-        self.roles.add(role)
         if head and like in self.heads:
             self.heads[role] = copy.deepcopy(self.heads[like])
         elif head:
             self.heads[role] = new_head(self.hidden_size, self.device)
-
-    def remove(self, role):
-        if role in self.roles:
-            self.activate("blank")
-            self.peft.delete_adapter(role)
-            self.roles.discard(role)
-            if role in self.heads:
-                del self.heads[role]
 
     def activate(self, role, train=False):
         """Compute with `role` from here on. Only with `train` do its parameters, and no others, require gradients.
@@ -178,8 +171,7 @@ class LM:
     def hidden(self, tokens):
         """Last hidden states from the last prompt token on: (B, R + 1, D). State t has seen t response tokens."""
         positions = (tokens.mask.cumsum(1) - 1).clamp(min=0)  # count real tokens only, so left padding changes nothing
-        trunk = self.peft.get_base_model().get_decoder()
-        out = trunk(input_ids=tokens.ids, attention_mask=tokens.mask, position_ids=positions, use_cache=False)
+        out = self.trunk(input_ids=tokens.ids, attention_mask=tokens.mask, position_ids=positions, use_cache=False)
         return out.last_hidden_state[:, -tokens.response_mask.shape[1] - 1 :]
 
     def logprobs(self, tokens, temperature=1.0):
@@ -194,12 +186,9 @@ class LM:
         chosen = [checkpoint(token_logprobs, self.lm_head, h, y, temperature, use_reentrant=False) for h, y in chunks]
         return torch.zeros(real.shape, device=self.device).masked_scatter(real, torch.cat(chosen))
 
-    def scores(self, role, tokens):
-        """A reward model's verdict: its scalar head at the last real token, the EOS: (B,)."""
-        return self.verdict(role, tokens, self.hidden(tokens))
-
-    def verdict(self, role, tokens, states):
-        """`scores`, where the hidden states (B, R + 1, D) are there already."""
+    def scores(self, role, tokens, states=None):
+        """A reward model's verdict: its scalar head at the last real token, the EOS: (B,). states: `hidden`, if known."""
+        states = self.hidden(tokens) if states is None else states
         last = tokens.response_mask.sum(1)  # state n has seen all n tokens
         states = states[torch.arange(len(last), device=self.device), last]  # (B, D)
         return self.heads[role](states.float()).squeeze(-1)
@@ -230,8 +219,8 @@ class LM:
         sees = ((key == 0) | (key == query)).tril()  # (B, L, L)
         dtype = self.lm_head.weight.dtype
         mask = torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill(~sees, torch.finfo(dtype).min)
-        trunk = self.peft.get_base_model().get_decoder()
-        out = trunk(input_ids=pad(ids, self.pad), attention_mask=mask[:, None], position_ids=pad(position, 0), use_cache=False)
+        ids, positions = pad(ids, self.pad), pad(position, 0)
+        out = self.trunk(input_ids=ids, attention_mask=mask[:, None], position_ids=positions, use_cache=False)
         rows = torch.arange(len(prompts), device=self.device)[:, None]
         states = out.last_hidden_state[rows, torch.tensor(ends, device=self.device)]  # (B, k, D)
         return self.heads[role](states.float()).squeeze(-1)
@@ -330,8 +319,10 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         base = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="sdpa", **options,
+            **options,
         )  # fmt: skip
+        if any(getattr(base.config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")):
+            raise ValueError("it changes its logits after the LM head, which the log-probs here do not know of.")
         base.requires_grad_(False)
         for module in base.modules():  # bitsandbytes' AVX512 layout for CPUs has no backward, yet gives gradients, wrong ones
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -340,9 +331,8 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         lora = dict(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0)
         return LM(base, tokenizer, LoraConfig(**lora, task_type="CAUSAL_LM"))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"Cannot load the model {name!r}: {reason[:200]}\n"
+            f"Cannot load the model {name!r}: {first_line(error)}\n"
             f"Give a local folder, or fetch it where there is a network (hf download {source}), or use --model tiny (built in)."
         ) from None
 

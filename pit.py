@@ -44,7 +44,7 @@ PRESETS = {
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
 
-OUT_OF_MEMORY = """Repeat the command with half the --micro-batch: no result changes, and finished stages are kept.
+OUT_OF_MEMORY = """Repeat the command with half the --micro-batch: results change by rounding alone, and what is done is kept.
 If that is 1 already, start a new --run with a lower --max-prompt, --max-response or --rl-batch."""
 NOT_STORED = {"run", "smoke", "overwrite"}  # options of `all` that say how to start, not what to do
 
@@ -88,7 +88,7 @@ def run_all(
     target_kl: Annotated[float, option("RL", "KL (nats an answer) that beta adapts to; 0: fixed beta.", min=0)] = 0.0,
     epochs: Annotated[int, option("RL", "Passes over each iteration's answers.", min=1)] = 2,
     minibatch: Annotated[int, option("RL", "Answers an update.", min=1)] = 32,
-    micro_batch: Annotated[Optional[int], option("RL", "Sequences in memory at one time; changes no result.", min=1)] = None,
+    micro_batch: Annotated[Optional[int], option("RL", "Sequences in memory at one time.", min=1)] = None,
     temperature: Annotated[float, option("RL", "Sampling temperature, in rollouts and their log-probs.", min=0.01)] = 1.0,
     eval_n: Annotated[Optional[int], option("Evaluation", "Held-out prompts.", min=8)] = None,
 ):
@@ -302,7 +302,7 @@ def infer_command(
     for role in roles:
         lm.load(role, opened.adapter(role))
     if input:
-        inference.improve_file(lm, "policy_rl", last, rows, output, cfg, rounds, temperature, seed)
+        inference.improve_file(lm, "policy_rl", last, rows, output, cfg, rounds, temperature, seed, stop)
         return
     seed_all(seed, "infer")
     steps = inference.iterate(lm, "policy_rl", last, dialogue(prompt), cfg, rounds, temperature, response, stop, seconds)

@@ -123,7 +123,7 @@ def value_loss(values, old_values, returns):
 
 
 @torch.no_grad()
-def rollout(lm, policy, reference, reader, critic, prompts, score, cfg, seconds):
+def rollout(lm, policy, reference, reward_role, critic, prompts, score, cfg, seconds):
     """Sample one response for each prompt, and evaluate it with everything that the update needs."""
     with timed(seconds, "sampling"):
         tokens = lm.generate(policy, prompts, cfg.max_response, cfg.temperature)
@@ -133,7 +133,7 @@ def rollout(lm, policy, reference, reader, critic, prompts, score, cfg, seconds)
         return in_parts(function, tokens, cfg.micro_batch)
 
     with timed(seconds, "scoring"):
-        states = evaluate(reader, lm.hidden).float()  # (B, R + 1, D)
+        states = evaluate(reward_role, lm.hidden).float()  # (B, R + 1, D)
         return Rollout(
             tokens,
             # not the log-probs of the sampler: recomputed by the same pass as in training, so that the first ratio is 1
@@ -151,7 +151,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_le
     rewards = token_rewards(scores, sample.logprobs, sample.ref_logprobs, mask, beta)
     advantages, returns = gae(rewards, sample.values, mask)
     advantages = whiten(advantages, mask)
-    lengths = sample.tokens.mask.sum(1)
+    lengths = sample.tokens.mask.sum(1).cpu()  # rows are drawn on the CPU, and a CPU index selects from tensors on any device
     sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clipped", "grad_norm"), 0.0)
     updates = 0
     lm.activate(policy, train=True)
@@ -218,15 +218,15 @@ def timed(seconds, phase):
     seconds[phase] += time.perf_counter() - started
 
 
-def train(lm, run, role, reference, reader, problem, steps, shift=None):
+def train(lm, run, role, reference, reward_role, problem, steps, shift=None):
     """PPO on adapter `role`, held to `reference`, for `steps` iterations.
 
-    The critic is a linear head, from zeros, on the hidden states of the reward model `reader`: that knows what is good already,
-    and since it stays frozen, one pass over a rollout serves all epochs.
+    The critic is a linear head, from zeros, on the hidden states of the reward model `reward_role`: that knows what is good
+    already, and since it stays frozen, one pass over a rollout serves all epochs.
 
     problem(step) gives an iteration's prompts, a list of token ids, and a function that scores the responses to them: Tokens,
-    and the states (B, R + 1, D) that `reader` has of them -> (B,). Scores are normalised once, by the spread of the first batch
-    and, where `shift` is None, by its mean: the first batch is written before any update. Logged, one line an iteration:
+    and the states (B, R + 1, D) that `reward_role` has of them -> (B,). Scores are normalised once, by the spread of the first
+    batch and, where `shift` is None, by its mean: that batch is written before any update. Logged, one line an iteration:
 
     score      mean raw score              kl         nats an answer between policy and reference, k1 summed over tokens
     eos        share that ended itself     length     tokens an answer, EOS included
@@ -245,11 +245,11 @@ def train(lm, run, role, reference, reader, problem, steps, shift=None):
         with timed(seconds, "sampling"):  # of y_ref, where a model writes it
             prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")  # however much randomness the prompts took
-        sample = rollout(lm, role, reference, reader, critic, prompts, score, cfg, seconds)
+        sample = rollout(lm, role, reference, reward_role, critic, prompts, score, cfg, seconds)
         check(run, sample, lm.eos)
         if numbers["scale"] is None:
             mean = sample.scores.mean().item()
-            numbers |= {"scale": sample.scores.std().item() + 1e-6, "shift": mean if shift is None else shift}
+            numbers.update(scale=sample.scores.std().item() + 1e-6, shift=mean if shift is None else shift)
         beta = numbers["beta"]
         mask = sample.tokens.response_mask
         ended = (sample.tokens.responses == lm.eos).any(1)
@@ -258,15 +258,8 @@ def train(lm, run, role, reference, reader, problem, steps, shift=None):
         with timed(seconds, "updating"):
             metrics = ppo_update(lm, role, critic, optimizers, sample, scores, beta, fraction_left, cfg)
         kl = (k1(sample.logprobs, sample.ref_logprobs) * mask).sum(1).mean().item()
-        run.log(
-            score=sample.scores.mean(),
-            kl=kl,
-            length=mask.sum(1).float().mean(),
-            eos=ended.float().mean(),
-            k3=masked_mean(k3(sample.logprobs, sample.ref_logprobs), mask),
-            beta=beta,
-            **metrics,
-        )
+        more = {"k3": masked_mean(k3(sample.logprobs, sample.ref_logprobs), mask), "beta": beta} | metrics
+        run.log(score=sample.scores.mean(), kl=kl, length=mask.sum(1).float().mean(), eos=ended.float().mean(), **more)
         if cfg.target_kl:
             numbers["beta"] = adapt_beta(beta, kl, cfg.target_kl, len(prompts))
         seconds["total"] += time.perf_counter() - started

@@ -99,7 +99,8 @@ def scorecard(results, metrics):
     refusal = table1["pit", "self_refine"].get("not_applicable")
     claim("... and Self-Refine (the worst round)", "yes", [r.get("over_self_refine") for r in pit], refusal)
     four = {name: np.array(row) for name, row in results["fig2"]["annotated"].items()}
-    ordered = np.minimum(four["wl"] - np.maximum(four["ww"], four["ll"]), np.minimum(four["ww"], four["ll"]) - four["lw"]) > 0
+    wl, ww, ll, lw = (four[name] for name in ("wl", "ww", "ll", "lw"))
+    ordered = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)
     for kind, text, paper in (("annotated", "R_PIT tells better from worse, annotated pairs", "yes (Fig. 2)"),
                               ("written by models", "... and pairs written by the models", "not shown")):  # fmt: skip
         row = next((r for r in results["eq2"] if r["model"] == "reward_gap" and r["pairs"] == kind), None)
@@ -113,9 +114,13 @@ def scorecard(results, metrics):
     if final:  # "better" by the lower end of each interval, or only by the upper one
         surely, maybe = ([c for c, ends in final.items() if ends[k] > NEAR] for k in (0, 1))
         both = ["annotated,policy"]
-        verdict = "holds" if surely == maybe == both else "cannot tell" if both[0] in maybe and surely in ([], both) else ""
+        verdict = "does not hold"
+        if surely == maybe == both:
+            verdict = "holds"
+        elif both[0] in maybe and surely in ([], both):
+            verdict = "cannot tell"
         ours = f"surely there: {'; '.join(surely) or 'none'}"
-        lines.append(["Only annotated,policy ends with a gap in 'better'", "yes (Fig. 4)", ours, verdict or "does not hold"])
+        lines.append(["Only annotated,policy ends with a gap in 'better'", "yes (Fig. 4)", ours, verdict])
     claim("PIT beats PIT after SFT only", "not shown", [table1["pit", "pit_sft"]])
     claim("PIT beats best-of-2, the same generations", "not shown", [table1["pit", "best_of_2"]])
     claim("PIT beats a second sample of the policy", "not shown", [table1["pit", "second_sample"]])
@@ -156,6 +161,7 @@ def write_report(run):
         for r in results["table3"]
     ]  # fmt: skip
     best = max(results["stops"], key=lambda r: (r["mean"], -r["tokens"]))
+    limit = ("the time of so many rounds: " if best["stop"] == "time" else "`--rounds` ") + str(best["limit"])
     parts = [
         f"# {run.path.name}", "## Scorecard",
         f"By the judge `{results['main']}`; Delta = win - lose, in points, with its 95% interval (paired bootstrap).",
@@ -173,7 +179,7 @@ def write_report(run):
         markdown(["gap by", "pairs", "n", "accuracy", "95% interval", "calibration error"], eq2),
         "## Figure 3: temperature", "![fig3](fig3.png)", "## Table 3: five rounds of improvement", "![rounds](rounds.png)",
         markdown(["method", "round", "Elo", "95% interval", "mean score", "95% interval"], table3),
-        "## When to stop", "![stops](stops.png)", f"Best here: `--stop {best['stop']} --rounds {best['limit']}`.",
+        "## When to stop", "![stops](stops.png)", f"Best here: `--stop {best['stop']}`, {limit}.",
     ]  # fmt: skip
     if "table2" in results:
         parts += ["## Table 2 and Figure 4: curricula", table2(results["table2"]), "![fig4](fig4.png)"]
@@ -313,7 +319,7 @@ def plot_stops(run, results, metrics):
     for number, stop in enumerate(dict.fromkeys(r["stop"] for r in results["stops"])):
         rows = [(r["tokens"], r["mean"], r["ci95"]) for r in results["stops"] if r["stop"] == stop]
         # thick, then ever thinner: rules that agree stay visible
-        bars(ax, *zip(*rows), label=LABELS.get(stop, stop), linewidth=4 - number, markersize=10 - 2 * number)
+        bars(ax, *zip(*rows), label=LABELS.get(stop, stop), linewidth=max(1, 4 - number), markersize=max(3, 10 - 2 * number))
     ax.set(title="When to stop improving: each line is a rule, its points from left to right allow one round more each",
            xlabel="tokens generated for an answer, the original's included",
            ylabel=f"mean score by {results['main']} (95% interval)")  # fmt: skip

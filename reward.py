@@ -79,22 +79,14 @@ def scores(lm, role, tokens, micro_batch):
     return in_parts(lambda part: lm.scores(role, part), tokens, micro_batch)
 
 
-def gap(lm, prompts, responses, references, micro_batch):
+def gap(lm, changed, prompts, references, micro_batch):
     """How much better than y_ref is y?   gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)   -> (B,)
 
-    prompts, responses, references: lists of B lists of token ids; the prompts are those of M_PIT, (x, y_ref).
+    changed: r(x, y, y_ref), (B,). prompts, (x, y_ref), and references: lists of B lists of token ids. Nothing in Eq. 2 pins the
+    value of "no change", r(x, y_ref, y_ref), to 0, and it differs from one y_ref to the next. Measured against it, a gap of 0
+    means no change, for every y_ref.
     """
-    changed = scores(lm, "reward_gap", lm.collate(prompts, responses), micro_batch)
-    return changed - no_change(lm, prompts, references, micro_batch)
-
-
-def no_change(lm, prompts, references, micro_batch):
-    """What R_PIT gives for leaving y_ref as it is: r(x, y_ref, y_ref) -> (B,).
-
-    Nothing in Eq. 2 pins it to 0, and it differs from one y_ref to the next. Measured against it, a gap of 0 means no change,
-    for every y_ref.
-    """
-    return scores(lm, "reward_gap", lm.collate(prompts, references), micro_batch)
+    return changed - scores(lm, "reward_gap", lm.collate(prompts, references), micro_batch)
 
 
 def report(lm, run, role, measured, n):
@@ -118,10 +110,11 @@ def train(lm, run, role, start, contexts_of, loss_of, pairs):
         total, right = 0.0, 0
         lm.activate(role, train=True)
         for at in range(0, len(batch), cfg.micro_batch):
-            scores = score_batch(lm, role, contexts_of, batch[at : at + cfg.micro_batch])
-            loss = loss_of(*scores).sum() / len(batch)
+            by_candidate = score_batch(lm, role, contexts_of, batch[at : at + cfg.micro_batch])
+            loss = loss_of(*by_candidate).sum() / len(batch)
             loss.backward()
-            total, right = total + loss.item(), right + (scores[0] > scores[1]).sum().item()
+            right += (by_candidate[0::2] > by_candidate[1::2]).float().mean(0).sum().item()  # y_w above y_l, in each context
+            total += loss.item()
         finite("Lower --rm-lr, or look for odd texts in the data.", loss=total)
         done = step / cfg.rm_steps
         norm = take_step(optimizer, cfg.rm_lr * min(1, (done + 1 / cfg.rm_steps) / WARMUP) * (1 - done))
@@ -129,7 +122,10 @@ def train(lm, run, role, start, contexts_of, loss_of, pairs):
 
 
 def score_batch(lm, role, contexts_of, pairs):
-    """Score y_w and y_l after each of the c contexts of a pair -> (2c, B): y_w, y_l in the first, y_w, y_l in the second."""
+    """Score y_w and y_l after each of the c contexts of a pair -> (2c, B).
+
+    One context, x: the rows are w, l. Two, (x, y_w) and (x, y_l): ww, lw, wl, ll, the candidate's letter first.
+    """
     contexts = [contexts_of(lm, pair) for pair in pairs]
     candidates = [[lm.encode_response(pair.chosen), lm.encode_response(pair.rejected)] for pair in pairs]
     by_context = [lm.scores_of_candidates(role, prompts, candidates).T for prompts in zip(*contexts)]  # (2, B) each

@@ -29,17 +29,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load, save
 from tqdm import tqdm
 
 FILES = """adapters checkpoints metrics.jsonl samples.md .answers.json.copy answers.json report.md curves.png result.png
 fig2.png fig3.png fig4.png rounds.png stops.png .results.json.copy results.json .config.json.copy config.json"""
-FREE = ("save_every", "micro_batch", "vram")  # settings that may change within a run: no result depends on them
+FREE = ("save_every", "micro_batch", "vram")  # may change within a run: results do not depend on them, but for rounding
 WAYS_OUT = "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
 
 
 class UserError(Exception):
     """Something the user can mend. pit.py prints it as one or two lines, without a traceback, and exits with code 2."""
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 class Run:
@@ -158,7 +163,9 @@ class Run:
         path, metrics = self.path / "metrics.jsonl", []
         for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
             try:
-                metrics.append({"stage": (row := json.loads(line))["stage"], "step": int(row["step"])} | row)
+                row = json.loads(line)
+                row["stage"], int(row["step"])  # a damaged one has no such thing
+                metrics.append(row)
             except (ValueError, TypeError, KeyError):
                 print(f"{path}, line {number}: damaged, and left out.")
         return metrics
@@ -249,24 +256,14 @@ def finite(cause="The learning rate may be too high, or an input is broken.", **
 
 
 def hold(path):
-    """Lock a run's folder for this process -> the open file. The lock ends with the process, even when that is killed."""
+    """Lock a run's folder for this process -> what keeps it. The lock ends with the process, even when that is killed."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "a")
+        return FileLock(path / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{path} is in use by another process. Wait for it to end, or give another --run.") from None
     except OSError as error:
         raise UserError(f"Cannot write in {path}: {error.strerror}. Give another --run.") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{path} is in use by another process. Wait for it to end, or give another --run.") from None
-    return file
 
 
 @contextmanager

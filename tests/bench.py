@@ -57,7 +57,7 @@ def measure(model, data, bits, batch, length, epochs, micro_batch, max_prompt, i
         if iteration < 2:  # the first one warms up
             seconds, started = Counter(), time.perf_counter()
         sample = ppo.rollout(lm, "policy", "reference", "reward_policy", critic, prompts,
-                             partial(lm.verdict, "reward_policy"), cfg, seconds)  # fmt: skip
+                             partial(lm.scores, "reward_policy"), cfg, seconds)  # fmt: skip
         with ppo.timed(seconds, "updating"):
             ppo.ppo_update(lm, "policy", critic, optimizers, sample, ppo.normalise(sample.scores, 0, 1), 0.05, 1.0, cfg)
     total = (time.perf_counter() - started) / iterations
@@ -76,8 +76,9 @@ def measure_memory(model, bits, vram, answers):
     All texts are as long as they may be, and random. Measured is what comes on top of the imported libraries: on a GPU what is
     allocated, else resident memory (Linux).
     """
-    cfg = SimpleNamespace(**PRESETS["real"] | (PRESETS["small"] if vram < 6 else {}), model=model, vram=vram, temperature=1.0,
-                          epochs=1, minibatch=answers)  # fmt: skip
+    sizes = PRESETS["real"] | (PRESETS["small"] if vram < 6 else {})
+    cfg = SimpleNamespace(**sizes, model=model, vram=vram, rounds="annotated,policy", temperature=1.0, epochs=1)
+    cfg.minibatch = answers
     empty = resident("VmRSS")
     lm = load_model(model, bits)
     print(f"{model}: {lm.describe()}")
@@ -91,7 +92,7 @@ def measure_memory(model, bits, vram, answers):
     def ids(n, length):
         return torch.randint(10, 1000, (n, length)).tolist()
 
-    for role in ("policy", "reference", "reward_gap", "reward_policy", "judge", "policy_rl"):
+    for role in ("policy", "reference", "reward_gap", "reward_policy", "judge", "policy_rl", "pit_rl0", "pit_rl1"):
         lm.add(role, head=role == "reward_gap")
     optimizer, length = adamw(lm.parameters("reward_gap"), 1e-5), cfg.max_prompt + cfg.max_response + 16
     with peak("a step of R_PIT", empty):
@@ -106,7 +107,7 @@ def measure_memory(model, bits, vram, answers):
     lm.eos = lm.lm_head.weight.shape[0] - 1
     with peak(f"PPO iteration, {answers} answers", empty):
         sample = ppo.rollout(lm, "policy", "reference", "reward_gap", critic, ids(answers, length),
-                             partial(lm.verdict, "reward_gap"), cfg, Counter())  # fmt: skip
+                             partial(lm.scores, "reward_gap"), cfg, Counter())  # fmt: skip
         ppo.ppo_update(lm, "policy", critic, optimizers, sample, ppo.normalise(sample.scores, 0, 1), 0.05, 1.0, cfg)
 
 

@@ -140,7 +140,7 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(lm4, pairs, temperature)
 def test_scores_from_the_critics_states_are_those_of_a_pass_of_their_own(lm, pairs):
     lm.add("reward", head=True)
     shake(lm, "reward")
-    verdict = partial(lm.verdict, "reward")
+    verdict = partial(lm.scores, "reward")
     sample = make_rollout(lm, pairs, SimpleNamespace(**CFG | dict(micro_batch=5)), verdict, reader="reward")
     torch.testing.assert_close(sample.scores, scores(lm, "reward", sample.tokens, 64), atol=1e-4, rtol=1e-4)
 
