@@ -85,7 +85,9 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
 def estimate_memory(lm, cfg):
     """Peak memory by arithmetic -> {kind of work: {part: GiB}}.
 
-    N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32.
+    N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32. For the backward pass a
+    layer keeps, of each token: its input and what the second norm reads, both normed, q, k and v, the attention's output and a
+    copy, a spare (10 D); gate, silu(gate), up and their product (4 W). Writing keeps no more than two D and three W at a time.
     """
     base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
     c = base.config

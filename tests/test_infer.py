@@ -13,13 +13,14 @@ from models import load_model
 from run import UserError
 
 CFG = SimpleNamespace(max_prompt=200, max_response=12, rl_batch=2, micro_batch=2)
-ROWS = [{"prompt": f"Sort from A to Z, each once and nothing else: {words}", "id": i} for i, words in enumerate(
-    ["tea map", "soap nut oil", "bag apple", "tent rice pen", "egg cup"])]  # fmt: skip
-ROWS[1]["response"] = "List: soap nut oil"
+ROWS = [{"prompt": f"Where does each look in the end? {people}", "id": i} for i, people in enumerate(
+    ["Ann north: left.", "Ben west: right left.", "Eva east: back. Tim south: left.", "Zoe south: right.", "Jim north: back."])
+]  # fmt: skip
+ROWS[1]["response"] = "Now Ben west: north west."
 
 
-def work(lm, rows, path):
-    infer.improve_file(lm, "policy_rl", "pit_rl1", rows, path, CFG, 2, 1.0, seed=0)
+def work(lm, rows, path, stop="rounds"):
+    infer.improve_file(lm, "policy_rl", "pit_rl1", rows, path, CFG, 2, 1.0, seed=0, stop=stop)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -47,6 +48,8 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, tmp_pa
     assert path.read_bytes() == complete
     work(able, rows, path)
     assert path.read_bytes() == complete
+    for row in work(able, rows, tmp_path / "gap.jsonl", "gap"):
+        assert row["improved"] == row["versions"][0 if row["gaps"][0] <= 0 else 1 if row["gaps"][1] <= 0 else 2]
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,13 @@ def test_self_refine_does_not_apply_to_models_that_cannot_follow(run, pairs, mon
     assert "0%" in refusal and "self_refine" not in sides
 
 
-@pytest.mark.parametrize("stop, texts", [("rounds", "abbcd"), ("same", "abb"), ("gap", "ab"), ("time", "ab")])
-def test_stop_rules(monkeypatch, stop, texts):
-    drafts, gap_of = iter("bbcd"), iter([0.5, 0.0, -0.5, 0.5])
+@pytest.mark.parametrize(
+    "stop, texts, rounds", [("rounds", "abbcd", 4), ("same", "abb", 2), ("gap", "ab", 2), ("time", "ab", 1)]
+)
+def test_stop_rules(monkeypatch, stop, texts, rounds):
+    gaps = [0.5, 0.0, -0.5, 0.5]
+    assert infer.end_of(stop, "abbcd", gaps, range(5), budget=0.0) == (len(texts) - 1, rounds)
+    drafts, gap_of = iter("bbcd"), iter(gaps)
     monkeypatch.setattr(infer, "improve", lambda *_: [next(drafts)])
     monkeypatch.setattr(infer, "gaps", lambda *_: torch.tensor([next(gap_of)]))
     written = [text for text, _ in infer.iterate(None, "", "", [], None, 4, 1.0, response="a", stop=stop, budget=0.0)]
