@@ -150,7 +150,7 @@ def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "config.json").write_text((mini[0] / "config.json").read_text())
-    for command, missing in (("rl", "python pit.py sft"), ("eval", "python pit.py reward")):
+    for command, missing in (("rl", "python pit.py sft"), ("eval", "python pit.py sft")):
         code, _, err = pit(command, "--run", folder)
         assert code == 2 and missing in err
 
