@@ -2,7 +2,7 @@
 
     python pit.py all                                  the built-in tiny base and task: minutes on a CPU, no download
     python pit.py all --smoke                          the same in miniature: every stage, under a minute
-    python pit.py infer --run runs/tiny "Where does each look in the end? Ann north: left left back."
+    python pit.py infer --run runs/tiny "..."          an answer to a prompt like those in samples.md, and better ones
 
 The signature of `all` is the configuration: every option is written to runs/NAME/config.json, and the other commands read it
 from there. Options that depend on the size of the base are None here and filled in from PRESETS.

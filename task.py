@@ -1,8 +1,8 @@
 """The built-in task: where does each look in the end? Questions, answers of any quality, and the exact judge of them.
 
-    prompt    Where does each look in the end? Ann north: left left back. Ben west: right left right.
-    perfect   Now Ann north: west south north. Ben north: north west north.
-    flawed    Now Ann east: west south north. Ben north: north west.        (Ann's end is wrong, Ben's way too short)
+  prompt    Where does each look in the end? Ann north: left left back. Ben west: right left right. Eva south: left back right.
+  perfect   Now Ann north: west south north. Ben north: north west north. Eva north: east west north.
+  flawed    Now Ann east: west south north. Ben north: north west. Eva north: east west north.       (Ann's end, Ben's way)
 
 Why self-improvement has something to show here. A line says where somebody looks in the end before the way to it, as people
 like to. The way is easy, one turn after the other. The end, said first, takes all the turns at once: a small model guesses.
