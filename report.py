@@ -161,7 +161,6 @@ def write_report(run):
         for r in results["table3"]
     ]  # fmt: skip
     best = max(results["stops"], key=lambda r: (r["mean"], -r["tokens"]))
-    limit = ("the time of so many rounds: " if best["stop"] == "time" else "`--rounds` ") + str(best["limit"])
     parts = [
         f"# {run.path.name}", "## Scorecard",
         f"By the judge `{results['main']}`; Delta = win - lose, in points, with its 95% interval (paired bootstrap).",
@@ -179,7 +178,7 @@ def write_report(run):
         markdown(["gap by", "pairs", "n", "accuracy", "95% interval", "calibration error"], eq2),
         "## Figure 3: temperature", "![fig3](fig3.png)", "## Table 3: five rounds of improvement", "![rounds](rounds.png)",
         markdown(["method", "round", "Elo", "95% interval", "mean score", "95% interval"], table3),
-        "## When to stop", "![stops](stops.png)", f"Best here: `--stop {best['stop']}`, {limit}.",
+        "## When to stop", "![stops](stops.png)", f"Best: `--stop {best['stop']}`, rounds: {best['limit']} (with `time`: the time they take).",
     ]  # fmt: skip
     if "table2" in results:
         parts += ["## Table 2 and Figure 4: curricula", table2(results["table2"]), "![fig4](fig4.png)"]
@@ -275,7 +274,7 @@ def plot_fig2(run, results, metrics):
                     edgecolor=color, linewidth=1.5, label=f"{label}: mean {np.mean(four[name]):+.2f}")  # fmt: skip
         ax.set(title=f"Pairs {kind.replace('annotated', 'with annotated answers')} (n = {len(four['wl'])})",
                xlabel="score by R_PIT (log-odds)", ylabel="density")  # fmt: skip
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)  # below: bars fill the panel
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2, fontsize=8, columnspacing=1, handlelength=1.2)
     figure.suptitle("R_PIT's scores r(answer, reference): green should lie right of blue and orange, red left of them")
     save(figure, run, "fig2.png")
 
@@ -338,11 +337,12 @@ def plot_fig4(run, results, metrics):
         (line,) = ax.plot(range(1, len(curve) + 1), smooth, label=row["curriculum"].replace(",", ", then "), linewidth=2)
         ax.plot(range(1, len(curve) + 1), curve, color=line.get_color(), alpha=0.2)
     low, high = ax.get_ylim()
-    low, high = min(low, -3 * NEAR), max(high, 3 * NEAR)
+    low, high = min(low, -3 * NEAR, -0.15 * high), max(high, 3 * NEAR)
     regions = (NEAR, high, GREEN, "better"), (-NEAR, NEAR, "gray", "no change"), (low, -NEAR, RED, "worse")
-    for bottom, top, color, name in regions:
+    for number, (bottom, top, color, name) in enumerate(regions):
         ax.axhspan(bottom, top, color=color, alpha=0.08)
-        ax.text(1.01, (bottom + top) / 2, name, transform=ax.get_yaxis_transform(), va="center")
+        at = 0.06 * (high - low) * (1 - number)  # apart, however thin the middle one is
+        ax.text(1.01, at, name, transform=ax.get_yaxis_transform(), va="center")
     ax.set(title="What each curriculum learns (smoothed over 5 iterations)", xlabel="PPO iteration, all rounds counted",
            ylabel="mean gap by R_PIT over y_ref (0 = no change)", ylim=(low, high))  # fmt: skip
     whole_numbers(ax)
