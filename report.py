@@ -178,7 +178,7 @@ def write_report(run):
         markdown(["gap by", "pairs", "n", "accuracy", "95% interval", "calibration error"], eq2),
         "## Figure 3: temperature", "![fig3](fig3.png)", "## Table 3: five rounds of improvement", "![rounds](rounds.png)",
         markdown(["method", "round", "Elo", "95% interval", "mean score", "95% interval"], table3),
-        "## When to stop", "![stops](stops.png)", f"Best: `--stop {best['stop']}`, rounds: {best['limit']} (with `time`: the time they take).",
+        "## When to stop", "![stops](stops.png)", f"Best: `--stop {best['stop']}`, {best['limit']} rounds (`time`: as long as they take).",
     ]  # fmt: skip
     if "table2" in results:
         parts += ["## Table 2 and Figure 4: curricula", table2(results["table2"]), "![fig4](fig4.png)"]
