@@ -178,7 +178,8 @@ def write_report(run):
         markdown(["gap by", "pairs", "n", "accuracy", "95% interval", "calibration error"], eq2),
         "## Figure 3: temperature", "![fig3](fig3.png)", "## Table 3: five rounds of improvement", "![rounds](rounds.png)",
         markdown(["method", "round", "Elo", "95% interval", "mean score", "95% interval"], table3),
-        "## When to stop", "![stops](stops.png)", f"Best: `--stop {best['stop']}`, {best['limit']} rounds (`time`: as long as they take).",
+        "## When to stop", "![stops](stops.png)",
+        f"Best: `--stop {best['stop']}`, {best['limit']} rounds (`time`: as long as they take).",
     ]  # fmt: skip
     if "table2" in results:
         parts += ["## Table 2 and Figure 4: curricula", table2(results["table2"]), "![fig4](fig4.png)"]
@@ -272,8 +273,8 @@ def plot_fig2(run, results, metrics):
         for (name, label), color in zip(names.items(), (GREEN, BLUE, ORANGE, RED)):
             ax.hist(np.clip(four[name], bins[0], bins[-1]), bins, density=True, histtype="stepfilled", facecolor=(color, 0.2),
                     edgecolor=color, linewidth=1.5, label=f"{label}: mean {np.mean(four[name]):+.2f}")  # fmt: skip
-        ax.set(title=f"Pairs {kind.replace('annotated', 'with annotated answers')} (n = {len(four['wl'])})",
-               xlabel="score by R_PIT (log-odds)", ylabel="density")  # fmt: skip
+        kind = kind.replace("annotated", "with annotated answers")
+        ax.set(title=f"Pairs {kind} (n = {len(four['wl'])})", xlabel="score by R_PIT (log-odds)", ylabel="density")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2, fontsize=8, columnspacing=1, handlelength=1.2)
     figure.suptitle("R_PIT's scores r(answer, reference): green should lie right of blue and orange, red left of them")
     save(figure, run, "fig2.png")
@@ -336,8 +337,7 @@ def plot_fig4(run, results, metrics):
         smooth = [np.mean(curve[max(0, at - 4) : at + 1]) for at in range(len(curve))]
         (line,) = ax.plot(range(1, len(curve) + 1), smooth, label=row["curriculum"].replace(",", ", then "), linewidth=2)
         ax.plot(range(1, len(curve) + 1), curve, color=line.get_color(), alpha=0.2)
-    low, high = ax.get_ylim()
-    low, high = min(low, -3 * NEAR, -0.15 * high), max(high, 3 * NEAR)
+    low, high = min(ax.get_ylim()[0], -3 * NEAR, -0.15 * ax.get_ylim()[1]), max(ax.get_ylim()[1], 3 * NEAR)
     regions = (NEAR, high, GREEN, "better"), (-NEAR, NEAR, "gray", "no change"), (low, -NEAR, RED, "worse")
     for number, (bottom, top, color, name) in enumerate(regions):
         ax.axhspan(bottom, top, color=color, alpha=0.08)
