@@ -8,6 +8,7 @@ from conftest import shake
 
 import reward
 from data import improve_prompt
+from run import Run
 
 ORDER = ["ww", "lw", "wl", "ll"]  # of the scores of a pair: y_w and y_l after (x, y_w), then after (x, y_l)
 
@@ -72,3 +73,11 @@ def test_candidates_that_share_a_prompt_have_the_gradients_of_separate_ones(lm, 
     weights = torch.randn_like(shared)
     for a, b in zip(*(torch.autograd.grad((scores * weights).sum(), parameters) for scores in (shared, alone))):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_training_learns_to_prefer_the_better_answers(lm, pairs, tmp_path):
+    run = Run.start(tmp_path / "run", dict(seed=0, rm_steps=12, rm_batch=12, rm_lr=3e-3, micro_batch=12, save_every=100))
+    with run.stage("reward", "which answer is better?"):
+        reward.train(lm, run, "reward", "blank", reward.answer_contexts, reward.bradley_terry, pairs)
+    losses = [line["loss"] for line in run.metrics()]
+    assert losses[-1] < 0.6 * losses[0]
