@@ -30,6 +30,7 @@ def able(lm):
     lm.add("pit_rl1")
     shake(lm, "pit_rl1", 0.02)
     lm.add("reward_gap", head=True)
+    lm.heads["reward_gap"].weight.data *= 100  # no gap is small: the file has them to three digits
     return lm
 
 
@@ -49,7 +50,8 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, tmp_pa
     work(able, rows, path)
     assert path.read_bytes() == complete
     for row in work(able, rows, tmp_path / "gap.jsonl", "gap"):
-        assert row["improved"] == row["versions"][0 if row["gaps"][0] <= 0 else 1 if row["gaps"][1] <= 0 else 2]
+        gains = [gap > 0 and new != old for gap, old, new in zip(row["gaps"], row["versions"], row["versions"][1:])]
+        assert row["improved"] == row["versions"][0 if not gains[0] else 1 if not gains[1] else 2]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,8 @@ def test_exports_answer_as_ours_under_plain_peft_and_transformers(able, tmp_path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    messages = improve_prompt([{"role": "user", "content": ROWS[0]["prompt"]}], "List: tea map")
+    messages = improve_prompt([{"role": "user", "content": ROWS[0]["prompt"]}], "Now Ann west: north.")
+    shake(able, "pit_rl1", 0.1)  # so that its answer is another than the base's
     ours = able.generate("pit_rl1", [able.encode_prompt(messages)], 12, temperature=0)
     able.activate("blank")
     blank = able.generate("blank", [able.encode_prompt(messages)], 12, temperature=0)
