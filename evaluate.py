@@ -159,7 +159,9 @@ def evaluate(lm, run, pairs, last, judges):
     prompts = [pair.prompt for pair in pairs]
     sides, refusal = infer.write_sides(infer.Answers(lm, run, prompts), pairs, last)
     print("\r" + " " * 50 + "\r", end="")
-    scores = {j: {name: judge.score(prompts, side.texts) for name, side in sides.items()} for j, judge in judges.items()}
+    unlike = {id(side): side.texts for side in sides.values()}  # some sides go by several names
+    scored = {j: {key: judge.score(prompts, texts) for key, texts in unlike.items()} for j, judge in judges.items()}
+    scores = {j: {name: scored[j][id(side)] for name, side in sides.items()} for j in judges}
     main, margin = next(iter(judges)), next(iter(judges.values())).margin
 
     def length(text):
