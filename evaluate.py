@@ -163,6 +163,8 @@ def evaluate(lm, run, pairs, last, judges):
     scored = {j: {key: judge.score(prompts, texts) for key, texts in unlike.items()} for j, judge in judges.items()}
     scores = {j: {name: scored[j][id(side)] for name, side in sides.items()} for j in judges}
     main, margin = next(iter(judges)), next(iter(judges.values())).margin
+    pit = {side: sides[side].texts for side in ("pit_sft", "pit_rl0", "pit") if side in sides}
+    gaps = {side: infer.gaps(lm, prompts, texts, sides["original"].texts, run.config) for side, texts in pit.items()}
 
     def length(text):
         return len(lm.encode_response(text))
@@ -186,8 +188,8 @@ def evaluate(lm, run, pairs, last, judges):
         mean_tokens={side: float(np.mean([length(text) for text in s.texts])) for side, s in sides.items()},
         cooler=compare(scores[main]["pit@0.4"], scores[main]["pit@1.0"], margin),
         table3=rounds_table(methods, scores[main], margin),
-        rl=rl_table(lm, run.config, prompts, sides),
-        stops=stop_table(lm, run.config, prompts, sides, scores[main]),
+        rl=rl_table(lm, run.config, prompts, sides, gaps),
+        stops=stop_table(lm, run.config, prompts, sides, scores[main], gaps["pit"]),
         **gap_evidence(lm, run.config, pairs, written_pairs(prompts, sides, scores[main], margin)),
     )  # fmt: skip
 
@@ -217,12 +219,13 @@ def rounds_table(methods, scores, margin):
     return rows
 
 
-def rl_table(lm, cfg, prompts, sides):
-    """What each RL stage did to its own reward: its mean on the held-out prompts before and after, and the rise's interval."""
-    original = sides["original"].texts
-    rewards = {s: infer.rewards(lm, "reward_policy", prompts, sides[s].texts, cfg) for s in ("policy_sft", "original")}
-    pit = [side for side in ("pit_sft", "pit_rl0", "pit") if side in sides]
-    rewards |= {s: infer.gaps(lm, prompts, sides[s].texts, original, cfg) for s in pit}
+def rl_table(lm, cfg, prompts, sides, gaps):
+    """What each RL stage did to its own reward: its mean on the held-out prompts before and after, and the rise's interval.
+
+    gaps: of the answers of PIT after SFT and after each round that has a side, over the original -> (N,) by side, in order.
+    """
+    rewards = {s: infer.rewards(lm, "reward_policy", prompts, sides[s].texts, cfg) for s in ("policy_sft", "original")} | gaps
+    pit = list(gaps)
     stages = [("policy_sft", "original", "R_P")] + [(before, after, "gap by R_PIT") for before, after in zip(pit, pit[1:])]
     return [
         {"before": before, "after": after, "by": by, "start": float(rewards[before].mean()),
@@ -231,14 +234,16 @@ def rl_table(lm, cfg, prompts, sides):
     ]  # fmt: skip
 
 
-def stop_table(lm, cfg, prompts, sides, scores):
+def stop_table(lm, cfg, prompts, sides, scores, first_gaps):
     """Each stop rule on the same five rounds of PIT, cut short at each limit -> mean score and tokens spent.
 
     For "time" the limit is the time of that many average rounds; time goes with the tokens written, whatever the machine.
+    first_gaps: of the first round over the original, (N,).
     """
     names = ["original"] + [f"pit#{k}" for k in range(1, infer.ROUNDS + 1)]
     texts, tokens = [sides[name].texts for name in names], np.array([sides[name].tokens for name in names])  # (K + 1, N)
-    gaps = [infer.gaps(lm, prompts, new, old, cfg).numpy() for old, new in zip(texts, texts[1:])]
+    later = [infer.gaps(lm, prompts, new, old, cfg) for old, new in zip(texts[1:], texts[2:])]
+    gaps = [gap.numpy() for gap in (first_gaps, *later)]
     a_round = float((tokens[-1] - tokens[0]).mean()) / infer.ROUNDS
     rows = []
     for stop in infer.STOPS:
