@@ -231,7 +231,7 @@ def rl_command(run: StageRun):
     rl_stage(Session(open_run(run)))
 
 
-Judges = Annotated[Optional[list[str]], typer.Option("--judge", help="quality, judge (the run's own), or a reward model's id.")]
+Judges = Annotated[Optional[list[str]], typer.Option("--judge", help="quality, judge (the run's), a reward model's folder/id.")]
 
 
 @app.command(name="eval")

@@ -18,7 +18,7 @@ from models import adamw, take_step
 from run import finite, shuffled_batch
 from tokens import in_parts
 
-WARMUP = 0.2  # share of the steps. Without it, Adam's first steps throw R_P's knowledge over: r^ww and r^ll ended far apart
+WARMUP = 0.2  # share of the steps. Without it, Adam's first steps throw R_P's knowledge over: r^ww and r^ll end farther apart
 
 
 def bradley_terry(chosen, rejected):
