@@ -266,7 +266,8 @@ def written_pairs(prompts, sides, scores, margin):
     return [Pair(x, a, b) if a_over_b > 0 else Pair(x, b, a) for x, a, b, a_over_b in rows if abs(a_over_b) >= margin]
 
 
-GAP_MODELS = {"reward_gap": "R_PIT, Eq. 2", "reward_policy": "R_P(y) - R_P(y_ref)", "reward_gap3": "Eq. 2, first three terms"}
+GAP_MODELS = {"reward_gap": "R_PIT, Eq. 2 centred", "reward_policy": "R_P(y) - R_P(y_ref)",
+              "reward_gap2": "Eq. 2 as published", "reward_gap3": "Eq. 2, first three terms"}  # fmt: skip
 
 
 def gap_evidence(lm, cfg, annotated, written):

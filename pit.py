@@ -184,12 +184,12 @@ def rl_stage(session):
         session.train(role, why, curriculum.train_pit_round, pairs, role, source, start, steps)
 
 
-def eval_stage(session, names=(), judge_base=None):
+def eval_stage(session, judges=None, judge_base=None):
     session.require("sft", "reward", "rl")
-    if session.run.done("reward_gap3"):  # from `ablate`
-        session.load("reward_gap3")
+    for role in filter(session.run.done, evaluate.GAP_MODELS):  # those of `ablate` too
+        session.load(role)
     cfg, held_out = session.run.config, session.parts["held_out"]
-    judges = evaluate.judges_by_name(names, session.lm, cfg)
+    judges = judges or evaluate.judges_by_name([], session.lm, cfg)
     if judge_base:  # trained like the run's own judge, on the same pairs
         role, other, pairs = "judge_" + Path(judge_base).name, copy.copy(session), session.parts["judge"]
         other.lm, why = load_base(cfg, model=judge_base), f"a judge on another base, {judge_base}"
@@ -205,8 +205,7 @@ def open_run(path):
     """An existing run; its config.json may be of a version that had fewer options."""
     opened = Run(path)
     if missing := inspect.signature(run_all).parameters.keys() - vars(opened.config).keys() - NOT_STORED:
-        missing = ", ".join(sorted(missing))
-        raise UserError(f"{path / 'config.json'} is of another version: {missing} missing. Start a new --run.")
+        raise UserError(f"{path / 'config.json'} is of another version: no {', '.join(sorted(missing))}. Start a new --run.")
     return opened
 
 
@@ -244,21 +243,22 @@ def eval_command(
 
     Example: python pit.py eval --run runs/tiny --judge quality --judge judge
     """
-    eval_stage(Session(open_run(run)), judge, judge_base)
+    session = Session(open_run(run))
+    eval_stage(session, evaluate.judges_by_name(judge, session.lm, session.run.config), judge_base)
 
 
 @app.command()
 def ablate(run: StageRun, judge: Judges = None):
-    """Train the paper's curricula and the variant of Eq. 2, and compare: Table 2, Fig. 4, and the report with them.
+    """Train the paper's curricula and the variants of Eq. 2, and compare: Table 2, Fig. 4, and the report with them.
 
     Example: python pit.py ablate --run runs/tiny
     """
     session = Session(open_run(run))
     session.require("sft", "reward", "rl")
     judges = evaluate.judges_by_name(judge, session.lm, session.run.config)  # named wrongly? better said before the training
-    held_out = session.parts["held_out"]
-    three = session.parts["rm"], held_out, "reward_gap3", reward.three_terms
-    session.train("reward_gap3", "Eq. 2 with only its first three terms", reward.train_gap_reward, *three)
+    pairs, held_out = session.parts["rm"], session.parts["held_out"]
+    for role, loss_of in (("reward_gap2", reward.gap_loss), ("reward_gap3", reward.three_terms)):
+        session.train(role, evaluate.GAP_MODELS[role], reward.train_gap_reward, pairs, held_out, role, loss_of)
     lasts = {}
     for name in curriculum.CURRICULA:
         prefix = f"ablate_{name.replace(',', '-')}_"
@@ -269,7 +269,7 @@ def ablate(run: StageRun, judge: Judges = None):
     with session.run.stage("ablate", "which curriculum is best?"):
         evaluate.judge_curricula(session.lm, session.run, held_out, lasts, judges)
     print(report.table2(session.run.results()["table2"]))
-    eval_stage(session, judge)
+    eval_stage(session, judges)
 
 
 @app.command(name="infer")

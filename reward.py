@@ -1,7 +1,7 @@
 """Stage 2, reward models: learn from pairs what better means, as a score and as a gap.
 
 R_P      r(x, y)            how good y is.                   Bradley-Terry: - sum log sigma(r(x, y_w) - r(x, y_l))
-R_PIT    r(x, y, y_ref)     how much better y is than y_ref. Eq. 2, over five comparisons, below
+R_PIT    r(x, y, y_ref)     how much better y is than y_ref. Eq. 2, over five comparisons, and a term of our own, below
 
 R_P reads the turns (x, y); R_PIT reads (x, y_ref, "Please improve ...", y), which are the very tokens that M_P and M_PIT write.
 So "score" always means: read the transcript, and take the scalar head's output at the last token.
@@ -18,6 +18,7 @@ from models import adamw, take_step
 from run import finite, shuffled_batch
 from tokens import in_parts
 
+CENTRE = 0.01  # of (r^ww)^2 + (r^ll)^2; the weight that TRL recommends for centring scores (Eisenstein et al., 2023, Eq. 2)
 WARMUP = 0.2  # share of the steps. Without it, Adam's first steps throw R_P's knowledge over: r^ww and r^ll end farther apart
 
 
@@ -27,15 +28,21 @@ def bradley_terry(chosen, rejected):
 
 
 def gap_loss(ww, lw, wl, ll):
-    """Eq. 2 of each pair: -log sigma over the five comparisons of Eq. 1, r^wl >= r^ww ~ r^ll >= r^lw; all (B,).
-
-    Nothing pins r^ww and r^ll to 0, but both are pulled up against r^lw as strongly as down against r^wl: they end halfway.
-    """
+    """Eq. 2 of each pair: -log sigma over the five comparisons of Eq. 1, r^wl >= r^ww ~ r^ll >= r^lw; all (B,)."""
     return three_terms(ww, lw, wl, ll) + bradley_terry(ww, lw) + bradley_terry(ll, lw)
 
 
+def centred_gap_loss(ww, lw, wl, ll):
+    """Eq. 2, and our own addition: "no change" is worth 0; all (B,).
+
+    Eq. 1 wants r^ww ~ r^ll, yet no term of Eq. 2 compares the two. Each is pulled down against r^wl and up against r^lw, and is
+    at rest halfway. But once r^wl and r^lw are far apart these pulls fade, and where r^ww and r^ll end is left to chance.
+    """
+    return gap_loss(ww, lw, wl, ll) + CENTRE * (ww**2 + ll**2)
+
+
 def three_terms(ww, lw, wl, ll):
-    """The ablation of Eq. 2: its first three terms, which say that w after l is best, but not that l after w is worst."""
+    """The first three terms of Eq. 2, as an ablation: w after l is best, but nothing says that l after w is worst."""
     return sum(bradley_terry(wl, worse) for worse in (ww, ll, lw))
 
 
@@ -56,7 +63,7 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()}, len(chosen))
 
 
-def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=gap_loss):
+def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=centred_gap_loss):
     """R_PIT from D_RM -> adapter and head `role`."""
     train(lm, run, role, "reward_policy", gap_contexts, loss_of, pairs)
     ww, lw, wl, ll = score_pairs(lm, role, gap_contexts, held_out, run.config.micro_batch)
@@ -82,9 +89,9 @@ def scores(lm, role, tokens, micro_batch):
 def gap(lm, changed, prompts, references, micro_batch):
     """How much better than y_ref is y?   gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)   -> (B,)
 
-    changed: r(x, y, y_ref), (B,). prompts, (x, y_ref), and references: lists of B lists of token ids. Nothing in Eq. 2 pins the
-    value of "no change", r(x, y_ref, y_ref), to 0, and it differs from one y_ref to the next. Measured against it, a gap of 0
-    means no change, for every y_ref.
+    changed: r(x, y, y_ref), (B,). prompts, (x, y_ref), and references: lists of B lists of token ids. The value of
+    "no change", r(x, y_ref, y_ref), is near 0, but differs from one y_ref to the next. Measured against it, a gap of 0 means
+    no change, for every y_ref.
     """
     return changed - scores(lm, "reward_gap", lm.collate(prompts, references), micro_batch)
 

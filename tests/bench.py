@@ -32,7 +32,7 @@ from curriculum import estimate_memory, plan_memory
 from data import load_pairs, shorten
 from models import adamw, load_model, take_step
 from pit import PRESETS
-from reward import gap_loss
+from reward import centred_gap_loss
 
 ROLES = "policy", "reference", "reward_policy"
 PHASES = "sampling", "scoring", "updating"
@@ -99,7 +99,7 @@ def measure_memory(model, bits, vram, answers):
         lm.activate("reward_gap", train=True)
         candidates = [ids(2, cfg.max_response) for _ in range(cfg.micro_batch)]
         four = [lm.scores_of_candidates("reward_gap", ids(cfg.micro_batch, length), candidates).T for _ in range(2)]
-        gap_loss(*torch.cat(four)).sum().backward()
+        centred_gap_loss(*torch.cat(four)).sum().backward()
         take_step(optimizer, 1e-5)
         del four, optimizer
     critic = torch.nn.Linear(lm.hidden_size, 1, device=lm.device)

@@ -48,6 +48,16 @@ def test_eq_2_ignores_a_common_shift_and_is_least_with_the_middles_halfway():
     assert loss(0.0, shift=5.0) == pytest.approx(loss(0.0))
 
 
+def test_centring_holds_no_change_at_0_where_eq_2_has_lost_its_pull():
+    r = {"wl": 20.0, "ww": 6.0, "ll": -3.0, "lw": -20.0}  # far apart: the sigmoids of Eq. 2 are flat
+    for loss_of, pull in ((reward.gap_loss, 0.0), (reward.centred_gap_loss, 2 * reward.CENTRE)):
+        tensors = {name: torch.tensor(value, requires_grad=True) for name, value in r.items()}
+        loss_of(*(tensors[name] for name in ORDER)).backward()
+        for name in r:
+            expected = pull * r[name] if name in ("ww", "ll") else 0.0  # only the two scores of "no change" are held
+            assert tensors[name].grad.item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_scores_of_a_pair_are_those_of_its_transcripts_one_by_one(lm, pairs):
     lm.add("role", head=True)
     shake(lm, "role")
