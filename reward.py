@@ -19,7 +19,7 @@ from run import finite, shuffled_batch
 from tokens import in_parts
 
 CENTRE = 0.01  # of (r^ww)^2 + (r^ll)^2; the weight that TRL recommends for centring scores (Eisenstein et al., 2023, Eq. 2)
-WARMUP = 0.2  # share of the steps. Without it, Adam's first steps throw R_P's knowledge over: r^ww and r^ll end farther apart
+WARMUP = 0.2  # share of the steps; Adam's first steps, at full size, would throw over what R_PIT has from R_P
 
 
 def bradley_terry(chosen, rejected):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -151,24 +154,33 @@ def test_sigterm_and_sigkill_in_real_processes(whole, tmp_path):
     check_same(folder, whole)
 
 
-@pytest.mark.skipif("PIT_KILLS" not in os.environ, reason="minutes: PIT_KILLS=3 kills every stage three times")
-def test_sigkill_in_every_stage(whole, tmp_path):
-    folder, rng, kills = tmp_path / "run", random.Random(int(os.environ.get("PIT_SEED", 0))), 0
+def train_and_tell(folder, log):
+    with open(log, "w", buffering=1) as file, redirect_stdout(file):
+        train(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes that are forked, so as not to wait for imports")
+def test_sigkill_in_every_stage(whole, tmp_path, monkeypatch):
+    """Three kills for each stage that is begun, at random moments within it."""
+    folder, log, rng, kills = tmp_path / "run", tmp_path / "log", random.Random(), Counter()
     seconds = json.loads((whole / "results.json").read_text())["time_s"]
-    for stage in ROLES:
-        for _ in range(int(os.environ["PIT_KILLS"])):
-            process = start_all(folder)
-            if reach(process, stage):
-                time.sleep(rng.uniform(0, 1.0) * seconds[stage])
-                process.kill()
-                process.communicate()
-                kills += process.returncode == -signal.SIGKILL
-            else:
-                break  # the last kill came so late that the stage was complete
-    process = start_all(folder)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    print(f"{kills} kills")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    for number, stage in enumerate(ROLES, 1):
+        while kills.total() < 3 * number and not (folder / "adapters" / stage).exists():
+            log.write_text("")
+            process = processes.Process(target=train_and_tell, args=(folder, log))
+            process.start()
+            while process.is_alive() and f"\n{stage}: " not in log.read_text():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.7 * seconds[stage]))
+            process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)  # 0: the last stage was through before
+            kills[stage] += process.exitcode != 0
+    train(folder)
+    assert kills.total() >= 20 and kills.keys() == {*ROLES}
     check_same(folder, whole)
 
 
