@@ -7,6 +7,7 @@ report.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from textwrap import fill
 
 import numpy as np
@@ -166,6 +167,7 @@ def evaluate(lm, run, pairs, last, judges):
     pit = {side: sides[side].texts for side in ("pit_sft", "pit_rl0", "pit") if side in sides}
     gaps = {side: infer.gaps(lm, prompts, texts, sides["original"].texts, run.config) for side, texts in pit.items()}
 
+    @cache
     def length(text):
         return len(lm.encode_response(text))
 
