@@ -84,10 +84,11 @@ def scorecard(results, metrics):
         rows = [r for r in rows if r] or [{"not_applicable": missing}]
         if "not_applicable" in rows[0]:
             lines.append([text, paper, f"n/a: {rows[0]['not_applicable']}", "cannot tell"])
-        else:  # a claim of several comparisons shows the worst of them
-            low, high = (min(r["ci95"][end] for r in rows) for end in (0, 1))
+        else:  # a claim of several comparisons stands or falls with the worst of them
+            worst = min(rows, key=lambda r: (r["ci95"][1] > 0, r["ci95"][0]))
+            low, high = worst["ci95"]
             verdict = "holds" if low > 0 else "does not hold" if high <= 0 else "cannot tell"
-            lines.append([text, paper, points(min(rows, key=lambda r: r["delta"])), verdict])
+            lines.append([text, paper, points(worst), verdict])
 
     claim("PIT beats the original answer", "+7.2 to +33.6", [table1["pit", "original"]])
     claim("PIT beats Self-Refine", "-3.9 to +23.5", [table1["pit", "self_refine"]])
