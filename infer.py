@@ -1,6 +1,6 @@
 """Using PIT: answer, improve, iterate, stop; and the baselines: Self-Refine and best-of-n.
 
-y_0 ~ M_P^RL(x)            y_{k+1} ~ M_PIT^RL(x, y_k)            gap_k = R_PIT(x, y_{k+1}, y_k), above 0 for "better"
+y_0 ~ M_P^RL(x)            y_{k+1} ~ M_PIT^RL(x, y_k)            gap_k = R_PIT(x, y_{k+1}, y_k) - R_PIT(x, y_k, y_k)
 """
 
 import json

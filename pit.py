@@ -171,7 +171,7 @@ def sft_stage(session):
 def reward_stage(session):
     pairs, held_out, judge = session.parts["rm"], session.parts["held_out"], session.parts["judge"]
     session.train("reward_policy", "R_P, how good is an answer? (Bradley-Terry)", reward.train_policy_reward, pairs, held_out)
-    session.train("reward_gap", "R_PIT, how much better than a reference? (Eq. 2)", reward.train_gap_reward, pairs, held_out)
+    session.train("reward_gap", "R_PIT, how much better than y_ref? (Eq. 2, centred)", reward.train_gap_reward, pairs, held_out)
     session.train("judge", "a judge for the tables, on pairs of its own", reward.train_policy_reward, judge, held_out, "judge")
 
 

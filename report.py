@@ -99,8 +99,7 @@ def scorecard(results, metrics):
     claim("PIT beats the original at each of 5 rounds (the worst)", "yes", [r["over_original"] for r in pit])
     refusal = table1["pit", "self_refine"].get("not_applicable")
     claim("... and Self-Refine (the worst round)", "yes", [r.get("over_self_refine") for r in pit], refusal)
-    four = {name: np.array(row) for name, row in results["fig2"]["annotated"].items()}
-    wl, ww, ll, lw = (four[name] for name in ("wl", "ww", "ll", "lw"))
+    wl, ww, ll, lw = (np.array(results["fig2"]["annotated"][name]) for name in ("wl", "ww", "ll", "lw"))
     ordered = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)
     for kind, text, paper in (("annotated", "R_PIT tells better from worse, annotated pairs", "yes (Fig. 2)"),
                               ("written by models", "... and pairs written by the models", "not shown")):  # fmt: skip
