@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets  # before torch, which run imports: on Windows it must be
-from pyarrow import parquet
+from pyarrow import ArrowException, parquet
 
 import task
 from run import UserError, first_line
@@ -140,7 +140,7 @@ def rows_of_file(path):
             for number, row in rows:
                 place = f"{unit} {number}"
                 yield place, row
-    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, ArrowException, csv.Error, zlib.error) as error:
         raise UserError(f"{path}: it cannot be read after {place}: {first_line(error)}") from None
 
 
@@ -199,9 +199,15 @@ def read_row(row):
         pair = "transcripts that part too early"
     elif not before:
         pair = "an empty prompt"
-    elif before[-1]["role"] != "user":
-        raise BadRow("the prompt must end in the user's turn")
+    elif not is_prompt(before):
+        raise BadRow("the prompt must begin and end with the user's turn (a system message may come before)")
     return ", ".join(columns), pair
+
+
+def is_prompt(turns):
+    """Whether the user speaks first, after the system if that does, and last, as chat templates want it."""
+    speakers = [turn["role"] for turn in turns if turn["role"] != "system"]
+    return speakers[:1] == speakers[-1:] == ["user"]
 
 
 def read_answer(value, column, prompt, asked):

@@ -160,6 +160,9 @@ BAD = {
     b'{"prompt": "x", "response_0": "a", "response_1": "b", "label": 2}': "must be 0 or 1",
     b'{"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}': "roles",
     b'{"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}': "user's turn",
+    b'{"prompt": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}], "chosen": "a", "rejected": "b"}':
+        "user's turn",
+    b'{"prompt": [{"role": "system", "content": "x"}], "chosen": "a", "rejected": "b"}': "user's turn",
 }  # fmt: skip
 
 
@@ -204,7 +207,7 @@ def test_whatever_a_file_holds_it_is_read_or_named(tmp_path_factory, lines, endi
         if ending == ".jsonl":
             assert read == 1 + sum(bool(raw.strip()) for raw in lines)
         for pair in pairs:
-            assert pair.chosen != pair.rejected and pair.prompt[-1]["role"] == "user"
+            assert pair.chosen != pair.rejected and data.is_prompt(pair.prompt)
             texts = [pair.chosen, pair.rejected, *(message["content"] for message in pair.prompt)]
             assert all(text.strip() and text.encode() for text in texts)
             assert all(a["role"] != b["role"] for a, b in zip(pair.prompt, pair.prompt[1:]))
