@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from run import UserError, finite, first_line
@@ -231,10 +231,9 @@ class LM:
         self.activate(role)
         start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
         sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
-        # the model's own generation_config would leak in wherever an option is not given
         out = self.peft.generate(
             input_ids=start.ids, attention_mask=start.mask, max_new_tokens=max_tokens, top_k=0, top_p=1.0,
-            repetition_penalty=1.0, pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
+            pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
         )  # fmt: skip
         response_mask = mask_after_eos(out[:, start.ids.shape[1] :], self.eos)
         return Tokens(out, torch.cat([start.mask, response_mask], 1), response_mask)
@@ -324,6 +323,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         if any(getattr(base.config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")):
             raise ValueError("it changes its logits after the LM head, which the log-probs here do not know of.")
         base.requires_grad_(False)
+        base.generation_config = GenerationConfig()  # the model's own penalties and cuts would be in samples, not in log-probs
         for module in base.modules():  # bitsandbytes' AVX512 layout for CPUs has no backward, yet gives gradients, wrong ones
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False

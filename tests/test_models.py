@@ -1,5 +1,7 @@
 """The base, its adapters and heads, the tokens, the log-probabilities."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -200,11 +202,17 @@ def test_nothing_requires_a_gradient_unless_it_is_trained(lm):
     assert not any(p.requires_grad for p in [*lm.peft.parameters(), *lm.heads.parameters()])
 
 
-def test_the_models_own_sampling_options_do_not_leak_in(lm, pairs):
+def test_the_models_own_sampling_options_do_not_leak_in(lm, pairs, tmp_path):
+    shutil.copytree(models.TINY, tmp_path / "fussy")
+    own = dict(top_k=1, top_p=0.01, repetition_penalty=9.0, no_repeat_ngram_size=2, min_new_tokens=19, do_sample=True)
+    (tmp_path / "fussy" / "generation_config.json").write_text(json.dumps(own))
+    fussy = models.load_model(str(tmp_path / "fussy"), bits=16)
     prompts = [lm.encode_prompt(pairs[0].prompt)] * 8
-    config = lm.peft.get_base_model().generation_config
-    config.top_k, config.top_p, config.repetition_penalty, config.do_sample = 1, 0.01, 9.0, True
-    assert len(set(lm.decode(lm.generate("blank", prompts, 20).responses))) > 1
+    for temperature in (0.0, 1.0):
+        torch.manual_seed(0)
+        plain = lm.generate("blank", prompts, 20, temperature)
+        torch.manual_seed(0)
+        assert plain.ids.tolist() == fussy.generate("blank", prompts, 20, temperature).ids.tolist()
 
 
 def test_padding_changes_nothing_where_positions_are_absolute(lm, tmp_path):
