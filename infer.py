@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 import reward
-from data import BadRow, improve_prompt, max_length, read_columns, read_turns, real_text, rows_of_file, shorten
+from data import BadRow, improve_prompt, is_prompt, max_length, read_columns, read_turns, real_text, rows_of_file, shorten
 from run import UserError, progress, read_json, seed_all, write_json
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself, in words: once for feedback, once for the refined answer.
@@ -94,7 +94,7 @@ def iterate(lm, policy, pit, prompt, cfg, rounds, temperature, response=None, st
 
     At most `rounds` improvements, fewer where the stop rule says so (budget: seconds, for "time"). The last text is the answer.
     """
-    text = response or answer(lm, policy, [prompt], cfg, temperature)[0]
+    text = response.strip() if response else answer(lm, policy, [prompt], cfg, temperature)[0]
     yield text, None
     started = time.monotonic()
     for _ in range(rounds):
@@ -112,11 +112,24 @@ def check_request(prompt, response, input, output, stop):
     """Complain about options of the command `infer` that do not go together."""
     if (prompt is None) == (input is None) or (input is None) != (output is None) or input and response:
         raise UserError("Give either a prompt (and --response, if you like), or both --input and --output.")
-    for name, text in (("The prompt", prompt), ("--response", response)):
-        if text is not None and not text.strip():
-            raise UserError(f"{name} is empty. Say what to answer; without --response the policy answers first.")
+    for name, text in (("the prompt", prompt), ("--response", response)):
+        try:
+            if text is not None and not real_text(text, name):
+                raise BadRow(f"{name} is empty")
+        except BadRow as error:
+            raise UserError(f"{error}. Say what to answer; without --response the policy answers first.") from None
     if stop not in STOPS or stop == "time" and input:
         raise UserError(f"--stop {stop}: choose one of {', '.join(STOPS)}; time is not for whole files.")
+
+
+def fit_prompt(lm, turns, cfg, name):
+    """A prompt within --max-prompt tokens, its oldest part cut off where it is longer; `name` is its own in complaints."""
+    if not is_prompt(turns):
+        raise UserError(f"{name} must begin and end with the user's turn.")
+    short = shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
+    if short is None:
+        raise UserError(f"{name}: no cut brings it to the {cfg.max_prompt} tokens of this run's --max-prompt.")
+    return short
 
 
 # ---- whole files -----------------------------------------------------------------------------------------------------------
@@ -130,8 +143,8 @@ def read_rows(path):
             row = read_columns(row)
             prompt = read_turns(row.get("prompt", ""), "prompt")
             response = real_text(row["response"], "response") if "response" in row else None
-            if not prompt or prompt[-1]["role"] != "user" or response == "":
-                raise BadRow("`prompt` must end in the user's turn, and neither it nor `response` may be empty")
+            if not is_prompt(prompt) or response == "":
+                raise BadRow("`prompt` must begin and end with the user's turn, and `response` may not be empty")
         except BadRow as error:
             raise UserError(f"{path}, {place}: {error}.") from None
         rows.append((row, prompt, response))
@@ -160,13 +173,12 @@ def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed, st
     All rounds are made for a whole batch of rows at once; the stop rule chooses for each row which text is its answer.
     """
     done = rows_done(path, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         for start in progress(range(done, len(rows), cfg.rl_batch)):
             batch = rows[start : start + cfg.rl_batch]
             seed_all(seed, "infer", start)
-            prompts = [shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt) for _, turns, _ in batch]
-            if None in prompts:
-                raise UserError(f"Row {start + prompts.index(None) + 1}: no cut brings its prompt to {cfg.max_prompt} tokens.")
+            prompts = [fit_prompt(lm, turns, cfg, f"row {at}") for at, (_, turns, _) in enumerate(batch, start + 1)]
             written = iter(answer(lm, policy, [p for p, row in zip(prompts, batch) if row[2] is None], cfg, temperature))
             texts, steps = [[text if text is not None else next(written) for *_, text in batch]], []
             for _ in range(rounds):
@@ -174,7 +186,8 @@ def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed, st
                 steps.append(gaps(lm, prompts, texts[-1], texts[-2], cfg).tolist())
             for (row, *_), versions, worth in zip(batch, zip(*texts), zip(*steps)):
                 kept, _ = end_of(stop, versions, worth, [0] * len(versions), 0)
-                line = {"improved": versions[kept]} | row | {"versions": versions, "gaps": [round(gap, 3) for gap in worth]}
+                ours = {"improved": versions[kept], "versions": versions, "gaps": [round(gap, 3) for gap in worth]}
+                line = {"improved": None} | row | ours  # "improved" first: that is how `rows_done` knows its lines
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
 

@@ -49,7 +49,7 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, tmp_pa
     assert path.read_bytes() == complete
     work(able, rows, path)
     assert path.read_bytes() == complete
-    for row in work(able, rows, tmp_path / "gap.jsonl", "gap"):
+    for row in work(able, rows, tmp_path / "new" / "gap.jsonl", "gap"):
         gains = [gap > 0 and new != old for gap, old, new in zip(row["gaps"], row["versions"], row["versions"][1:])]
         assert row["improved"] == row["versions"][0 if not gains[0] else 1 if not gains[1] else 2]
 
@@ -67,12 +67,32 @@ def test_a_file_of_somebody_else_is_never_written_to(able, tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "row", ['{"response": "x"}', '{"prompt": " "}', '{"prompt": "x", "response": ""}', "[", '{"prompt": 3}']
-)
+    "row",
+    ['{"response": "x"}', '{"prompt": " "}', '{"prompt": "x", "response": ""}', "[", '{"prompt": 3}',
+     '{"prompt": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}'],
+)  # fmt: skip
 def test_a_bad_row_is_named_before_any_work(tmp_path, row):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n' + row)
     with pytest.raises(UserError, match="line 2"):
         infer.read_rows(tmp_path / "in.jsonl")
+
+
+def test_columns_that_are_there_already_do_not_hide_ours(able, tmp_path):
+    row = ROWS[1] | {"improved": "by somebody else", "gaps": "of teeth"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    (line,) = work(able, infer.read_rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert line["improved"] == line["versions"][-1] and len(line["gaps"]) == 2 and line["response"] == row["response"]
+
+
+def test_a_prompt_is_cut_to_what_the_run_was_trained_on_or_refused(lm):
+    cfg = SimpleNamespace(max_prompt=40)
+    long = [{"role": "user", "content": "north " * 100 + "Where does Ann look in the end?"}]
+    (cut,) = infer.fit_prompt(lm, long, cfg, "the prompt")
+    assert cut["content"].endswith("in the end?") and len(lm.encode_prompt([cut])) <= 40
+    with pytest.raises(UserError, match="row 3: no cut"):
+        infer.fit_prompt(lm, [{"role": "user", "content": "x" * 200}], cfg, "row 3")
+    with pytest.raises(UserError, match="user's turn"):
+        infer.fit_prompt(lm, [{"role": "assistant", "content": "x"}], cfg, "the prompt")
 
 
 @pytest.mark.parametrize("merge", [False, True])
