@@ -13,6 +13,7 @@ import errno
 import hashlib
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,9 +38,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 PRESETS = {
     # a 1M-parameter base bears, and needs, learning rates ten times those of real models
     "tiny": dict(data="synthetic", pairs=12_000, max_prompt=48, max_response=30, sft_steps=60, sft_lr=1.5e-3, rm_steps=100,
-                 rm_lr=3e-3, rl_steps=16, rl_batch=64, rl_lr=1e-3, critic_lr=1e-2, kl=0.15, micro_batch=64, eval_n=256),
+                 rm_lr=3e-3, rl_steps=16, rl_batch=64, minibatch=32, rl_lr=1e-3, critic_lr=1e-2, kl=0.15,
+                 micro_batch=64, eval_n=256),
     "real": dict(data="hh", pairs=20_000, max_prompt=384, max_response=128, sft_steps=600, sft_lr=1e-4, rm_steps=600,
-                 rm_lr=1e-4, rl_steps=150, rl_batch=64, rl_lr=2e-5, critic_lr=1e-3, kl=0.05, micro_batch=8, eval_n=256),
+                 rm_lr=1e-4, rl_steps=150, rl_batch=64, minibatch=32, rl_lr=2e-5, critic_lr=1e-3, kl=0.05,
+                 micro_batch=8, eval_n=256),
     "small": dict(max_prompt=256, max_response=96, rl_batch=32, micro_batch=4),  # --vram below 6
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
@@ -87,7 +90,7 @@ def run_all(
     kl: Annotated[Optional[float], option("RL", "Weight beta of the KL penalty.", min=0)] = None,
     target_kl: Annotated[float, option("RL", "KL (nats an answer) that beta adapts to; 0: fixed beta.", min=0)] = 0.0,
     epochs: Annotated[int, option("RL", "Passes over each iteration's answers.", min=1)] = 2,
-    minibatch: Annotated[int, option("RL", "Answers an update.", min=1)] = 32,
+    minibatch: Annotated[Optional[int], option("RL", "Answers an update.", min=1)] = None,
     micro_batch: Annotated[Optional[int], option("RL", "Sequences in memory at one time.", min=1)] = None,
     temperature: Annotated[float, option("RL", "Sampling temperature, in rollouts and their log-probs.", min=0.01)] = 1.0,
     eval_n: Annotated[Optional[int], option("Evaluation", "Held-out prompts.", min=8)] = None,
@@ -103,8 +106,7 @@ def run_all(
     preset = PRESETS["tiny" if model == "tiny" else "real"]
     preset = preset | (PRESETS["small"] if vram < 6 and model != "tiny" else {}) | (PRESETS["smoke"] if smoke else {})
     for name, value in preset.items():
-        if options[name] is None or smoke and name in PRESETS["smoke"]:
-            options[name] = value
+        options[name] = value if options[name] is None else options[name]
     folder = run or Path("runs") / (Path(model).name + ("-smoke" if smoke else ""))
     session = Session(Run.start(folder, options, overwrite))
     for stage in (sft_stage, reward_stage, rl_stage, eval_stage):
@@ -191,7 +193,7 @@ def eval_stage(session, judges=None, judge_base=None):
     cfg, held_out = session.run.config, session.parts["held_out"]
     judges = judges or evaluate.judges_by_name([], session.lm, cfg)
     if judge_base:  # trained like the run's own judge, on the same pairs
-        role, other, pairs = "judge_" + Path(judge_base).name, copy.copy(session), session.parts["judge"]
+        role, other, pairs = "judge_" + re.sub(r"\W+", "_", judge_base), copy.copy(session), session.parts["judge"]
         other.lm, why = load_base(cfg, model=judge_base), f"a judge on another base, {judge_base}"
         other.train(role, why, reward.train_policy_reward, pairs, held_out, role)
         judges[role] = evaluate.adapter_judge(other.lm, role, cfg)
@@ -244,6 +246,7 @@ def eval_command(
     Example: python pit.py eval --run runs/tiny --judge quality --judge judge
     """
     session = Session(open_run(run))
+    session.require("sft", "reward", "rl")
     eval_stage(session, evaluate.judges_by_name(judge, session.lm, session.run.config), judge_base)
 
 
@@ -305,7 +308,8 @@ def infer_command(
         inference.improve_file(lm, "policy_rl", last, rows, output, cfg, rounds, temperature, seed, stop)
         return
     seed_all(seed, "infer")
-    steps = inference.iterate(lm, "policy_rl", last, dialogue(prompt), cfg, rounds, temperature, response, stop, seconds)
+    turns = inference.fit_prompt(lm, dialogue(prompt), cfg, "the prompt")
+    steps = inference.iterate(lm, "policy_rl", last, turns, cfg, rounds, temperature, response, stop, seconds)
     for k, (text, gap) in enumerate(steps):
         print(f"original        {text}" if k == 0 else f"round {k}  {gap:+5.2f}  {text}")
     if k < rounds:
@@ -337,9 +341,12 @@ def main():
     except UserError as error:
         text = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f"The disk is full. Free some space, then go on with: {same_command()}"
+        elif error.filename:
+            text = f"{error.filename}: {error.strerror}. Mend that, then go on with: {same_command()}"
+        else:
             raise
-        text = f"The disk is full. Free some space, then go on with: {same_command()}"
     except torch.cuda.OutOfMemoryError as error:
         text = f"the GPU's memory is full: {str(error).splitlines()[0][:100]}\n{OUT_OF_MEMORY}"
     print(f"Error: {text}", file=sys.stderr)

@@ -126,6 +126,10 @@ def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
         (["export", "--run", "{mini}", "--adapter", "../adapters/pit_rl1", "--to", "{tmp}/x"], "not a path"),
         (["export", "--run", "{mini}", "--adapter", "..", "--to", "{tmp}/x"], "not a path"),
         (["infer", "--run", "{mini}", "  "], "prompt is empty"),
+        (["infer", "--run", "{mini}", "half \ud800"], "lone surrogate"),
+        (["infer", "--run", "{mini}", "Human: a\n\nAssistant: b"], "user's turn"),
+        (["infer", "--run", "{mini}", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/in.jsonl/x.jsonl"], "in.jsonl"),
+        (["eval", "--run", "{tmp}", "--judge", "no/such-judge"], "no run in"),
         (["infer", "--run", "{mini}", "hello", "--response", ""], "--response is empty"),
         (["infer", "--run", "{mini}", "hello", "--temperature", "-1"], "--temperature"),
         (["infer", "--run", "{mini}", "hello", "--stop", "never"], "--stop never"),
@@ -139,11 +143,18 @@ def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
     ],
 )
 def test_bad_input_gets_two_lines_and_exit_code_2(mini, tmp_path, words, said):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}')
     code, out, err = pit(*(word.format(mini=mini[0], tmp=tmp_path) for word in words))
     assert code == 2, out + err
     assert said in err and "Traceback" not in err
     if err.startswith("Error"):
         assert len(err.splitlines()) <= 3
+
+
+def test_options_given_beside_smoke_hold(monkeypatch, tmp_path):
+    monkeypatch.setattr(command_line, "Session", lambda run: sys.exit(run.config.minibatch))
+    assert pit("all", "--smoke", "--run", tmp_path / "a")[0] == 8
+    assert pit("all", "--smoke", "--minibatch", 4, "--run", tmp_path / "b")[0] == 4
 
 
 def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
