@@ -12,11 +12,12 @@ That a round starts where the last one ended, and is held to M_PIT^SFT all along
 from functools import partial
 
 from data import improve_prompt, max_length
+from errors import UserError
 from infer import SAMPLED
 from models import LOGIT_CHUNK
 from ppo import train
 from reward import gap
-from run import UserError, shuffled_batch
+from run import shuffled_batch
 
 # Table 2 of the paper, and two curricula more; all start from M_PIT^SFT and share out the same number of PPO iterations
 CURRICULA = ["annotated", "policy", "annotated,policy", "policy,annotated", "annotated,sft,policy"]

@@ -27,7 +27,7 @@ import datasets  # before torch, which run imports: on Windows it must be
 from pyarrow import ArrowException, parquet
 
 import task
-from run import UserError, first_line
+from errors import UserError, first_line
 
 IMPROVE = "Please improve your answer."  # our wording, the paper's is not known: a natural turn, without any rubric in words
 
@@ -47,7 +47,7 @@ def max_length(cfg):
 #   prompt, chosen, rejected                     text or chat messages (TRL's forms; chosen may hold the prompt as well)
 #   chosen, rejected                             transcripts that begin alike and part at the last answer (Anthropic's)
 #   instruction (, input), chosen, rejected      or `question` in place of `instruction`
-#   question, response_0, response_1, label      the label is the number of the better answer
+#   question, response_0, response_1, label      the label (or better_response_id) is the number of the better answer
 
 HUB = {"hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
 FILES = ".json, .jsonl, .csv or .parquet (.gz)"
@@ -136,7 +136,7 @@ def rows_of_file(path):
             elif kind in (".json", ".jsonl"):
                 rows, unit = ((number, line) for number, line in enumerate(file, 1) if line.strip()), "line"
             else:
-                raise UserError(f"--data {path}: the ending must be {FILES}.")
+                raise UserError(f"{path}: the ending must be {FILES}.")
             for number, row in rows:
                 place = f"{unit} {number}"
                 yield place, row
@@ -150,13 +150,13 @@ def rows_of_hub(source):
         raise UserError(f"--data {source}: there is no such file. Give {FILES}, or: hh, tldr, a hub id, synthetic")
     name, _, part = HUB.get(source, source).partition(":")
     try:
-        rows = datasets.load_dataset(name, split=part or "train")
+        for number, row in enumerate(datasets.load_dataset(name, split=part or "train"), 1):
+            yield f"row {number}", row
     except Exception as error:  # of many kinds: no network, no such id, no such split, a loading script
         raise UserError(
             f"--data {source}: there is no such file, and the hub does not give it: {first_line(error)}\n"
             f"Give a local file, {FILES}, or the built-in task: --data synthetic"
         ) from None
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def read_columns(row):
@@ -167,6 +167,8 @@ def read_columns(row):
         raise BadRow("this is not JSON in UTF-8") from None
     if not isinstance(row, dict):
         raise BadRow("this is not an object with columns")
+    if None in row:
+        raise BadRow("it has more cells than the header has names: is a comma not in quotes?")
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -200,14 +202,15 @@ def read_row(row):
     elif not before:
         pair = "an empty prompt"
     elif not is_prompt(before):
-        raise BadRow("the prompt must begin and end with the user's turn (a system message may come before)")
+        raise BadRow("the prompt must be turns of user and assistant, the user's first and last (system: before all)")
     return ", ".join(columns), pair
 
 
 def is_prompt(turns):
-    """Whether the user speaks first, after the system if that does, and last, as chat templates want it."""
-    speakers = [turn["role"] for turn in turns if turn["role"] != "system"]
-    return speakers[:1] == speakers[-1:] == ["user"]
+    """Whether user and assistant take turns, the user first (after the system, if that speaks) and last: templates insist."""
+    speakers = [turn["role"] for turn in turns]
+    speakers = speakers[speakers[:1] == ["system"] :]
+    return len(speakers) % 2 == 1 and speakers == (["user", "assistant"] * len(speakers))[: len(speakers)]
 
 
 def read_answer(value, column, prompt, asked):
@@ -218,7 +221,8 @@ def read_answer(value, column, prompt, asked):
     if not turns or turns[-1]["role"] != "assistant":
         return turns, ""
     *before, last = turns
-    return before if before[: len(prompt)] == prompt else prompt + before, last["content"]
+    n = len(prompt)  # the prompt may be all of what comes before, its beginning, or its end
+    return before if prompt in (before[:n], before[-n:]) else prompt + before, last["content"]
 
 
 def read_turns(value, column, speaker="user"):

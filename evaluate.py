@@ -15,8 +15,9 @@ import torch
 
 import infer
 from data import Pair
+from errors import UserError, first_line
 from reward import gap_contexts, pair_gaps, score_pairs
-from run import UserError, first_line, seed_all, write_text
+from run import seed_all, write_text
 from task import quality
 
 SAME = 1e-4  # exact scores closer than this are a tie
@@ -119,7 +120,7 @@ def hub_judge(name, device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds
         reason = f"--judge {name}: {first_line(error)}"
         raise UserError(f"{reason}\nGive quality, judge, or a reward model by folder or hub id.") from None
     if model.config.num_labels != 1:

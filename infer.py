@@ -1,6 +1,8 @@
 """Using PIT: answer, improve, iterate, stop; and the baselines: Self-Refine and best-of-n.
 
 y_0 ~ M_P^RL(x)            y_{k+1} ~ M_PIT^RL(x, y_k)            gap_k = R_PIT(x, y_{k+1}, y_k) - R_PIT(x, y_k, y_k)
+
+Run: python pit.py infer --run runs/tiny "..."
 """
 
 import json
@@ -16,7 +18,8 @@ from transformers import AutoConfig
 
 import reward
 from data import BadRow, improve_prompt, is_prompt, max_length, read_columns, read_turns, real_text, rows_of_file, shorten
-from run import UserError, progress, read_json, seed_all, write_json
+from errors import UserError
+from run import progress, read_json, seed_all, write_json
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself, in words: once for feedback, once for the refined answer.
 FEEDBACK = "What could be better in your answer? Name each flaw and say how to mend it. Do not write a new answer yet."
@@ -122,13 +125,15 @@ def check_request(prompt, response, input, output, stop):
         raise UserError(f"--stop {stop}: choose one of {', '.join(STOPS)}; time is not for whole files.")
 
 
-def fit_prompt(lm, turns, cfg, name):
-    """A prompt within --max-prompt tokens, its oldest part cut off where it is longer; `name` is its own in complaints."""
+def fit_prompt(lm, turns, response, cfg, name):
+    """A prompt, its oldest part cut off where it is longer than --max-prompt; complains, by name, of what no model has seen."""
     if not is_prompt(turns):
-        raise UserError(f"{name} must begin and end with the user's turn.")
+        raise UserError(f"{name}: a prompt is turns of user and assistant, the user's first and last.")
     short = shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
     if short is None:
-        raise UserError(f"{name}: no cut brings it to the {cfg.max_prompt} tokens of this run's --max-prompt.")
+        raise UserError(f"{name}: no cut brings the prompt to the {cfg.max_prompt} tokens of this run's --max-prompt.")
+    if response and len(lm.encode_response(response)) > cfg.max_response + 1:
+        raise UserError(f"{name}: the response is longer than the {cfg.max_response} tokens of this run's --max-response.")
     return short
 
 
@@ -136,18 +141,18 @@ def fit_prompt(lm, turns, cfg, name):
 
 
 def read_rows(path):
-    """Rows with a `prompt` (text or messages), and a `response` where there is one -> [(row, messages, response or None)]."""
+    """Rows with a `prompt` (text or messages), maybe a `response` -> [(row, messages, response or None, file and line)]."""
     rows = []
     for place, row in rows_of_file(path):
         try:
             row = read_columns(row)
             prompt = read_turns(row.get("prompt", ""), "prompt")
             response = real_text(row["response"], "response") if "response" in row else None
-            if not is_prompt(prompt) or response == "":
-                raise BadRow("`prompt` must begin and end with the user's turn, and `response` may not be empty")
+            if not prompt or response == "":
+                raise BadRow("neither `prompt` nor `response` may be empty")
         except BadRow as error:
             raise UserError(f"{path}, {place}: {error}.") from None
-        rows.append((row, prompt, response))
+        rows.append((row, prompt, response, f"{path}, {place}"))
     return rows
 
 
@@ -173,14 +178,14 @@ def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed, st
     All rounds are made for a whole batch of rows at once; the stop rule chooses for each row which text is its answer.
     """
     done = rows_done(path, rows)
+    fitting = [fit_prompt(lm, turns, response, cfg, name) for _, turns, response, name in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:  # half a character as it came
         for start in progress(range(done, len(rows), cfg.rl_batch)):
-            batch = rows[start : start + cfg.rl_batch]
+            batch, prompts = (some[start : start + cfg.rl_batch] for some in (rows, fitting))
             seed_all(seed, "infer", start)
-            prompts = [fit_prompt(lm, turns, cfg, f"row {at}") for at, (_, turns, _) in enumerate(batch, start + 1)]
             written = iter(answer(lm, policy, [p for p, row in zip(prompts, batch) if row[2] is None], cfg, temperature))
-            texts, steps = [[text if text is not None else next(written) for *_, text in batch]], []
+            texts, steps = [[text if text is not None else next(written) for _, _, text, _ in batch]], []
             for _ in range(rounds):
                 texts.append(improve(lm, pit, prompts, texts[-1], cfg, temperature))
                 steps.append(gaps(lm, prompts, texts[-1], texts[-2], cfg).tolist())
@@ -210,14 +215,15 @@ def export(lm, role, source, folder, merge):
     """Write the role saved in `source` for plain peft, or merged for plain transformers. Merging uses this LM up."""
     lm.load(role, source)
     eos, model = lm.tokenizer.convert_ids_to_tokens(lm.eos), lm.peft.get_base_model()
-    lm.tokenizer.eos_token, lm.tokenizer.pad_token = eos, lm.tokenizer.convert_ids_to_tokens(lm.pad)
+    pad = lm.pad if lm.pad in lm.tokenizer.all_special_ids else lm.eos  # a word as padding would be left out when decoding
+    lm.tokenizer.eos_token, lm.tokenizer.pad_token = eos, lm.tokenizer.convert_ids_to_tokens(pad)
     lm.tokenizer.save_pretrained(folder)
     if not merge:
         lm.peft.peft_config[role].base_model_name_or_path = str(model.name_or_path)
         return lm.save(role, folder)
     model = lm.peft.merge_and_unload(adapter_names=[role])
     for config in (model.config, model.generation_config):  # answers end where our own do
-        config.eos_token_id, config.pad_token_id = lm.eos, lm.pad
+        config.eos_token_id, config.pad_token_id = lm.eos, pad
     model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
 
 
@@ -302,7 +308,7 @@ def write_sides(answers, pairs, last):
 def self_refine_refusal(answers, original):
     """Why Self-Refine does not apply to this model, in words, or None where it does."""
     if answers.run.config.model == "tiny":
-        return "the built-in base has never seen such prompts, and cannot follow them"
-    texts = answers.feedback("self_refine", "policy_rl", original).texts
+        return "the built-in base cannot follow such prompts"
+    texts = answers.feedback("self_refine", "policy_rl", original).texts  # kept, and used again by `self_refine`
     follows = sum(bool(text) and text != y for text, y in zip(texts, original.texts)) / len(texts)
     return None if follows >= FOLLOWS else f"only {follows:.0%} of the policy's feedback says anything but the answer again"

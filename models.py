@@ -27,14 +27,13 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from run import UserError, finite, first_line
+from errors import UserError, finite, first_line
 from tokens import Tokens, mask_after_eos
 
 transformers_logging.set_verbosity_error()
@@ -50,16 +49,16 @@ class LM:
     """A frozen base with named adapters. One adapter is active at a time; `activate` it before each use."""
 
     def __init__(self, base, tokenizer, lora):
-        self.tokenizer, self.lora = tokenizer, lora
-        self.device = base.device
+        self.tokenizer, self.lora, self.device = tokenizer, lora, base.device
         self.eos = end_of_turn(tokenizer)
         pads = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1
         self.pad = next(token for token in pads if token not in (None, self.eos))
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.control = sorted(special | set(tokenizer.all_special_tokens))
-        self.trunk = base.get_decoder()
-        self.lm_head, self.hidden_size = base.get_output_embeddings(), base.get_input_embeddings().embedding_dim
+        added, template = tokenizer.added_tokens_decoder.values(), tokenizer.chat_template or ""
+        markers = {token.content for token in added if token.special or token.content.strip() and token.content in template}
+        self.control = sorted(markers | set(tokenizer.all_special_tokens))
+        self.trunk, self.hidden_size = base.get_decoder(), base.get_input_embeddings().embedding_dim
         self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank", autocast_adapter_dtype=True)
+        self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
         self.roles = {"blank"}  # "blank" is the base itself: a new LoRA's B is zero
 
@@ -134,9 +133,11 @@ class LM:
             return begin + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError:  # this template knows no system message: it becomes the head of the user's
-            if len(messages) < 2 or messages[0]["role"] != "system":
+        except TemplateError:
+            if messages[0]["role"] != "system":
                 raise
+            text = ""
+        if messages[0]["role"] == "system" and messages[0]["content"] not in text:  # unknown to this template: the user says it
             first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
             return self.encode_prompt([first, *messages[2:]])
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -230,10 +231,10 @@ class LM:
         """Sample one response for each prompt (lists of token ids) -> Tokens. Temperature 0 takes the likeliest token."""
         self.activate(role)
         start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
-        sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
+        sampling = dict(do_sample=True, temperature=temperature) if temperature > 1e-6 else dict(do_sample=False)
         out = self.peft.generate(
             input_ids=start.ids, attention_mask=start.mask, max_new_tokens=max_tokens, top_k=0, top_p=1.0,
-            pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
+            pad_token_id=self.pad, eos_token_id=self.eos, **sampling,  # the whole distribution: PPO's log-probs are of that
         )  # fmt: skip
         response_mask = mask_after_eos(out[:, start.ids.shape[1] :], self.eos)
         return Tokens(out, torch.cat([start.mask, response_mask], 1), response_mask)
@@ -316,6 +317,8 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         )  # fmt: skip
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if "say it" not in tokenizer.decode(tokenizer("Say it")["input_ids"]).lower():  # transformers makes up an empty one
+            raise ValueError("the files of its tokenizer are missing or damaged.")
         base = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
             **options,
@@ -330,7 +333,9 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
         lora = dict(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0)
         return LM(base, tokenizer, LoraConfig(**lora, task_type="CAUSAL_LM"))
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: files, fields of the config, patterns of modules, templates, shapes
         raise UserError(
             f"Cannot load the model {name!r}: {first_line(error)}\n"
             f"Give a local folder, or fetch it where there is a network (hf download {source}), or use --model tiny (built in)."

@@ -9,19 +9,19 @@ from there. Options that depend on the size of the base are None here and filled
 """
 
 import copy
-import errno
 import hashlib
 import inspect
 import json
 import re
+import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Optional
 
-import datasets  # noqa: F401  on Windows it must be imported before torch
-import torch
 import typer
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load, which takes seconds: no traceback
 
 import curriculum
 import evaluate
@@ -29,14 +29,15 @@ import infer as inference
 import report
 import reward
 import sft
-from data import describe, dialogue, fit, load_pairs, split
+from data import describe, fit, load_pairs, read_turns, split
+from errors import UserError, explain
 from models import load_model
-from run import Run, UserError, new_folder, same_command, seed_all
+from run import Run, new_folder, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 PRESETS = {
-    # a 1M-parameter base bears, and needs, learning rates ten times those of real models
+    # a 1M-parameter base bears, and needs, learning rates ten to fifty times those of real models
     "tiny": dict(data="synthetic", pairs=12_000, max_prompt=48, max_response=30, sft_steps=60, sft_lr=1.5e-3, rm_steps=100,
                  rm_lr=3e-3, rl_steps=16, rl_batch=64, minibatch=32, rl_lr=1e-3, critic_lr=1e-2, kl=0.15,
                  micro_batch=64, eval_n=256),
@@ -47,8 +48,6 @@ PRESETS = {
     "smoke": dict(pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16),
 }  # fmt: skip
 
-OUT_OF_MEMORY = """Repeat the command with half the --micro-batch: results change by rounding alone, and what is done is kept.
-If that is 1 already, start a new --run with a lower --max-prompt, --max-response or --rl-batch."""
 NOT_STORED = {"run", "smoke", "overwrite"}  # options of `all` that say how to start, not what to do
 
 
@@ -62,14 +61,16 @@ def run_all(
     smoke: Annotated[bool, option("Run", "Everything in miniature: to see that it works, not to learn anything.")] = False,
     overwrite: Annotated[bool, option("Run", "Start anew where the folder holds a run, and lose what it has learned.")] = False,
     save_every: Annotated[int, option("Run", "Steps from one checkpoint to the next.", min=1)] = 10,
-    seed: Annotated[int, option("Run", "Seed of data, sampling and initialisation.", min=0)] = 0,
+    seed: Annotated[int, option("Run", "Seed of data, sampling and initialisation.", min=0, max=2**63 - 1)] = 0,
     model: Annotated[str, option("Model", "tiny (built in), Qwen2-0.5B, a local folder, a hub id.")] = "tiny",
     bits: Annotated[int, option("Model", "4: NF4 through bitsandbytes; 16: no quantisation.")] = 4,
     lora_r: Annotated[int, option("Model", "Rank of every adapter.", min=1)] = 16,
     lora_alpha: Annotated[int, option("Model", "Scale of every adapter: alpha / r.", min=1)] = 32,
     vram: Annotated[float, option("Model", "Memory of the GPU in GiB; below 6, lengths are shorter too.", min=2)] = 6,
     target_modules: Annotated[str, option("Model", "Layers with adapters: all-linear, or a pattern.")] = "all-linear",
-    data: Annotated[Optional[str], option("Data", "synthetic, hh, tldr, a hub id, or a .jsonl, .csv, .parquet file.")] = None,
+    data: Annotated[
+        Optional[str], option("Data", "synthetic, hh, tldr, a hub id, or a .json, .jsonl, .csv, .parquet file (.gz).")
+    ] = None,
     pairs: Annotated[Optional[int], option("Data", "Use at most this many pairs.", min=80)] = None,
     skip_bad: Annotated[bool, option("Data", "Go on without rows that are not pairs, and count them.")] = False,
     max_prompt: Annotated[Optional[int], option("Data", "Longest prompt in tokens; the oldest turns are cut.", min=8)] = None,
@@ -107,15 +108,14 @@ def run_all(
     preset = preset | (PRESETS["small"] if vram < 6 and model != "tiny" else {}) | (PRESETS["smoke"] if smoke else {})
     for name, value in preset.items():
         options[name] = value if options[name] is None else options[name]
-    folder = run or Path("runs") / (Path(model).name + ("-smoke" if smoke else ""))
+    folder = run or Path("runs") / (Path(model).resolve().name + ("-smoke" if smoke else ""))
     session = Session(Run.start(folder, options, overwrite))
     for stage in (sft_stage, reward_stage, rl_stage, eval_stage):
         stage(session)
 
 
-def load_base(cfg, **changes):
-    cfg = SimpleNamespace(**vars(cfg) | changes)
-    return load_model(cfg.model, cfg.bits, cfg.lora_r, cfg.lora_alpha, cfg.target_modules, cfg.seed)
+def load_base(cfg, model=None, bits=None):
+    return load_model(model or cfg.model, bits or cfg.bits, cfg.lora_r, cfg.lora_alpha, cfg.target_modules, cfg.seed)
 
 
 class Session:
@@ -187,7 +187,6 @@ def rl_stage(session):
 
 
 def eval_stage(session, judges=None, judge_base=None):
-    session.require("sft", "reward", "rl")
     for role in filter(session.run.done, evaluate.GAP_MODELS):  # those of `ablate` too
         session.load(role)
     cfg, held_out = session.run.config, session.parts["held_out"]
@@ -308,12 +307,12 @@ def infer_command(
         inference.improve_file(lm, "policy_rl", last, rows, output, cfg, rounds, temperature, seed, stop)
         return
     seed_all(seed, "infer")
-    turns = inference.fit_prompt(lm, dialogue(prompt), cfg, "the prompt")
+    turns = inference.fit_prompt(lm, read_turns(prompt, "prompt"), response, cfg, "the prompt")
     steps = inference.iterate(lm, "policy_rl", last, turns, cfg, rounds, temperature, response, stop, seconds)
     for k, (text, gap) in enumerate(steps):
         print(f"original        {text}" if k == 0 else f"round {k}  {gap:+5.2f}  {text}")
     if k < rounds:
-        print(f"stopped after round {k}: --stop {stop}")
+        print(f"the answer is that of round {k}: --stop {stop}")
 
 
 @app.command(name="export")
@@ -336,19 +335,13 @@ def export_command(
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console that does not know a letter shows its number
     try:
         return app()
-    except UserError as error:
-        text = str(error)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"The disk is full. Free some space, then go on with: {same_command()}"
-        elif error.filename:
-            text = f"{error.filename}: {error.strerror}. Mend that, then go on with: {same_command()}"
-        else:
+    except Exception as error:
+        text = explain(error)
+        if text is None:
             raise
-    except torch.cuda.OutOfMemoryError as error:
-        text = f"the GPU's memory is full: {str(error).splitlines()[0][:100]}\n{OUT_OF_MEMORY}"
     print(f"Error: {text}", file=sys.stderr)
     sys.exit(2)
 

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 
 import torch
 
+from errors import finite
 from models import adamw, take_step
-from run import finite, seed_all
+from run import seed_all
 from tokens import Tokens, in_parts
 
 GAMMA = 1.0  # an answer is judged as a whole: its first token counts as much as its last

@@ -189,7 +189,7 @@ def write_report(run):
               markdown(["stage", "mean", "before", "after", "95% interval of the rise"], rl)]  # fmt: skip
     parts += [
         f"{role} on held-out pairs: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
-        for role, measured in results["reward"].items()
+        for role, measured in results.get("reward", {}).items()
     ]
     seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in results["time_s"].items())
     parts += [f"Seconds: {seconds}.", "![learning curves](curves.png)\n"]

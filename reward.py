@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from data import improve_prompt
+from errors import finite
 from models import adamw, take_step
-from run import finite, shuffled_batch
+from run import shuffled_batch
 from tokens import in_parts
 
 CENTRE = 0.01  # of (r^ww)^2 + (r^ll)^2; the weight that TRL recommends for centring scores (Eisenstein et al., 2023, Eq. 2)

@@ -14,10 +14,8 @@ starts again from its newest whole checkpoint, and goes on to the very numbers t
 
 import hashlib
 import json
-import math
 import os
 import platform
-import shlex
 import shutil
 import signal
 import sys
@@ -33,18 +31,12 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load, save
 from tqdm import tqdm
 
+from errors import UserError, finite, same_command
+
 FILES = """adapters checkpoints metrics.jsonl samples.md .answers.json.copy answers.json report.md curves.png result.png
 fig2.png fig3.png fig4.png rounds.png stops.png .results.json.copy results.json .config.json.copy config.json"""
 FREE = ("save_every", "micro_batch", "vram")  # may change within a run: results do not depend on them, but for rounding
 WAYS_OUT = "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
-
-
-class UserError(Exception):
-    """Something the user can mend. pit.py prints it as one or two lines, without a traceback, and exits with code 2."""
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 class Run:
@@ -69,9 +61,9 @@ class Run:
         if overwrite:
             for name in FILES.split():  # what was learned first, so that it is never there without its settings
                 remove(path / name)
+        if not old and any((path / name).exists() for name in FILES.split()):  # a run's that lost them, or somebody else's
+            raise UserError(f"{path} holds files, but not the settings of a run. Give a new --run, or --overwrite.")
         if (path / "adapters").exists() or (path / "checkpoints").exists():
-            if not old:
-                raise UserError(f"{path} holds a run whose settings are lost. Give a new --run, or --overwrite to start anew.")
             differs = [f"{k}={old.get(k)!r} (now {v!r})" for k, v in options.items() if k not in FREE and old.get(k) != v]
             if differs:
                 raise UserError(f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}")
@@ -144,7 +136,8 @@ class Run:
         for place, p, state in in_training(optimizers):
             p.data.copy_(tensors[f"{place} value"])
             for name in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's; it counts its steps on the CPU
-                state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
+                if f"{place} {name}" in tensors:  # it has none of a parameter that never had a gradient
+                    state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
         stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
         numbers.update(stored["numbers"])
         self.started -= stored["seconds"]
@@ -213,14 +206,13 @@ class Run:
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(self.name, first)
-        every = self.config.save_every
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
             seed_all(self.config.seed, self.name, step)
             self.in_step = True
             yield step
-            if (step + 1) % every == 0 or step + 1 == total or self.stop_signal:
+            if (step + 1) % self.config.save_every == 0 or step + 1 == total or self.stop_signal:
                 self.save(step + 1, optimizers, numbers)
             self.in_step = False
             if self.stop_signal:
@@ -242,19 +234,6 @@ def versions():
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries if util.find_spec(name)}
 
 
-def same_command():
-    """What the user typed, to type again."""
-    return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
-
-
-def finite(cause="The learning rate may be too high, or an input is broken.", **values):
-    """Numbers by name, as they are, or FloatingPointError for the first that is NaN or infinite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{name} is {float(value)}. {cause}")
-    return values
-
-
 def hold(path):
     """Lock a run's folder for this process -> what keeps it. The lock ends with the process, even when that is killed."""
     try:
@@ -274,7 +253,7 @@ def new_folder(path):
     beside.mkdir(parents=True)
     yield beside
     write_text(beside / "sha256.json", json.dumps(checksums(beside)))
-    for file in beside.iterdir():
+    for file in filter(Path.is_file, beside.iterdir()):
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())  # on the disk before the folder gets its name, or a power cut could leave it empty
     remove(path)
@@ -282,21 +261,22 @@ def new_folder(path):
 
 
 def checksums(folder):
-    files = sorted(file for file in folder.iterdir() if file.name != "sha256.json")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "sha256.json")
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def is_whole(folder):
-    """Whether a folder holds what `new_folder` was given; says so where it does not."""
-    with suppress(OSError, ValueError):
-        if json.loads((folder / "sha256.json").read_bytes()) == checksums(folder):
+    """Whether a folder holds what `new_folder` was given, and maybe more (a .DS_Store); says so where it does not."""
+    with suppress(OSError, ValueError, AttributeError):
+        stored = json.loads((folder / "sha256.json").read_bytes())
+        if stored and stored.items() <= checksums(folder).items():
             return True
     print(f"{folder} is damaged: it does not match its checksums. It is left out.")
     return False
 
 
 def remove(path):  # a file or a folder, whether it is there or not
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def write_text(path, text):

@@ -12,8 +12,9 @@ The paper mentions an unlikelihood loss besides, without a formula. Ours, off by
 import torch
 
 from data import improve_prompt
+from errors import finite
 from models import adamw, take_step
-from run import finite, shuffled_batch
+from run import shuffled_batch
 
 
 def train_policy(lm, run, pairs):

@@ -8,7 +8,7 @@ from conftest import shake
 
 import curriculum
 from data import improve_prompt
-from run import UserError
+from errors import UserError
 
 CFG = SimpleNamespace(rl_batch=8, seed=0, micro_batch=3, max_response=12)
 

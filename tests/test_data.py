@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import data
 import task
-from run import UserError
+from errors import UserError
 
 PROMPT = "Where does each look in the end? Ann north: left left back. Ben west: right left right."
 
@@ -101,6 +101,15 @@ def test_an_input_follows_its_instruction_and_a_system_message_stays():
     assert data.read_row({"prompt": system, "chosen": "a", "rejected": "b"})[1].prompt == system
 
 
+@pytest.mark.parametrize("whole", [TURNS, [{"role": "system", "content": "s"}, *TURNS]])
+def test_a_prompt_may_be_all_of_the_conversation_its_beginning_or_its_end(whole):
+    for prompt in (whole, whole[-1:], whole[-1]["content"], whole[: len(whole) - 2]):
+        row = {"prompt": prompt, "chosen": [*whole, *turn("a")], "rejected": [*whole, *turn("b")]}
+        assert data.read_row(row)[1] == data.Pair(whole, "a", "b")
+    with pytest.raises(data.BadRow, match="turns of user"):  # two conversations, one after the other
+        data.read_row({"prompt": "x", "chosen": "Human: y\n\nAssistant: a", "rejected": "Human: y\n\nAssistant: b"})
+
+
 def test_text_about_transcripts_is_not_one():
     assert data.dialogue("What does\n\nHuman: mean?") == [{"role": "user", "content": "What does\n\nHuman: mean?"}]
 
@@ -159,10 +168,10 @@ BAD = {
     b'{"prompt": "x", "response_0": "a", "response_1": "b"}': "no `label`",
     b'{"prompt": "x", "response_0": "a", "response_1": "b", "label": 2}': "must be 0 or 1",
     b'{"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}': "roles",
-    b'{"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}': "user's turn",
+    b'{"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}': "turns of user",
     b'{"prompt": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}], "chosen": "a", "rejected": "b"}':
-        "user's turn",
-    b'{"prompt": [{"role": "system", "content": "x"}], "chosen": "a", "rejected": "b"}': "user's turn",
+        "turns of user",
+    b'{"prompt": [{"role": "system", "content": "x"}], "chosen": "a", "rejected": "b"}': "turns of user",
 }  # fmt: skip
 
 
@@ -210,13 +219,13 @@ def test_whatever_a_file_holds_it_is_read_or_named(tmp_path_factory, lines, endi
             assert pair.chosen != pair.rejected and data.is_prompt(pair.prompt)
             texts = [pair.chosen, pair.rejected, *(message["content"] for message in pair.prompt)]
             assert all(text.strip() and text.encode() for text in texts)
-            assert all(a["role"] != b["role"] for a, b in zip(pair.prompt, pair.prompt[1:]))
 
 
 @pytest.mark.parametrize(
     "name, content, said",
     [("p.jsonl.gz", b"no gzip", "cannot be read"), ("p.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "cannot be read"),
      ("p.parquet", b"PAR1", "cannot be read"), ("p.csv", b"prompt\n\xff\xff", "cannot be read"), ("p.txt", b"hello", "ending"),
+     ("p.csv", b"prompt,chosen,rejected\nQ,Yes, I can,No\n", "line 2: it has more cells"),
      ("p.json", b"[1", "cannot be read"), ("p.jsonl", b"", "it is empty"), ("p.csv", b"a,b\n1,2\n", "line 2: there is no")],
 )  # fmt: skip
 def test_damaged_and_unknown_files_are_named(tmp_path, name, content, said):

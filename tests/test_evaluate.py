@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 import evaluate
 import infer
 import report
-from run import UserError
+from errors import UserError
 
 
 def test_compare_counts_wins_losses_and_ties():

@@ -9,8 +9,8 @@ from conftest import shake
 
 import infer
 from data import improve_prompt
+from errors import UserError
 from models import load_model
-from run import UserError
 
 CFG = SimpleNamespace(max_prompt=200, max_response=12, rl_batch=2, micro_batch=2)
 ROWS = [{"prompt": f"Where does each look in the end? {people}", "id": i} for i, people in enumerate(
@@ -68,9 +68,8 @@ def test_a_file_of_somebody_else_is_never_written_to(able, tmp_path, content):
 
 @pytest.mark.parametrize(
     "row",
-    ['{"response": "x"}', '{"prompt": " "}', '{"prompt": "x", "response": ""}', "[", '{"prompt": 3}',
-     '{"prompt": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}'],
-)  # fmt: skip
+    ['{"response": "x"}', '{"prompt": " "}', '{"prompt": "x", "response": ""}', "[", '{"prompt": 3}'],
+)
 def test_a_bad_row_is_named_before_any_work(tmp_path, row):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n' + row)
     with pytest.raises(UserError, match="line 2"):
@@ -78,21 +77,24 @@ def test_a_bad_row_is_named_before_any_work(tmp_path, row):
 
 
 def test_columns_that_are_there_already_do_not_hide_ours(able, tmp_path):
-    row = ROWS[1] | {"improved": "by somebody else", "gaps": "of teeth"}
+    row = ROWS[1] | {"improved": "by somebody else", "gaps": "of teeth", "note": "half \ud800"}
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
     (line,) = work(able, infer.read_rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
-    assert line["improved"] == line["versions"][-1] and len(line["gaps"]) == 2 and line["response"] == row["response"]
+    assert line["improved"] == line["versions"][-1] and len(line["gaps"]) == 2
+    assert {name: line[name] for name in ("prompt", "response", "note")} == {k: row[k] for k in ("prompt", "response", "note")}
 
 
 def test_a_prompt_is_cut_to_what_the_run_was_trained_on_or_refused(lm):
-    cfg = SimpleNamespace(max_prompt=40)
+    cfg = SimpleNamespace(max_prompt=40, max_response=8)
     long = [{"role": "user", "content": "north " * 100 + "Where does Ann look in the end?"}]
-    (cut,) = infer.fit_prompt(lm, long, cfg, "the prompt")
+    (cut,) = infer.fit_prompt(lm, long, None, cfg, "the prompt")
     assert cut["content"].endswith("in the end?") and len(lm.encode_prompt([cut])) <= 40
     with pytest.raises(UserError, match="row 3: no cut"):
-        infer.fit_prompt(lm, [{"role": "user", "content": "x" * 200}], cfg, "row 3")
-    with pytest.raises(UserError, match="user's turn"):
-        infer.fit_prompt(lm, [{"role": "assistant", "content": "x"}], cfg, "the prompt")
+        infer.fit_prompt(lm, [{"role": "user", "content": "x" * 200}], None, cfg, "row 3")
+    with pytest.raises(UserError, match="turns of user"):
+        infer.fit_prompt(lm, [{"role": "assistant", "content": "x"}], None, cfg, "the prompt")
+    with pytest.raises(UserError, match="response is longer than the 8"):
+        infer.fit_prompt(lm, long, "north " * 9, cfg, "the prompt")
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -11,7 +11,7 @@ from conftest import batch, shake
 
 import curriculum
 import models
-from run import UserError
+from errors import UserError
 from tokens import in_parts, mask_after_eos
 
 
@@ -260,6 +260,21 @@ def test_pickles_remote_code_and_damaged_weights_are_refused(lm, tmp_path):
         models.load_model(str(tmp_path))
 
 
+def test_a_model_without_its_tokenizer_is_refused(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(models.TINY / name, tmp_path)
+    with pytest.raises(UserError, match="tokenizer are missing"):
+        models.load_model(str(tmp_path), bits=16)
+
+
+def test_an_adapter_on_the_lm_head_counts_in_log_probs_too(pairs):
+    lm = models.load_model("tiny", bits=16, target_modules=".*(q_proj|lm_head)")
+    lm.add("role")
+    lm.activate("role", train=True)
+    lm.logprobs(batch(lm, pairs)).sum().backward()
+    assert all(p.grad is not None for p in lm.parameters("role"))
+
+
 def test_short_names_stand_for_hub_ids_and_folders_come_first(tmp_path, monkeypatch):
     assert models.find_model("Qwen2-0.5B") == "Qwen/Qwen2-0.5B" and models.find_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     assert models.find_model("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -274,10 +289,13 @@ def test_a_layer_pattern_that_fits_nothing_is_said():
         models.load_model("tiny", bits=16, target_modules="nothing_like_it")
 
 
-def test_a_template_without_system_messages_gets_them_in_the_users_turn(lm):
+@pytest.mark.parametrize("then", ["{{ raise_exception('no system') }}", "{# not a word #}"])
+def test_a_template_without_system_messages_gets_them_in_the_users_turn(lm, then):
     lm.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        + then
+        + "{% else %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
+        "{% endfor %}<|assistant|>"
     )
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "map"}]
     assert lm.encode_prompt(turns) == lm.encode_prompt([{"role": "user", "content": "Be brief.\n\nmap"}])

@@ -21,6 +21,7 @@ MINI = "--pairs 120 --sft-steps 2 --sft-batch 4 --rm-steps 2 --rm-batch 4 --rl-s
 def pit(*words):
     """What `python pit.py WORDS` does, without a process of its own -> (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
+    out.reconfigure = lambda **how: None
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["pit.py", *map(str, words)])
         patch.setattr(signal, "signal", lambda number, handler: None)
@@ -127,7 +128,11 @@ def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
         (["export", "--run", "{mini}", "--adapter", "..", "--to", "{tmp}/x"], "not a path"),
         (["infer", "--run", "{mini}", "  "], "prompt is empty"),
         (["infer", "--run", "{mini}", "half \ud800"], "lone surrogate"),
-        (["infer", "--run", "{mini}", "Human: a\n\nAssistant: b"], "user's turn"),
+        (["infer", "--run", "{mini}", "Human: a\n\nAssistant: b"], "turns of user"),
+        (["infer", "--run", "{mini}", "Human:"], "turns of user"),
+        (["infer", "--run", "{mini}", "Where?", "--response", "north " * 50], "response is longer"),
+        (["all", "--run", "{tmp}"], "holds files, but not the settings"),
+        (["all", "--run", "{tmp}/new", "--pairs", "100", "--target-modules", "*_proj"], "Cannot load the model"),
         (["infer", "--run", "{mini}", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/in.jsonl/x.jsonl"], "in.jsonl"),
         (["eval", "--run", "{tmp}", "--judge", "no/such-judge"], "no run in"),
         (["infer", "--run", "{mini}", "hello", "--response", ""], "--response is empty"),
@@ -144,6 +149,7 @@ def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
 )
 def test_bad_input_gets_two_lines_and_exit_code_2(mini, tmp_path, words, said):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}')
+    (tmp_path / "config.json").write_text("// notes of mine")
     code, out, err = pit(*(word.format(mini=mini[0], tmp=tmp_path) for word in words))
     assert code == 2, out + err
     assert said in err and "Traceback" not in err

@@ -1,0 +1,34 @@
+"""What people are told: errors that they can mend get a line or two, mistakes of ours their traceback."""
+
+import errno
+
+import pytest
+import torch
+
+from errors import UserError, explain, finite
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (UserError("do this"), "do this"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (Exception("No space left on device (os error 28)"), "disk is full"),  # as libraries in Rust say it
+        (PermissionError(errno.EACCES, "Permission denied", "/there/x.jsonl"), "/there/x.jsonl"),
+        (OSError("Cannot call rmtree on a symbolic link"), "symbolic link"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "--micro-batch"),
+        (MemoryError(), "--micro-batch"),
+        (RuntimeError("shapes do not match"), None),
+        (KeyError("x"), None),
+    ],
+)
+def test_only_our_own_mistakes_keep_their_traceback(error, said):
+    text = explain(error)
+    assert text is None if said is None else said in text and len(text.splitlines()) <= 3
+
+
+def test_the_first_number_that_is_none_is_named():
+    assert finite(a=1.0, b=torch.tensor(2.0)) == {"a": 1.0, "b": torch.tensor(2.0)}
+    with pytest.raises(FloatingPointError, match="b is nan. Lower it."):
+        finite("Lower it.", a=1.0, b=float("nan"), c=float("inf"))
