@@ -333,7 +333,11 @@ def test_a_full_disk_loses_nothing_and_says_one_line(tmp_path, monkeypatch, caps
             with pytest.raises(OSError):
                 toy(tmp_path / str(case))
         assert toy(tmp_path / str(case)) == expected
-    monkeypatch.setattr(pit, "app", lambda: Path("/dev/full").write_text("x"))
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pit, "app", full)
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         pit.main()
