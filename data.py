@@ -39,7 +39,7 @@ def improve_prompt(prompt, reference):
 
 def max_length(cfg):
     """Tokens of the longest sequence in training: x, y_ref, "Please improve your answer.", y."""
-    return cfg.max_prompt + 2 * cfg.max_response + 16
+    return cfg.max_prompt + 2 * cfg.max_response + 16  # the words of IMPROVE, and the template's tokens around its turn
 
 
 # ---- pairs, from anywhere --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 An answer to each held-out prompt is sampled once for each side (infer.write_sides), and every comparison looks at the same
 answers. Measuring needs the model, and its numbers go to results.json; drawing needs only those, and has a file of its own,
-report.py.
+report.py. Besides: the samples that are shown after each stage. Run: python pit.py eval --run runs/tiny, about a minute.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,9 @@ COMPARISONS = [("original", "y_w"), ("original", "policy_sft"),
 
 
 def interval(values, resamples=2000, seed=0):
-    """The 95% bootstrap interval of the mean of (N,) values, one a prompt -> [low, high]."""
+    """The 95% bootstrap interval of the mean of (N,) values, one a prompt or an iteration -> [low, high]."""
     values = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))  # (resamples, N)
     return np.quantile(values[draws].mean(1), [0.025, 0.975]).tolist()
 
 
@@ -58,13 +58,14 @@ def elo(scores, margin=SAME, resamples=200, seed=0):
     """
     scores = np.asarray(scores, dtype=float)
     difference = scores[:, None] - scores[None]  # (K, K, N)
-    won = np.where(np.abs(difference) < margin, 0.5, difference > 0)
+    won = np.where(np.abs(difference) < margin, 0.5, difference > 0)  # (K, K, N)
     n = scores.shape[1]
     weights = np.vstack([np.ones(n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)])
+    # below (S, K, K) and (S, K), for S = 1 + resamples draws of prompts, the first one being the prompts themselves
     wins = np.einsum("sn,ijn->sij", weights, won) + 0.25  # half a game drawn by each two keeps a side that never wins finite
     wins *= 1 - np.eye(len(scores))
     games, p = wins + wins.transpose(0, 2, 1), np.ones((len(weights), len(scores)))
-    for _ in range(500):
+    for _ in range(500):  # far more than it takes
         p = wins.sum(2) / (games / (p[:, :, None] + p[:, None])).sum(2)
         p /= p[:, :1]
     ratings = 1000 + 400 * np.log10(p)
@@ -161,9 +162,8 @@ def evaluate(lm, run, pairs, last, judges):
     prompts = [pair.prompt for pair in pairs]
     sides, refusal = infer.write_sides(infer.Answers(lm, run, prompts), pairs, last)
     print("\r" + " " * 50 + "\r", end="")
-    unlike = {id(side): side.texts for side in sides.values()}  # some sides go by several names
-    scored = {j: {key: judge.score(prompts, texts) for key, texts in unlike.items()} for j, judge in judges.items()}
-    scores = {j: {name: scored[j][id(side)] for name, side in sides.items()} for j in judges}
+    scored = {j: {side: judge.score(prompts, side.texts) for side in set(sides.values())} for j, judge in judges.items()}
+    scores = {j: {name: scored[j][side] for name, side in sides.items()} for j in judges}
     main, margin = next(iter(judges)), next(iter(judges.values())).margin
     pit = {side: sides[side].texts for side in ("pit_sft", "pit_rl0", "pit") if side in sides}
     gaps = {side: infer.gaps(lm, prompts, texts, sides["original"].texts, run.config) for side, texts in pit.items()}

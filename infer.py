@@ -230,7 +230,7 @@ def export(lm, role, source, folder, merge):
 # ---- the sides of every comparison, sampled once ---------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)  # hashable: a side that goes by several names is judged once
 class Side:
     """One final answer to each of N prompts; tokens written on the way to it, each EOS included (N,); generations."""
 
@@ -292,12 +292,12 @@ def write_sides(answers, pairs, last):
     original = sides["original"]
     sides |= {name: answers.improve(name, name, original) for name in ("pit_sft", "pit_rl0") if name != last}
     sides |= {f"best_of_{n}": answers.best_of([sides[name] for name in samples[:n]]) for n in (2, 3)}
-    improve = {"pit": lambda name, side, T=1.0: answers.improve(name, last, side, T)}
+    methods = {"pit": lambda name, side, T=1.0: answers.improve(name, last, side, T)}
     refusal = self_refine_refusal(answers, original)
     if refusal is None:
-        improve["self_refine"] = lambda name, side, T=1.0: answers.self_refine(name, "policy_rl", side, T)
+        methods["self_refine"] = lambda name, side, T=1.0: answers.self_refine(name, "policy_rl", side, T)
         sides["self_refine_sft"] = answers.self_refine("self_refine_sft", "policy_sft", original)
-    for method, write_one in improve.items():
+    for method, write_one in methods.items():
         side = sides[method] = sides[f"{method}@1.0"] = sides[f"{method}#1"] = write_one(method, original)
         sides |= {f"{method}@{T}": write_one(f"{method}@{T}", original, T) for T in TEMPERATURES if T != 1.0}
         for k in range(2, ROUNDS + 1):

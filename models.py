@@ -51,7 +51,7 @@ class LM:
     def __init__(self, base, tokenizer, lora):
         self.tokenizer, self.lora, self.device = tokenizer, lora, base.device
         self.eos = end_of_turn(tokenizer)
-        pads = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1
+        pads = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1  # any will do: masks hide it
         self.pad = next(token for token in pads if token not in (None, self.eos))
         added, template = tokenizer.added_tokens_decoder.values(), tokenizer.chat_template or ""
         markers = {token.content for token in added if token.special or token.content.strip() and token.content in template}
@@ -94,7 +94,7 @@ class LM:
         """
         self.peft.set_adapter(role, inference_mode=not train)
         self.peft.eval()  # dropout is 0 everywhere, so nothing is lost, and sampling never meets a training mode
-        for layer in self.peft.modules():  # the one flag that checkpointing asks for, and on the layer alone: no dropout below
+        for layer in self.peft.modules():  # checkpointing asks for layer.training; the modules inside stay in eval mode
             if getattr(layer, "gradient_checkpointing", False):
                 layer.training = train
         for name, head in self.heads.items():
@@ -188,7 +188,7 @@ class LM:
         return torch.zeros(real.shape, device=self.device).masked_scatter(real, torch.cat(chosen))
 
     def scores(self, role, tokens, states=None):
-        """A reward model's verdict: its scalar head at the last real token, the EOS: (B,). states: `hidden`, if known."""
+        """A reward model's verdict: its scalar head at the last real token: (B,). states: `hidden`, if known."""
         states = self.hidden(tokens) if states is None else states
         last = tokens.response_mask.sum(1)  # state n has seen all n tokens
         states = states[torch.arange(len(last), device=self.device), last]  # (B, D)

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import curriculum
 import evaluate
 import infer as inference
+import memory
 import report
 import reward
 import sft
@@ -130,7 +131,7 @@ class Session:
         self.lm = lm = load_base(cfg)
         print(f"{cfg.model}: {lm.describe()}")
         if cfg.model != "tiny":
-            curriculum.plan_memory(lm, cfg)
+            memory.plan_memory(lm, cfg)
         lengths = (lambda turns: len(lm.encode_prompt(turns))), (lambda text: len(lm.encode_response(text)))
         pairs = fit(pairs, *lengths, cfg.max_prompt, cfg.max_response, notes)
         print(f"{cfg.data}: {', '.join(filter(None, [describe(notes), f'{len(pairs):,} pairs kept']))}", end="; ")
@@ -199,7 +200,6 @@ def eval_stage(session, judges=None, judge_base=None):
     with session.run.stage("eval", "who beats whom, on held-out prompts"):
         evaluate.evaluate(session.lm, session.run, held_out, session.last, judges)
     report.write_report(session.run)
-    report.print_table1(session.run)
 
 
 def open_run(path):

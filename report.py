@@ -1,6 +1,6 @@
 """The evidence of a run, drawn: Table 1 on the console; report.md with the scorecard, all tables and figures.
 
-Measuring needs the model and is done in evaluate.py; what is here needs only the run's results.json and metrics.jsonl.
+Measuring needs the model and is done in evaluate.py; what is here needs the run's files alone.
 Everywhere Delta = win - lose, in points of held-out prompts, with its 95% interval.
 """
 
@@ -114,12 +114,8 @@ def scorecard(results, metrics):
     if final:  # "better" by the lower end of each interval, or only by the upper one
         surely, maybe = ([c for c, ends in final.items() if ends[k] > NEAR] for k in (0, 1))
         both = ["annotated,policy"]
-        verdict = "does not hold"
-        if surely == maybe == both:
-            verdict = "holds"
-        elif both[0] in maybe and surely in ([], both):
-            verdict = "cannot tell"
-        ours = f"surely there: {'; '.join(surely) or 'none'}"
+        verdict = "holds" if surely == maybe == both else "cannot tell" if {*surely} <= {*both} <= {*maybe} else "does not hold"
+        ours = f"all {len(final)} curricula do" if len(surely) == len(final) else f"surely there: {'; '.join(surely) or 'none'}"
         lines.append(["Only annotated,policy ends with a gap in 'better'", "yes (Fig. 4)", ours, verdict])
     claim("PIT beats PIT after SFT only", "not shown", [table1["pit", "pit_sft"]])
     claim("PIT beats best-of-2, the same generations", "not shown", [table1["pit", "best_of_2"]])
@@ -145,7 +141,7 @@ def print_table1(run):
 
 
 def write_report(run):
-    """All results so far as a page for people -> report.md, its figures beside it. The scorecard comes first."""
+    """All results so far as a page for people -> report.md, its figures beside it; Table 1 goes to the console too."""
     results, metrics = run.results(), run.metrics()
     card = scorecard(results, metrics)
     run.add_results(scorecard=[dict(zip(("claim", "paper", "ours", "verdict"), line)) for line in card])
@@ -194,6 +190,7 @@ def write_report(run):
     seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in results["time_s"].items())
     parts += [f"Seconds: {seconds}.", "![learning curves](curves.png)\n"]
     write_text(run.path / "report.md", "\n\n".join(part for part in parts if part))
+    print_table1(run)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 R_P      r(x, y)            how good y is.                   Bradley-Terry: - sum log sigma(r(x, y_w) - r(x, y_l))
 R_PIT    r(x, y, y_ref)     how much better y is than y_ref. Eq. 2, over five comparisons, and a term of our own, below
 
-R_P reads the turns (x, y); R_PIT reads (x, y_ref, "Please improve ...", y), which are the very tokens that M_P and M_PIT write.
+R_P reads the turns (x, y); R_PIT reads (x, y_ref, "Please improve ...", y), token for token what M_P and M_PIT read and write.
 So "score" always means: read the transcript, and take the scalar head's output at the last token.
 
 R_P and the judge start from the base, not from M_P^SFT: on the built-in task, a policy that was taught to write y_w, flaws
@@ -61,7 +61,7 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     """A Bradley-Terry model of single answers -> adapter and head `role`: R_P from D_RM, the judge from pairs of its own."""
     train(lm, run, role, "blank", answer_contexts, bradley_terry, pairs)
     chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config.micro_batch)
-    report(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()}, len(chosen))
+    finish(lm, run, role, {"accuracy": (chosen > rejected).float().mean().item()}, len(chosen))
 
 
 def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=centred_gap_loss):
@@ -77,7 +77,7 @@ def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=centre
         "middle": ((ww - ll).mean() / (wl - lw).mean()).item(),  # distance of the two middles, as a share of the outer gap
         **{f"mean_{name}": (r - no_change.mean()).mean().item() for name, r in dict(wl=wl, ww=ww, ll=ll, lw=lw).items()},
     }
-    report(lm, run, role, measured, 2 * len(ww))
+    finish(lm, run, role, measured, 2 * len(ww))
 
 
 @torch.no_grad()
@@ -91,13 +91,12 @@ def gap(lm, changed, prompts, references, micro_batch):
     """How much better than y_ref is y?   gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)   -> (B,)
 
     changed: r(x, y, y_ref), (B,). prompts, (x, y_ref), and references: lists of B lists of token ids. The value of
-    "no change", r(x, y_ref, y_ref), is near 0, but differs from one y_ref to the next. Measured against it, a gap of 0 means
-    no change, for every y_ref.
+    "no change", r(x, y_ref, y_ref), is near 0 on average alone. Measured against it, a gap of 0 is no change, for each y_ref.
     """
     return changed - scores(lm, "reward_gap", lm.collate(prompts, references), micro_batch)
 
 
-def report(lm, run, role, measured, n):
+def finish(lm, run, role, measured, n):
     """Print, store and save; n is the number of comparisons behind the accuracy."""
     if measured["accuracy"] < 0.5 + n**-0.5:  # two standard errors
         run.warn(f"{role} is no better than chance. Try more --rm-steps, more --pairs, another --rm-lr.")

@@ -4,8 +4,9 @@ runs/NAME/config.json          everything needed to repeat the run
 runs/NAME/adapters/ROLE/       one trained role; the folder exists only when it is complete
 runs/NAME/checkpoints/STAGE/N  the stage in progress after N steps: what is in training, and all that its next step depends on
 runs/NAME/metrics.jsonl        one line per optimiser step or PPO iteration
-runs/NAME/samples.md           the same few prompts, answered after every stage
-runs/NAME/results.json         every number of the report
+runs/NAME/samples.md           the same few prompts, answered after every stage that trains a writer
+runs/NAME/answers.json         the texts that the evaluation has sampled, kept until their writer changes
+runs/NAME/results.json         every number of the report; report.md and the figures are drawn from it
 
 Nothing is lost, whenever the process dies: files and folders are written beside their place and renamed, so that the old state
 or the new one is there, never half of one. Folders carry the SHA-256 of their files, so that damage is noticed later. A stage
@@ -111,7 +112,7 @@ class Run:
         """A folder to write `role` into; it becomes the run's own in one step, when the block ends without an error."""
         with new_folder(self.adapter(role)) as folder:
             yield folder
-            self.add_seconds()
+            self.add_seconds()  # before the folder has its name: what is trained always has its time
         remove(self.path / "checkpoints" / role)
 
     def save(self, step, optimizers, numbers):

@@ -7,6 +7,10 @@ The paper mentions an unlikelihood loss besides, without a formula. Ours, off by
 
     L = - sum [ alpha log M(y_w | x, y_l) + beta log M(y_w | x, y_w) + gamma log(1 - M(y_l | x, y_w)) ]
                 improve the worse           keep the better            never make it worse
+
+Each sum is divided by the answer tokens of its batch; the learning rate falls linearly to 0. Left out: dropout, packing.
+Run: python pit.py sft --run runs/tiny (a run that `all` has begun), half a minute. The loss falls from 0.36 to 0.2 nats a token
+for the policy, from 0.44 to 0.3 for PIT.
 """
 
 import torch
@@ -40,7 +44,11 @@ def train_pit(lm, run, pairs):
 
 
 def train(lm, run, role, terms):
-    """Maximise the weighted sum of `terms`: (weight, objective, examples); examples are (prompt ids, response ids)."""
+    """Maximise the weighted sum of `terms`: (weight, objective, examples); examples are (prompt ids, response ids).
+
+    All training loops lean on run.py: `steps` yields the steps still to do and keeps checkpoints, `shuffled_batch` says which
+    rows a step sees, `finite` stops at NaN, `log` writes a line of metrics.jsonl, `new_adapter` is the folder for the result.
+    """
     cfg = run.config
     lm.add(role)
     optimizer = adamw(lm.parameters(role), cfg.sft_lr)
@@ -74,7 +82,7 @@ def log_unlikelihood(logprobs, mask):
     log(1 - e^s) loses all digits where e^s is near 0 or 1; log1p(-e^s) and log(-expm1(s)) are exact there (Maechler, 2012).
     """
     s = (logprobs * mask).sum(1).clamp(max=-1e-6)  # (B,) log-probability of each answer
-    near_zero = s < -0.693
-    far = torch.log1p(-torch.exp(torch.where(near_zero, s, -1.0)))  # each branch sees only values where its gradient is finite
-    near = torch.log(-torch.expm1(torch.where(near_zero, -0.1, s)))
-    return torch.where(near_zero, far, near).sum()
+    rare = s < -0.693  # e^s < 1/2; torch.where differentiates both branches, so each sees only values that it can bear
+    of_rare = torch.log1p(-torch.exp(torch.where(rare, s, -1.0)))
+    of_likely = torch.log(-torch.expm1(torch.where(rare, -0.1, s)))
+    return torch.where(rare, of_rare, of_likely).sum()

@@ -8,7 +8,8 @@ Why self-improvement has something to show here. A line says where somebody look
 like to. The way is easy, one turn after the other. The end, said first, takes all the turns at once: a small model guesses.
 In a draft the way can be read, and the end is its last word: what was hard to say at first is easy to put right.
 
-No stage of training sees `quality`. It makes the pairs (data.synthetic_pairs), and judges answers in evaluate.py.
+`quality` says which answer of a pair is the better one (data.synthetic_pairs), and judges answers (evaluate.py); no stage of
+training sees it.
 """
 
 import re
@@ -71,7 +72,7 @@ FLAWS = ("end", "end", "end", "turn", "short", "forget")  # ends go wrong the mo
 
 
 def spoil(lines, flaws, rng, kinds=FLAWS):
-    """Put `flaws` random flaws into the lines of an answer, one after the other."""
+    """Put up to `flaws` random flaws into the lines of an answer, one after the other."""
     lines = dict(lines)
     for _ in range(flaws):
         name, kind, wrong = rng.choice([*lines]), rng.choice(kinds), rng.choice(LOOKS)

@@ -28,8 +28,8 @@ import torch
 import typer
 
 import ppo
-from curriculum import estimate_memory, plan_memory
 from data import load_pairs, shorten
+from memory import estimate_memory, plan_memory
 from models import adamw, load_model, take_step
 from pit import PRESETS
 from reward import centred_gap_loss

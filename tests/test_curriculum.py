@@ -10,7 +10,7 @@ import curriculum
 from data import improve_prompt
 from errors import UserError
 
-CFG = SimpleNamespace(rl_batch=8, seed=0, micro_batch=3, max_response=12)
+CFG = SimpleNamespace(rl_batch=8, seed=0, micro_batch=3, max_prompt=48, max_response=12)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import batch, shake
 
-import curriculum
+import memory
 import models
 from errors import UserError
 from tokens import in_parts, mask_after_eos
@@ -338,11 +338,11 @@ def test_control_tokens_that_are_no_special_tokens_by_name_are_only_text_too(lm)
 def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
     cfg = SimpleNamespace(max_prompt=64, max_response=32, micro_batch=4, rl_batch=1, rounds="annotated,policy")
     base = lm.peft.get_base_model()
-    before = curriculum.estimate_memory(lm, cfg)
+    before = memory.estimate_memory(lm, cfg)
     frozen = sum(p.numel() * p.element_size() for name, p in base.named_parameters() if "lora" not in name)
     lora = sum(p.numel() * 4 for p in lm.parameters("blank"))
     lm.checkpoint_layers()
-    after = curriculum.estimate_memory(lm, cfg)
+    after = memory.estimate_memory(lm, cfg)
     for work in ("SFT, PPO update", "reward models"):
         assert before[work]["weights"] == frozen / 2**30 and before[work]["adapters"] == 9 * lora / 2**30
         assert after[work]["activations"] < before[work]["activations"] / 2
