@@ -5,8 +5,6 @@ import math
 import shlex
 import sys
 
-import torch
-
 OUT_OF_MEMORY = """Repeat `all` with half the --micro-batch, which all commands then use: results change by rounding alone, and
 what is done is kept. If that is 1 already, start a new --run with a lower --max-prompt, --max-response or --rl-batch."""
 
@@ -32,6 +30,11 @@ def finite(cause="The learning rate may be too high, or an input is broken.", **
     return values
 
 
+def out_of_memory(error):
+    texts = "out of memory", "not enough memory", "can't allocate memory"  # each device and system has its own words
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
 def explain(error):
     """What to tell the user about an exception, or None where it is a mistake of ours, whose traceback is worth seeing."""
     said = first_line(error)
@@ -42,6 +45,6 @@ def explain(error):
         return f"The disk is full. Free some space, then go on with: {same_command()}"
     if from_system:
         return f"{said}. Mend that, then go on with: {same_command()}"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
+    if out_of_memory(error):
         return f"The memory is full: {said[:100]}\n{OUT_OF_MEMORY}"
     return None

@@ -7,7 +7,7 @@ from curriculum import parse
 from data import max_length
 from errors import UserError
 from infer import SAMPLED
-from models import LOGIT_CHUNK
+from models import LOGIT_CHUNK, PREFILL
 
 
 def estimate_memory(lm, cfg):
@@ -15,7 +15,8 @@ def estimate_memory(lm, cfg):
 
     N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32. For the backward pass a
     layer keeps, of each token: its input and what the second norm reads, both normed, q, k and v, the attention's output and a
-    copy, a spare (10 D); gate, silu(gate), up and their product (4 W). Writing keeps no more than two D and three W at a time.
+    copy, a spare (10 D); gate, silu(gate), up and their product (4 W). Writing keeps of each token that it reads, and
+    it reads PREFILL at a time, no more than five D and two W, and two W in LoRA's fp32.
     """
     base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
     c = base.config
@@ -43,7 +44,7 @@ def estimate_memory(lm, cfg):
         # both contexts of R_PIT, (x, y_w) and (x, y_l), each with both answers
         "reward models": {"activations": activations(2 * cfg.micro_batch * (length + cfg.max_response))},
         "sampling": {
-            "activations": rows * (length - cfg.max_response) * (2 * for_lora + size * (2 * D + 3 * W)),
+            "activations": rows * min(PREFILL, length - cfg.max_response) * (size * (5 * D + 2 * W) + 2 * 4 * W),
             "keys and values": rows * length * cache,
         },
     }

@@ -8,7 +8,6 @@ loaded once, in 4-bit. A reward model has a scalar head besides: one nn.Linear t
     ids (B, L) -> [ base in 4-bit + the active adapter ] -> hidden (B, L, D)
 
 Shapes are those of tokens.py: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size.
-This file knows nothing of data sets and of losses.
 """
 
 import copy
@@ -30,18 +29,20 @@ from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from errors import UserError, finite, first_line
+from errors import UserError, finite, first_line, out_of_memory
 from tokens import Tokens, mask_after_eos
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # with masks, NaN on H100 and B200: pytorch issues 196678 and 193893
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 TINY = Path(__file__).parent / "tiny"  # the built-in base, made by make_tiny.py
 HUB = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google", "OLMo": "allenai",
        "pythia": "EleutherAI", "TinyLlama": "TinyLlama"}  # who publishes a model, by how its name begins  # fmt: skip
+PREFILL = 128  # tokens of each prompt that `generate` reads at one time: the same states, with memory for no more
 LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at one time; 256 x 152k in fp32 is 150 MiB
 
 
@@ -60,7 +61,7 @@ class LM:
         self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank", autocast_adapter_dtype=True)
         self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
-        self.roles = {"blank"}  # "blank" is the base itself: a new LoRA's B is zero
+        self.roles = {"blank"}  # the base itself: a new LoRA's B is zero
 
     def describe(self):
         """The base in one line."""
@@ -80,7 +81,7 @@ class LM:
         if role not in self.roles:
             self.peft.add_adapter(role, copy.deepcopy(self.lora))
             self.roles.add(role)
-        weights = get_peft_model_state_dict(self.peft, adapter_name=like)
+        weights = get_peft_model_state_dict(self.peft, adapter_name=like, save_embedding_layers=False)
         set_peft_model_state_dict(self.peft, {k: v.clone() for k, v in weights.items()}, adapter_name=role)
         if head and like in self.heads:
             self.heads[role] = copy.deepcopy(self.heads[like])
@@ -110,7 +111,7 @@ class LM:
         config = copy.deepcopy(self.peft.peft_config[role])
         config.inference_mode = True
         config.save_pretrained(folder)
-        weights = get_peft_model_state_dict(self.peft, adapter_name=role)
+        weights = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
         (folder / "adapter_model.safetensors").write_bytes(save({k: v.contiguous() for k, v in weights.items()}))
         if role in self.heads:
             (folder / "head.safetensors").write_bytes(save(self.heads[role].state_dict()))
@@ -228,13 +229,13 @@ class LM:
 
     @torch.no_grad()
     def generate(self, role, prompts, max_tokens, temperature=1.0):
-        """Sample one response for each prompt (lists of token ids) -> Tokens. Temperature 0 takes the likeliest token."""
+        """Sample a response to each prompt (token ids), from the whole distribution -> Tokens. Temperature 0: the likeliest."""
         self.activate(role)
         start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
         sampling = dict(do_sample=True, temperature=temperature) if temperature > 1e-6 else dict(do_sample=False)
         out = self.peft.generate(
             input_ids=start.ids, attention_mask=start.mask, max_new_tokens=max_tokens, top_k=0, top_p=1.0,
-            pad_token_id=self.pad, eos_token_id=self.eos, **sampling,  # the whole distribution: PPO's log-probs are of that
+            prefill_chunk_size=PREFILL, pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
         )  # fmt: skip
         response_mask = mask_after_eos(out[:, start.ids.shape[1] :], self.eos)
         return Tokens(out, torch.cat([start.mask, response_mask], 1), response_mask)
@@ -297,7 +298,7 @@ def find_model(name):
 
 
 def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
-    """Load a base once, freeze it, and wrap it for adapters.
+    """Load a base, freeze it, and wrap it for adapters.
 
     name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32 where there is no bf16).
     Raises UserError, in one or two lines, when there is no such model. Never runs code from a hub, never opens a pickle.
@@ -309,8 +310,6 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     dtype = torch.bfloat16 if bf16 else torch.float32
     options = {}
     if bits == 4 and has_4bit(device):
-        from transformers import BitsAndBytesConfig  # imports bitsandbytes: only here, only when asked for
-
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if device == "cpu" else dtype,
@@ -333,9 +332,9 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
         lora = dict(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0)
         return LM(base, tokenizer, LoraConfig(**lora, task_type="CAUSAL_LM"))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of many kinds: files, fields of the config, patterns of modules, templates, shapes
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"Cannot load the model {name!r}: {first_line(error)}\n"
             f"Give a local folder, or fetch it where there is a network (hf download {source}), or use --model tiny (built in)."

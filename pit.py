@@ -195,6 +195,7 @@ def eval_stage(session, judges=None, judge_base=None):
     if judge_base:  # trained like the run's own judge, on the same pairs
         role, other, pairs = "judge_" + re.sub(r"\W+", "_", judge_base), copy.copy(session), session.parts["judge"]
         other.lm, why = load_base(cfg, model=judge_base), f"a judge on another base, {judge_base}"
+        memory.plan_memory(other.lm, cfg)
         other.train(role, why, reward.train_policy_reward, pairs, held_out, role)
         judges[role] = evaluate.adapter_judge(other.lm, role, cfg)
     with session.run.stage("eval", "who beats whom, on held-out prompts"):
@@ -231,7 +232,9 @@ def rl_command(run: StageRun):
     rl_stage(Session(open_run(run)))
 
 
-Judges = Annotated[Optional[list[str]], typer.Option("--judge", help="quality, judge (the run's), a reward model's folder/id.")]
+Judges = Annotated[
+    Optional[list[str]], typer.Option("--judge", help="quality, judge (the run's), a folder or hub id; the first decides.")
+]
 
 
 @app.command(name="eval")
@@ -240,10 +243,7 @@ def eval_command(
     judge: Judges = None,
     judge_base: Annotated[Optional[str], typer.Option(help="Train one more judge on this base: folder or hub id.")] = None,
 ):
-    """Judge a run again: scorecard, tables, figures, report. --judge may be given several times; the first one decides.
-
-    Example: python pit.py eval --run runs/tiny --judge quality --judge judge
-    """
+    """Judge a run again: scorecard, tables, figures. Example: python pit.py eval --run runs/tiny --judge judge"""
     session = Session(open_run(run))
     session.require("sft", "reward", "rl")
     eval_stage(session, evaluate.judges_by_name(judge, session.lm, session.run.config), judge_base)

@@ -138,7 +138,7 @@ def rollout(lm, policy, reference, reward_role, critic, prompts, score, cfg, sec
         states = evaluate(reward_role, lm.hidden).float()  # (B, R + 1, D)
         return Rollout(
             tokens,
-            # not the log-probs of the sampler: recomputed by the same pass as in training, so that the first ratio is 1
+            # not the log-probs of the sampler: by the same pass as in training, so that the first ratio is 1, up to rounding
             logprobs=evaluate(policy, lambda part: lm.logprobs(part, cfg.temperature)),
             ref_logprobs=evaluate(reference, lambda part: lm.logprobs(part, cfg.temperature)),
             states=states[:, :-1],

@@ -17,7 +17,7 @@ from data import improve_prompt
 from errors import finite
 from models import adamw, take_step
 from run import shuffled_batch
-from tokens import in_parts
+from tokens import in_parts, micro_batches
 
 CENTRE = 0.01  # of (r^ww)^2 + (r^ll)^2; the weight that TRL recommends for centring scores (Eisenstein et al., 2023, Eq. 2)
 WARMUP = 0.2  # share of the steps; Adam's first steps, at full size, would throw over what R_PIT has from R_P
@@ -116,8 +116,8 @@ def train(lm, run, role, start, contexts_of, loss_of, pairs):
         batch = [pairs[row] for row in shuffled_batch(len(pairs), cfg.rm_batch, step, cfg.seed)]
         total, right = 0.0, 0
         lm.activate(role, train=True)
-        for at in range(0, len(batch), cfg.micro_batch):
-            by_candidate = score_batch(lm, role, contexts_of, batch[at : at + cfg.micro_batch])
+        for some in micro_batches(batch, cfg.micro_batch, lambda pair: len(pair.key())):
+            by_candidate = score_batch(lm, role, contexts_of, some)
             loss = loss_of(*by_candidate).sum() / len(batch)
             loss.backward()
             right += (by_candidate[0::2] > by_candidate[1::2]).float().mean(0).sum().item()  # y_w above y_l, in each context

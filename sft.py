@@ -19,6 +19,7 @@ from data import improve_prompt
 from errors import finite
 from models import adamw, take_step
 from run import shuffled_batch
+from tokens import micro_batches
 
 
 def train_policy(lm, run, pairs):
@@ -58,8 +59,8 @@ def train(lm, run, role, terms):
         lm.activate(role, train=True)
         for weight, objective, examples in terms:
             n_tokens = sum(len(examples[row][1]) for row in rows)
-            for start in range(0, len(rows), cfg.micro_batch):
-                tokens = lm.collate(*zip(*(examples[row] for row in rows[start : start + cfg.micro_batch])))
+            for some in micro_batches([examples[row] for row in rows], cfg.micro_batch, lambda example: sum(map(len, example))):
+                tokens = lm.collate(*zip(*some))
                 # divided by the whole batch's tokens, so that the micro-batch size does not change the gradient
                 part = -weight * objective(lm.logprobs(tokens), tokens.response_mask) / n_tokens
                 part.backward()

@@ -35,9 +35,9 @@ class Tokens:
 
     def trim(self):
         """Without the columns, at both ends, that hold nothing but padding."""
-        first, R = self.mask.any(0).int().argmax(), int(self.response_mask.sum(1).max())
-        last = self.ids.shape[1] - self.response_mask.shape[1] + R
-        return Tokens(self.ids[:, first:last], self.mask[:, first:last], self.response_mask[:, :R])
+        P = self.ids.shape[1] - self.response_mask.shape[1]
+        first, R = P - int(self.mask[:, :P].sum(1).max()), int(self.response_mask.sum(1).max())
+        return Tokens(self.ids[:, first : P + R], self.mask[:, first : P + R], self.response_mask[:, :R])
 
 
 def mask_after_eos(responses, eos):
@@ -50,6 +50,12 @@ def mask_after_eos(responses, eos):
     """
     is_eos = (responses == eos).long()
     return ((is_eos.cumsum(1) - is_eos) == 0).long()
+
+
+def micro_batches(items, size, length):
+    """Items in lists of at most `size`: where one does not hold them all, similar lengths go together, for little padding."""
+    items = sorted(items, key=length) if len(items) > size else items
+    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def in_parts(function, tokens, size):

@@ -105,6 +105,8 @@ def measure_memory(model, bits, vram, answers):
     critic = torch.nn.Linear(lm.hidden_size, 1, device=lm.device)
     optimizers = adamw(lm.parameters("policy"), cfg.rl_lr), adamw(critic.parameters(), cfg.critic_lr)
     lm.eos = lm.lm_head.weight.shape[0] - 1
+    with peak(f"sampling, {cfg.rl_batch} prompts and the first two tokens of each answer", empty):
+        lm.generate("policy", ids(cfg.rl_batch, length), 2)
     with peak(f"PPO iteration, {answers} answers", empty):
         sample = ppo.rollout(lm, "policy", "reference", "reward_gap", critic, ids(answers, length),
                              partial(lm.scores, "reward_gap"), cfg, Counter())  # fmt: skip

@@ -17,6 +17,7 @@ from errors import UserError, explain, finite
         (PermissionError(errno.EACCES, "Permission denied", "/there/x.jsonl"), "/there/x.jsonl"),
         (OSError("Cannot call rmtree on a symbolic link"), "symbolic link"),
         (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"),
+        (RuntimeError("MPS backend out of memory"), "--micro-batch"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "--micro-batch"),
         (MemoryError(), "--micro-batch"),
         (RuntimeError("shapes do not match"), None),

@@ -12,7 +12,7 @@ from conftest import batch, shake
 import memory
 import models
 from errors import UserError
-from tokens import in_parts, mask_after_eos
+from tokens import in_parts, mask_after_eos, micro_batches
 
 
 def gradients(lm, tokens):
@@ -258,6 +258,24 @@ def test_pickles_remote_code_and_damaged_weights_are_refused(lm, tmp_path):
     (tmp_path / "x.py").write_text("open('ran', 'w')\nfrom transformers import Qwen2Config as C, Qwen2ForCausalLM as M")
     with pytest.raises(UserError):
         models.load_model(str(tmp_path))
+
+
+def test_reading_prompts_in_pieces_changes_no_sample(lm4, pairs, monkeypatch):
+    lm4.add("role")
+    shake(lm4, "role")
+    prompts = [lm4.encode_prompt(pair.prompt)[: 40 - 5 * i] for i, pair in enumerate(pairs[:6])]  # padded on the left
+    sampled = []
+    for size in (128, 7):
+        monkeypatch.setattr(models, "PREFILL", size)
+        torch.manual_seed(0)
+        sampled.append(lm4.generate("role", prompts, 12).ids.tolist())
+    assert sampled[0] == sampled[1]
+
+
+def test_micro_batches_hold_everything_once_and_sort_only_where_they_must():
+    rows = [[0] * n for n in (5, 1, 4, 2, 3)]
+    assert micro_batches(rows, 5, len) == [rows]
+    assert [[len(row) for row in some] for some in micro_batches(rows, 2, len)] == [[1, 2], [3, 4], [5]]
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path):
