@@ -15,7 +15,7 @@ import torch
 
 import infer
 from data import Pair
-from errors import UserError, first_line
+from errors import UserError, first_line, out_of_memory
 from reward import gap_contexts, pair_gaps, score_pairs
 from run import seed_all, write_text
 from task import quality
@@ -122,6 +122,8 @@ def hub_judge(name, device):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
     except Exception as error:  # of many kinds
+        if out_of_memory(error):
+            raise
         reason = f"--judge {name}: {first_line(error)}"
         raise UserError(f"{reason}\nGive quality, judge, or a reward model by folder or hub id.") from None
     if model.config.num_labels != 1:
