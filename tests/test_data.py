@@ -216,9 +216,10 @@ def test_whatever_a_file_holds_it_is_read_or_named(tmp_path_factory, lines, endi
         if ending == ".jsonl":
             assert read == 1 + sum(bool(raw.strip()) for raw in lines)
         for pair in pairs:
-            assert pair.chosen != pair.rejected and data.is_prompt(pair.prompt)
+            assert pair.chosen != pair.rejected and pair.prompt[-1]["role"] == "user" and data.is_prompt(pair.prompt)
             texts = [pair.chosen, pair.rejected, *(message["content"] for message in pair.prompt)]
             assert all(text.strip() and text.encode() for text in texts)
+            assert all(a["role"] != b["role"] for a, b in zip(pair.prompt, pair.prompt[1:]))
 
 
 @pytest.mark.parametrize(
