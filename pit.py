@@ -69,9 +69,7 @@ def run_all(
     lora_alpha: Annotated[int, option("Model", "Scale of every adapter: alpha / r.", min=1)] = 32,
     vram: Annotated[float, option("Model", "Memory of the GPU in GiB; below 6, lengths are shorter too.", min=2)] = 6,
     target_modules: Annotated[str, option("Model", "Layers with adapters: all-linear, or a pattern.")] = "all-linear",
-    data: Annotated[
-        Optional[str], option("Data", "synthetic, hh, tldr, a hub id, or a .json, .jsonl, .csv, .parquet file (.gz).")
-    ] = None,
+    data: Annotated[Optional[str], option("Data", "synthetic, hh, tldr, hub id, file (.json, .jsonl, .csv, .parquet).")] = None,
     pairs: Annotated[Optional[int], option("Data", "Use at most this many pairs.", min=80)] = None,
     skip_bad: Annotated[bool, option("Data", "Go on without rows that are not pairs, and count them.")] = False,
     max_prompt: Annotated[Optional[int], option("Data", "Longest prompt in tokens; the oldest turns are cut.", min=8)] = None,
@@ -108,7 +106,8 @@ def run_all(
     preset = PRESETS["tiny" if model == "tiny" else "real"]
     preset = preset | (PRESETS["small"] if vram < 6 and model != "tiny" else {}) | (PRESETS["smoke"] if smoke else {})
     for name, value in preset.items():
-        options[name] = value if options[name] is None else options[name]
+        if options[name] is None:
+            options[name] = value
     folder = run or Path("runs") / (Path(model).resolve().name + ("-smoke" if smoke else ""))
     session = Session(Run.start(folder, options, overwrite))
     for stage in (sft_stage, reward_stage, rl_stage, eval_stage):
@@ -232,9 +231,7 @@ def rl_command(run: StageRun):
     rl_stage(Session(open_run(run)))
 
 
-Judges = Annotated[
-    Optional[list[str]], typer.Option("--judge", help="quality, judge (the run's), a folder or hub id; the first decides.")
-]
+Judges = Annotated[Optional[list[str]], typer.Option("--judge", help="quality, judge, folder or hub id; the first decides.")]
 
 
 @app.command(name="eval")
