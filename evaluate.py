@@ -119,8 +119,9 @@ def hub_judge(name, device):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        options = dict(use_safetensors=True, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(name, **options).to(device).eval()
     except Exception as error:  # of many kinds
         if out_of_memory(error):
             raise
