@@ -149,6 +149,7 @@ def rows_of_hub(source):
     if source.endswith((".json", ".jsonl", ".csv", ".parquet", ".gz")):
         raise UserError(f"--data {source}: there is no such file. Give {FILES}, or: hh, tldr, a hub id, synthetic")
     name, _, part = HUB.get(source, source).partition(":")
+    print(f"{name}: looking for it where downloads are kept, and on the hub", flush=True)
     try:
         for number, row in enumerate(datasets.load_dataset(name, split=part or "train"), 1):
             yield f"row {number}", row
@@ -189,9 +190,10 @@ def read_row(row):
     if more:
         prompt = read_turns([*prompt, {"role": "user", "content": row["input"]}], "input")
     (before, chosen), (also_before, rejected) = (read_answer(row[name], name, prompt, asked) for name in answers)
-    better = str(row[label[0]]).strip() if label else "0"
+    better = str(row[label[0]]).strip().lower().removesuffix(".0") if label else "0"
+    better = {"false": "0", "true": "1"}.get(better, better)
     if better not in ("0", "1"):
-        raise BadRow(f"`{label[0]}` must be 0 or 1, the number of the better answer")
+        raise BadRow(f"`{label[0]}` must be 0 or 1, the number of the better answer, and is {better[:20]!r}")
     pair = Pair(before, chosen, rejected) if better == "0" else Pair(before, rejected, chosen)
     if not chosen or not rejected:
         pair = "an empty answer"
@@ -228,6 +230,11 @@ def read_answer(value, column, prompt, asked):
 def read_turns(value, column, speaker="user"):
     """Text or chat messages -> messages, empty ones left out and neighbours by one speaker joined: many templates insist."""
     turns = []
+    if isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|content)"', value):  # messages in a cell of a .csv file
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow(f"`{column}` begins like messages in JSON, and is none") from None
     messages = dialogue(value, speaker) if isinstance(value, str) else value
     if not isinstance(messages, list):
         messages = [None]
@@ -302,7 +309,7 @@ def shorten(prompt, count, longest):
 PARTS = {"held_out": 0.10, "judge": 0.15, "sft": 0.25, "rm": 0.25, "rl": 0.25}  # equal thirds, after the parts that judge
 
 
-def split(pairs, seed):
+def split(pairs, seed, notes=None):
     """Deal the pairs out by prompt, so that no prompt is in two parts -> {part: [Pair]}, the same on every machine."""
     by_prompt = {}
     for pair in pairs:
@@ -315,5 +322,6 @@ def split(pairs, seed):
         parts[name] = [pair for group in chosen for pair in group]
         start += share
         if len(parts[name]) < 8:
-            raise UserError(f"{len(pairs)} pairs are too few: the part {name!r} would get {len(parts[name])}, and needs 8.")
+            few = f"{len(pairs)} pairs of {len(groups)} prompts are too few: the part {name!r} would get {len(parts[name])}"
+            raise UserError(f"{few}, and needs 8." + (f"\nThe data: {describe(notes)}" if notes else ""))
     return parts

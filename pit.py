@@ -126,7 +126,7 @@ class Session:
         run.hold()
         pairs, notes = load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad)
         run.pin("data fingerprint", hashlib.sha256(json.dumps([vars(pair) for pair in pairs]).encode()).hexdigest())
-        split(pairs, cfg.seed)  # too few? better said before the base is loaded
+        split(pairs, cfg.seed, notes)  # too few? better said before the base is loaded
         self.lm = lm = load_base(cfg)
         print(f"{cfg.model}: {lm.describe()}")
         if cfg.model != "tiny":

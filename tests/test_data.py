@@ -276,6 +276,22 @@ def test_cuts_are_counted_and_pairs_that_became_equal_dropped():
     assert notes["dropped (an answer over 2 tokens)"] == 1
 
 
+@pytest.mark.parametrize("label", [1, 1.0, True, "1", "1.0", "true"])
+def test_a_label_may_be_written_as_tables_write_it(label):
+    _, pair = data.read_row({"question": "x", "response_0": "a", "response_1": "b", "label": label})
+    assert (pair.chosen, pair.rejected) == ("b", "a")
+
+
+def test_messages_in_a_cell_of_a_csv_file(tmp_path):
+    said = [
+        json.dumps([{"role": role, "content": text}]) for role, text in (("user", "x"), ("assistant", "a"), ("assistant", "b"))
+    ]
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], said])
+    (pair,), _ = data.load_pairs(str(tmp_path / "pairs.csv"), 10, 0)
+    assert pair == data.Pair([{"role": "user", "content": "x"}], "a", "b")
+
+
 def test_too_few_pairs_and_a_missing_file_are_said():
     with pytest.raises(UserError, match="too few"):
         data.split(data.synthetic_pairs(20, seed=0), seed=0)
