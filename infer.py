@@ -36,9 +36,14 @@ def talk(prompt, *texts):
     return [*prompt, *({"role": role, "content": text} for role, text in zip(cycle(("assistant", "user")), texts))]
 
 
+def rows_at_a_time(cfg):
+    """How many texts are written at one time: as many as SAMPLED holds, yet no more than four of PPO's batches."""
+    return max(1, min(SAMPLED // max_length(cfg), 4 * cfg.rl_batch))
+
+
 def answer(lm, role, chats, cfg, temperature=1.0):
     """One text by `role`, a policy or a PIT model, to each chat (lists of messages) -> texts."""
-    texts, size = [], max(1, SAMPLED // max_length(cfg))
+    texts, size = [], rows_at_a_time(cfg)
     for start in range(0, len(chats), size):
         batch = [lm.encode_prompt(chat) for chat in chats[start : start + size]]
         texts += lm.decode(lm.generate(role, batch, cfg.max_response, temperature).responses)
@@ -156,16 +161,19 @@ def read_rows(path):
     return rows
 
 
-def rows_done(path, rows):
+def rows_done(path, rows, rounds):
     """How many rows an earlier start has answered in the output `path`; a line that it left half-written is taken off."""
     text = path.read_bytes() if path.exists() else b""
     *lines, rest = text.split(b"\n")
     begin = b'{"improved": '
     try:
-        prompts = [json.loads(line)["prompt"] for line in lines if line.startswith(begin)]
+        done = [json.loads(line) for line in lines if line.startswith(begin)]
+        done = [(line["prompt"], line.get("response"), len(line["gaps"])) for line in done]
     except (ValueError, KeyError):
-        prompts = None
-    if prompts != [row["prompt"] for row, *_ in rows[: len(lines)]] or not rest.startswith(begin[: len(rest)]):
+        done = None
+    if done != [(row["prompt"], row.get("response"), rounds) for row, *_ in rows[: len(lines)]] or not rest.startswith(
+        begin[: len(rest)]
+    ):
         raise UserError(f"--output {path} is there already, and is not the beginning of this work. Give another --output.")
     if rest:
         os.truncate(path, len(text) - len(rest))
@@ -177,7 +185,7 @@ def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed, st
 
     All rounds are made for a whole batch of rows at once; the stop rule chooses for each row which text is its answer.
     """
-    done = rows_done(path, rows)
+    done = rows_done(path, rows, rounds)
     fitting = [fit_prompt(lm, turns, response, cfg, name) for _, turns, response, name in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:  # half a character as it came

@@ -6,7 +6,7 @@ README.md has the table for Qwen2-0.5B's shape; tests/bench.py --memory measures
 from curriculum import parse
 from data import max_length
 from errors import UserError
-from infer import SAMPLED
+from infer import rows_at_a_time
 from models import LOGIT_CHUNK, PREFILL
 
 
@@ -19,12 +19,12 @@ def estimate_memory(lm, cfg):
     each prompt at a time, and keeps of each no more than 5 D and 2 W, and 2 W in LoRA's fp32.
     """
     base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
-    c = base.config
+    c = base.config.get_text_config()  # the model itself, where it only writes
     D, N, W = c.hidden_size, c.num_hidden_layers, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     for_lora = 4 * (6 * D + W) if size < 4 else 0  # the inputs of the seven matrices once more, in LoRA's fp32
     cache = 2 * size * N * D * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) // c.num_attention_heads
     length = max_length(cfg)
-    rows = max(cfg.rl_batch, SAMPLED // length)
+    rows = max(cfg.rl_batch, rows_at_a_time(cfg))
     lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
 
     def activations(tokens):
@@ -61,7 +61,7 @@ def plan_memory(lm, cfg):
         lm.checkpoint_layers()
     name, parts = most()
     print(f"memory: about {sum(parts.values()):.1f} GiB, in {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
-    context = getattr(lm.peft.get_base_model().config, "max_position_embeddings", None)
+    context = getattr(lm.peft.get_base_model().config.get_text_config(), "max_position_embeddings", None)
     if context and max_length(cfg) > context:
         needs = f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}"
         raise UserError(f"{needs}: lower --max-prompt or --max-response.")

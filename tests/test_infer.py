@@ -44,11 +44,15 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, tmp_pa
     assert all(row["improved"] == row["versions"][-1] and len(row["gaps"]) == 2 for row in whole)
     complete = path.read_bytes()
     path.write_bytes(b"".join(complete.splitlines(True)[:2]) + b'{"improved": "Li')  # killed within the third line
-    assert infer.rows_done(path, rows) == 2
+    assert infer.rows_done(path, rows, 2) == 2
     work(able, rows, path)
     assert path.read_bytes() == complete
     work(able, rows, path)
     assert path.read_bytes() == complete
+    with pytest.raises(UserError, match="not the beginning of this work"):  # of other answers, or of more rounds
+        infer.rows_done(path, [(row | {"response": "x"}, *rest) for row, *rest in rows], 2)
+    with pytest.raises(UserError, match="not the beginning of this work"):
+        infer.rows_done(path, rows, 3)
     for row in work(able, rows, tmp_path / "new" / "gap.jsonl", "gap"):
         gains = [gap > 0 and new != old for gap, old, new in zip(row["gaps"], row["versions"], row["versions"][1:])]
         assert row["improved"] == row["versions"][0 if not gains[0] else 1 if not gains[1] else 2]
