@@ -14,11 +14,11 @@ import copy
 import logging
 import warnings
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 
 # Said by the libraries at each start, and nothing to act on: an optional kernel is missing, a method was renamed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # set here, since importing peft imports bitsandbytes
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it tries for some time, and tells of each try
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import torch
@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError, finite, first_line, out_of_memory
-from tokens import Tokens, mask_after_eos
+from tokens import Tokens, mask_after_eos, one_row_each
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # with masks, NaN on H100 and B200: pytorch issues 196678 and 193893
 transformers_logging.set_verbosity_error()
@@ -43,6 +43,7 @@ TINY = Path(__file__).parent / "tiny"  # the built-in base, made by make_tiny.py
 HUB = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google", "OLMo": "allenai",
        "pythia": "EleutherAI", "TinyLlama": "TinyLlama"}  # who publishes a model, by how its name begins  # fmt: skip
 PREFILL = 128  # tokens of each prompt that `generate` reads at one time: the same states, with memory for no more
+ONE_ROW = "gpt2", "llama", "olmo2", "phi", "qwen2", "qwen3"  # model types that read a row by its mask and positions alone
 LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at one time; 256 x 152k in fp32 is 150 MiB
 
 
@@ -57,6 +58,7 @@ class LM:
         added, template = tokenizer.added_tokens_decoder.values(), tokenizer.chat_template or ""
         markers = {token.content for token in added if token.special or token.content.strip() and token.content in template}
         self.control = sorted(markers | set(tokenizer.all_special_tokens))
+        self.one_row = base.config.model_type in ONE_ROW and not getattr(base.config, "sliding_window", None)
         self.trunk, self.hidden_size = base.get_decoder(), base.get_input_embeddings().embedding_dim
         self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank", autocast_adapter_dtype=True)
         self.lm_head = base.get_output_embeddings()
@@ -196,21 +198,10 @@ class LM:
         return self.heads[role](states.float()).squeeze(-1)
 
     def scores_of_candidates(self, role, prompts, candidates):
-        """The same verdict on k responses to each prompt, with the prompt read once for all of them: (B, k).
-
-        A row holds a prompt and all its responses. Positions start again with each, and no response sees another:
-
-            ids        x   x   x   a   a  eos  b  eos pad
-            part       0   0   0   1   1   1   2   2  -1       a token sees part 0 and its own part, up to itself
-            position   0   1   2   3   4   5   3   4   0
-        """
-        ids, part, position, ends = [], [], [], []
-        for prompt, responses in zip(prompts, candidates):
-            pieces = [prompt, *responses]
-            ids.append([token for piece in pieces for token in piece])
-            part.append([k for k, piece in enumerate(pieces) for _ in piece])
-            position.append([i + (k > 0) * len(prompt) for k, piece in enumerate(pieces) for i in range(len(piece))])
-            ends.append([end - 1 for end in accumulate(map(len, pieces))][1:])
+        """The same verdict on k responses to each prompt: (B, k). Where the model allows it, the prompt is read once."""
+        if not self.one_row:
+            return torch.stack([self.scores(role, self.collate(prompts, kth)) for kth in map(list, zip(*candidates))], 1)
+        ids, part, position, ends = one_row_each(prompts, candidates)
 
         def pad(rows, value):
             longest = max(map(len, rows))
@@ -314,14 +305,14 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if device == "cpu" else dtype,
         )  # fmt: skip
+    if not Path(source).exists():
+        print(f"{source}: looking for it where downloads are kept, and on the hub", flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if "say it" not in tokenizer.decode(tokenizer("Say it")["input_ids"]).lower():  # transformers makes up an empty one
             raise ValueError("the files of its tokenizer are missing or damaged.")
-        base = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
-            **options,
-        )  # fmt: skip
+        options |= dict(dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
+        base = AutoModelForCausalLM.from_pretrained(source, **options)
         if any(getattr(base.config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")):
             raise ValueError("it changes its logits after the LM head, which the log-probs here do not know of.")
         base.requires_grad_(False)
@@ -331,7 +322,12 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
                 module.support_avx512bf16_for_cpu = False
         torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
         lora = dict(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0)
-        return LM(base, tokenizer, LoraConfig(**lora, task_type="CAUSAL_LM"))
+        lm = LM(base, tokenizer, LoraConfig(**lora, task_type="CAUSAL_LM"))
+        with torch.no_grad():  # the same first token, another one after it
+            first, same = lm.trunk(input_ids=torch.tensor([[5, 6], [5, 7]], device=device)).last_hidden_state[:, 0]
+        if not torch.allclose(first, same, atol=0.01, rtol=0.01):
+            raise ValueError("its tokens see those after them: it cannot write from left to right.")
+        return lm
     except Exception as error:  # of many kinds: files, fields of the config, patterns of modules, templates, shapes
         if out_of_memory(error):
             raise

@@ -14,6 +14,7 @@ Shapes everywhere: B batch, P prompt tokens, R response tokens, L = P + R, V voc
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -50,6 +51,26 @@ def mask_after_eos(responses, eos):
     """
     is_eos = (responses == eos).long()
     return ((is_eos.cumsum(1) - is_eos) == 0).long()
+
+
+def one_row_each(prompts, candidates):
+    """Rows that hold a prompt and all its responses -> lists: ids, the part and position of each token, where responses end.
+
+    Positions start again with each response, and no response is to see another:
+
+        ids        x   x   x   a   a  eos  b  eos
+        part       0   0   0   1   1   1   2   2       a token sees part 0 and its own part, up to itself
+        position   0   1   2   3   4   5   3   4
+        ends                           5       7
+    """
+    ids, part, position, ends = [], [], [], []
+    for prompt, responses in zip(prompts, candidates):
+        pieces = [prompt, *responses]
+        ids.append([token for piece in pieces for token in piece])
+        part.append([k for k, piece in enumerate(pieces) for _ in piece])
+        position.append([i + (k > 0) * len(prompt) for k, piece in enumerate(pieces) for i in range(len(piece))])
+        ends.append([end - 1 for end in accumulate(map(len, pieces))][1:])
+    return ids, part, position, ends
 
 
 def micro_batches(items, size, length):

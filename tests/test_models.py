@@ -230,6 +230,42 @@ def test_padding_changes_nothing_where_positions_are_absolute(lm, tmp_path):
             torch.testing.assert_close(row[: len(response)], alone, atol=1e-5, rtol=1e-5)
 
 
+def random_model(lm, folder, model_type, **options):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                 vocab_size=64)  # fmt: skip
+    config = transformers.AutoConfig.for_model(model_type, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return models.load_model(str(folder), bits=16)
+
+
+WINDOW = {"gemma3_text": dict(head_dim=16, sliding_window=8), "mistral": dict(sliding_window=8)}
+
+
+@pytest.mark.parametrize("model_type", [*models.ONE_ROW, *WINDOW, "bloom"])
+def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, model_type):
+    """Windows would be lost with the mask of a shared row, and Bloom cannot read such a mask."""
+    other = random_model(lm, tmp_path, model_type, **WINDOW.get(model_type, {}))
+    other.add("role", head=True)
+    shake(other, "role")
+    prompts, candidates = [[*range(5, 30)], [*range(8, 15)]], [[[20, 21, 22], [30, 31]], [[40], [41, 42, 43, 44]]]
+    with torch.no_grad():
+        scores = other.scores_of_candidates("role", prompts, candidates)
+        alone = torch.stack([other.scores("role", other.collate(prompts, list(texts))) for texts in zip(*candidates)], 1)
+    torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
+    assert other.one_row == (model_type in models.ONE_ROW)
+
+
+def test_a_model_that_reads_from_both_sides_is_refused(lm, tmp_path):
+    with pytest.raises(UserError, match="see those after them"):
+        random_model(lm, tmp_path, "bert")
+
+
 @pytest.mark.parametrize("files", [{}, {"config.json": "{"}, {"config.json": '{"model_type": "nonesuch"}'}])
 def test_a_folder_that_is_no_model_is_one_message(tmp_path, files):
     for name, text in files.items():
