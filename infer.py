@@ -151,7 +151,9 @@ def read_rows(path):
     for place, row in rows_of_file(path):
         try:
             row = read_columns(row)
-            prompt = read_turns(row.get("prompt", ""), "prompt")
+            if "prompt" not in row:
+                raise BadRow("there is no `prompt`")
+            prompt = read_turns(row["prompt"], "prompt")
             response = real_text(row["response"], "response") if "response" in row else None
             if not prompt or response == "":
                 raise BadRow("neither `prompt` nor `response` may be empty")
@@ -163,6 +165,8 @@ def read_rows(path):
 
 def rows_done(path, rows, rounds):
     """How many rows an earlier start has answered in the output `path`; a line that it left half-written is taken off."""
+    if path.suffix == ".gz":
+        raise UserError(f"--output {path}: it is written as plain text, so that it can go on where it stopped. Leave out .gz.")
     text = path.read_bytes() if path.exists() else b""
     *lines, rest = text.split(b"\n")
     begin = b'{"improved": '

@@ -58,6 +58,11 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, tmp_pa
         assert row["improved"] == row["versions"][0 if not gains[0] else 1 if not gains[1] else 2]
 
 
+def test_output_is_plain_text_and_not_called_gz(able, tmp_path):
+    with pytest.raises(UserError, match="Leave out .gz"):
+        work(able, [], tmp_path / "out.jsonl.gz")
+
+
 @pytest.mark.parametrize(
     "content", ["notes of mine", "{}\n", '{"improved": \n', '{"improved": "x", "prompt": "another"}\n', "\n", '{"a": 1}']
 )
@@ -72,7 +77,7 @@ def test_a_file_of_somebody_else_is_never_written_to(able, tmp_path, content):
 
 @pytest.mark.parametrize(
     "row",
-    ['{"response": "x"}', '{"prompt": " "}', '{"prompt": "x", "response": ""}', "[", '{"prompt": 3}'],
+    ['{"response": "x"}', '{"question": "x"}', '{"prompt": " "}', '{"prompt": "x", "response": ""}', "[", '{"prompt": 3}'],
 )
 def test_a_bad_row_is_named_before_any_work(tmp_path, row):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n' + row)
