@@ -61,6 +61,8 @@ def plan_memory(lm, cfg):
         lm.checkpoint_layers()
     name, parts = most()
     print(f"memory: about {sum(parts.values()):.1f} GiB, in {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
+    if sum(parts.values()) > cfg.vram:
+        print(f"  That is above --vram {cfg.vram:g}. Lower --rl-batch, where it is sampling; --micro-batch, where it is not.")
     context = getattr(lm.peft.get_base_model().config.get_text_config(), "max_position_embeddings", None)
     if context and max_length(cfg) > context:
         needs = f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}"
