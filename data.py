@@ -130,7 +130,7 @@ def rows_of_file(path):
             elif kind == ".csv":
                 csv.field_size_limit(2**31 - 1)
                 table, unit = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True), "line"
-                rows = ((table.line_num, row) for row in table)
+                rows = ((table.line_num, {name: read_cell(text) for name, text in row.items()}) for row in table)
             elif kind == ".json" and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one list of rows
                 rows = enumerate(json.loads(file.read().decode("utf-8-sig")), 1)
             elif kind in (".json", ".jsonl"):
@@ -142,6 +142,16 @@ def rows_of_file(path):
                 yield place, row
     except (OSError, EOFError, ValueError, RecursionError, ArrowException, csv.Error, zlib.error) as error:
         raise UserError(f"{path}: it cannot be read after {place}: {first_line(error)}") from None
+
+
+def read_cell(text):
+    """A cell of a .csv file: messages where it holds them as JSON, else its text."""
+    if isinstance(text, str) and re.match(r'\[\{"(role|content)"', text):
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+    return text
 
 
 def rows_of_hub(source):
@@ -230,11 +240,6 @@ def read_answer(value, column, prompt, asked):
 def read_turns(value, column, speaker="user"):
     """Text or chat messages -> messages, empty ones left out and neighbours by one speaker joined: many templates insist."""
     turns = []
-    if isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|content)"', value):  # messages in a cell of a .csv file
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow(f"`{column}` begins like messages in JSON, and is none") from None
     messages = dialogue(value, speaker) if isinstance(value, str) else value
     if not isinstance(messages, list):
         messages = [None]
