@@ -173,11 +173,10 @@ def rows_done(path, rows, rounds):
     try:
         done = [json.loads(line) for line in lines if line.startswith(begin)]
         done = [(line["prompt"], line.get("response"), len(line["gaps"])) for line in done]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         done = None
-    if done != [(row["prompt"], row.get("response"), rounds) for row, *_ in rows[: len(lines)]] or not rest.startswith(
-        begin[: len(rest)]
-    ):
+    expected = [(row["prompt"], row.get("response"), rounds) for row, *_ in rows[: len(lines)]]
+    if done != expected or not rest.startswith(begin[: len(rest)]):
         raise UserError(f"--output {path} is there already, and is not the beginning of this work. Give another --output.")
     if rest:
         os.truncate(path, len(text) - len(rest))
