@@ -41,8 +41,10 @@ def estimate_memory(lm, cfg):
             "activations": activations(cfg.micro_batch * length),
             "logits": 3 * 4 * LOGIT_CHUNK * c.vocab_size,
         },
-        # both contexts of R_PIT, (x, y_w) and (x, y_l), each with both answers
-        "reward models": {"activations": activations(2 * cfg.micro_batch * (length + cfg.max_response))},
+        # both contexts of R_PIT, (x, y_w) and (x, y_l), each with both answers, in one row or in two
+        "reward models": {
+            "activations": activations(2 * cfg.micro_batch * (length + cfg.max_response if lm.one_row else 2 * length))
+        },
         "sampling": {
             "activations": rows * min(PREFILL, length - cfg.max_response) * (size * (5 * D + 2 * W) + 2 * 4 * W),
             "keys and values": rows * length * cache,
@@ -62,7 +64,8 @@ def plan_memory(lm, cfg):
     name, parts = most()
     print(f"memory: about {sum(parts.values()):.1f} GiB, in {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
     if sum(parts.values()) > cfg.vram:
-        print(f"  That is above --vram {cfg.vram:g}. Lower --rl-batch, where it is sampling; --micro-batch, where it is not.")
+        rl_batch = max(1, rows_at_a_time(cfg) // 8)  # half of the rows: a run writes up to four batches at one time
+        print(f"  That is above --vram {cfg.vram:g}. Lower --micro-batch; in sampling, --rl-batch to {rl_batch}.")
     context = getattr(lm.peft.get_base_model().config.get_text_config(), "max_position_embeddings", None)
     if context and max_length(cfg) > context:
         needs = f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}"

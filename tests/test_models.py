@@ -262,7 +262,7 @@ def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, mo
 
 
 def test_a_model_that_reads_from_both_sides_is_refused(lm, tmp_path):
-    with pytest.raises(UserError, match="see those after them"):
+    with pytest.raises(UserError, match="depends on what comes after"):
         random_model(lm, tmp_path, "bert")
 
 
