@@ -296,7 +296,7 @@ def infer_command(
         opened.need(role, "all")
     if input:
         rows = inference.read_rows(input)
-        print(f"{input}: {len(rows):,} rows, {inference.rows_done(output, rows):,} of them in {output} already")
+        print(f"{input}: {len(rows):,} rows, {inference.rows_done(output, rows, rounds):,} of them in {output} already")
     lm = load_base(cfg)
     for role in roles:
         lm.load(role, opened.adapter(role))

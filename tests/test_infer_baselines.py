@@ -33,7 +33,7 @@ def run(tmp_path):
     for role in ("policy_sft", "policy_rl", "pit_sft", "pit_rl0", "pit_rl1"):
         (tmp_path / role).mkdir()
         (tmp_path / role / "adapter_model.safetensors").write_bytes(role.encode())
-    cfg = SimpleNamespace(model="some-model", max_prompt=32, max_response=8, seed=0)
+    cfg = SimpleNamespace(model="some-model", max_prompt=32, max_response=8, rl_batch=64, seed=0)
     return SimpleNamespace(path=tmp_path, config=cfg, adapter=lambda role: tmp_path / role)
 
 
