@@ -1,5 +1,7 @@
 """Comparisons and their intervals."""
 
+import json
+
 import numpy as np
 import pytest
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
@@ -96,3 +98,15 @@ def test_a_reward_model_from_a_folder_judges(tmp_path, lm, pairs):
     assert scores.shape == (len(pairs),) and len(set(scores)) > 1
     with pytest.raises(UserError, match="no-such"):
         evaluate.hub_judge(str(tmp_path / "no-such"), "cpu")
+
+
+def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
+    """Without `trust_remote_code=False` transformers asks "run the custom code?", and this one would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    lm.tokenizer.save_pretrained(tmp_path)
+    code = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code, "num_labels": 1}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(UserError, match="Give quality, judge, or a reward model"):
+        evaluate.hub_judge(str(tmp_path), "cpu")
+    assert not (tmp_path / "ran").exists()

@@ -132,3 +132,10 @@ def test_exports_answer_as_ours_under_plain_peft_and_transformers(able, tmp_path
     out = model.generate(**encoded, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
     assert out.tolist() == ours.ids.tolist()
     assert tokenizer.eos_token_id == able.eos != tokenizer.pad_token_id
+
+
+def test_texts_written_at_one_time_follow_lengths_and_rl_batch():
+    long, short = SimpleNamespace(max_prompt=384, max_response=128), SimpleNamespace(max_prompt=48, max_response=30)
+    for cfg, rl_batch, rows in ((long, 64, 49), (long, 8, 32), (short, 64, 256), (long, 1, 4)):
+        cfg.rl_batch = rl_batch
+        assert infer.rows_at_a_time(cfg) == rows
