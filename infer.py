@@ -120,6 +120,10 @@ def check_request(prompt, response, input, output, stop):
     """Complain about options of the command `infer` that do not go together."""
     if (prompt is None) == (input is None) or (input is None) != (output is None) or input and response:
         raise UserError("Give either a prompt (and --response, if you like), or both --input and --output.")
+    if output and output.suffix == ".gz":
+        raise UserError(
+            f"--output {output}: it is written as plain text, so that it can go on where it stopped. Leave out .gz."
+        )
     for name, text in (("the prompt", prompt), ("--response", response)):
         try:
             if text is not None and not real_text(text, name):
@@ -165,8 +169,6 @@ def read_rows(path):
 
 def rows_done(path, rows, rounds):
     """How many rows an earlier start has answered in the output `path`; a line that it left half-written is taken off."""
-    if path.suffix == ".gz":
-        raise UserError(f"--output {path}: it is written as plain text, so that it can go on where it stopped. Leave out .gz.")
     text = path.read_bytes() if path.exists() else b""
     *lines, rest = text.split(b"\n")
     begin = b'{"improved": '

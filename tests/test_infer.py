@@ -58,9 +58,9 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, tmp_pa
         assert row["improved"] == row["versions"][0 if not gains[0] else 1 if not gains[1] else 2]
 
 
-def test_output_is_plain_text_and_not_called_gz(able, tmp_path):
+def test_output_is_plain_text_and_not_called_gz(tmp_path):
     with pytest.raises(UserError, match="Leave out .gz"):
-        work(able, [], tmp_path / "out.jsonl.gz")
+        infer.check_request(None, None, tmp_path / "in.jsonl", tmp_path / "out.jsonl.gz", "gap")
 
 
 @pytest.mark.parametrize(
