@@ -290,6 +290,9 @@ def test_messages_in_a_cell_of_a_csv_file(tmp_path):
         csv.writer(file).writerows([["prompt", "chosen", "rejected"], said])
     (pair,), _ = data.load_pairs(str(tmp_path / "pairs.csv"), 10, 0)
     assert pair == data.Pair([{"role": "user", "content": "x"}], "a", "b")
+    text = said[1] + " is how a message looks"  # not in a cell of a CSV file, or more than messages: it is the answer itself
+    assert data.read_row({"prompt": "x", "chosen": said[1], "rejected": "b"})[1].chosen == said[1]
+    assert data.read_cell(text) == text
 
 
 def test_too_few_pairs_and_a_missing_file_are_said():
