@@ -15,8 +15,8 @@ def estimate_memory(lm, cfg):
 
     N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32. For the backward pass a
     layer keeps, of each token: its input and what the second norm reads, both normed, q, k and v, the attention's output and a
-    copy, a spare (10 D); gate, silu(gate), up and their product (4 W). Writing reads PREFILL tokens of
-    each prompt at a time, and keeps of each no more than 5 D and 2 W, and 2 W in LoRA's fp32.
+    copy, a spare (10 D); gate, silu(gate), up and their product (4 W). Writing reads PREFILL tokens of each prompt
+    at a time, and keeps of each no more than 5 D and 2 W, and 2 W in LoRA's fp32.
     """
     base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
     c = base.config.get_text_config()  # the model itself, where it only writes
