@@ -31,17 +31,27 @@ def finite(cause="The learning rate may be too high, or an input is broken.", **
 
 
 def out_of_memory(error):
-    texts = "out of memory", "not enough memory", "can't allocate memory"  # each device and system has its own words
+    texts = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+    )  # each device and system has its own words
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def explain(error):
     """What to tell the user about an exception, or None where it is a mistake of ours, whose traceback is worth seeing."""
     said = first_line(error)
-    from_system = isinstance(error, OSError) or "os error" in said  # so say libraries in Rust, by exceptions of their own
+    from_system = (
+        isinstance(error, OSError) or "os error" in said
+    )  # so say libraries in Rust, by exceptions of their own
     if isinstance(error, UserError):
         return str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or from_system and "os error 28" in said:
+    if (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or from_system
+        and "os error 28" in said
+    ):
         return f"The disk is full. Free some space, then go on with: {same_command()}"
     if from_system:
         return f"{said}. Mend that, then go on with: {same_command()}"

@@ -1,13 +1,13 @@
 """One frozen base, many LoRA adapters: the single model-loading helper of the project.
 
-Every role of PIT (policy, PIT model, reward models, judge) is one small LoRA adapter on the same base, which is
-loaded once, in 4-bit. A reward model has a scalar head besides: one nn.Linear that reads the last hidden states.
+Every role of PIT (policy, PIT model, reward models, judge) is a small LoRA adapter on the same base, which
+is loaded once, in 4-bit. A reward model also has a scalar head: one nn.Linear on the last hidden states.
 
-                      head (D -> 1)                  LM head (D -> V)
-                           ^                               ^
+                        head (D -> 1)               LM head (D -> V)
+                             ^                            ^
     ids (B, L) -> [ base in 4-bit + the active adapter ] -> hidden (B, L, D)
 
-Shapes are those of tokens.py: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size.
+Shapes are those of tokens.py: B batch, P prompt, R response, L = P + R, V vocabulary, D hidden size.
 """
 
 import copy
@@ -16,88 +16,133 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-# Said by the libraries at each start, and nothing to act on: an optional kernel is missing, a method was renamed.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # set here, since importing peft imports bitsandbytes
+# Notices that the libraries print at each start and nobody can act on: an optional kernel is missing,
+# a method was renamed. Set before the imports, since importing peft imports bitsandbytes.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import logging as transformers_logging
 
+from data import max_length
 from errors import UserError, finite, first_line, out_of_memory
 from tokens import Tokens, mask_after_eos, one_row_each
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # with masks, NaN on H100 and B200: pytorch issues 196678 and 193893
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it tries for some time, and tells of each try
+# cuDNN's attention gives NaN with masks on H100 and B200 (pytorch issues 196678 and 193893)
+torch.backends.cuda.enable_cudnn_sdp(False)
+# without a network, huggingface_hub reports every single retry
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-TINY = Path(__file__).parent / "tiny"  # the built-in base, made by make_tiny.py
-HUB = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google", "OLMo": "allenai",
-       "pythia": "EleutherAI", "TinyLlama": "TinyLlama"}  # who publishes a model, by how its name begins  # fmt: skip
-PREFILL = 128  # tokens of each prompt that `generate` reads at one time: the same states, with memory for no more
-ONE_ROW = "gemma gpt2 gpt_neox llama olmo olmo2 phi qwen2 qwen3".split()  # model types that obey any mask: tested
-LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at one time; 256 x 152k in fp32 is 150 MiB
+TINY = Path(__file__).parent / "tiny"  # the built-in base, made by tools/make_tiny.py
+PUBLISHERS = {  # who publishes a model, by how its name begins
+    "Qwen": "Qwen",
+    "SmolLM": "HuggingFaceTB",
+    "Llama": "meta-llama",
+    "gemma": "google",
+    "OLMo": "allenai",
+    "pythia": "EleutherAI",
+    "TinyLlama": "TinyLlama",
+}
+# model types in which two candidates can share a row: they obey any attention mask (tested)
+SHARED_ROW = "gemma gpt2 gpt_neox llama olmo olmo2 phi qwen2 qwen3".split()
+PREFILL = (
+    128  # prompt tokens that `generate` reads at a time: same states, a fraction of the memory
+)
+SAMPLED = 32_768  # tokens in memory while `answer` writes, prompts included
+LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at a time; 256 x 152k in fp32 is 150 MiB
+# options by which a model changes its logits after the LM head; the log-probs here would be wrong
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+)
 
 
 class LM:
-    """A frozen base with named adapters. One adapter is active at a time; `activate` it before each use."""
+    """A frozen base with named adapters. One is active at a time: `activate` it before each use."""
 
     def __init__(self, base, tokenizer, lora):
         self.tokenizer, self.lora, self.device = tokenizer, lora, base.device
         self.eos = end_of_turn(tokenizer)
-        pads = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1  # any will do: masks hide it
-        self.pad = next(token for token in pads if token not in (None, self.eos))
-        added, template = tokenizer.added_tokens_decoder.values(), tokenizer.chat_template or ""
-        markers = {token.content for token in added if token.special or token.content.strip() and token.content in template}
-        self.control = sorted(markers | set(tokenizer.all_special_tokens))
-        self.one_row = base.config.model_type in ONE_ROW and not getattr(base.config, "sliding_window", None)
-        self.trunk, self.hidden_size = base.get_decoder(), base.get_input_embeddings().embedding_dim
-        self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank", autocast_adapter_dtype=True)
+        self.pad = padding_token(tokenizer, self.eos)
+        self.control = control_tokens(tokenizer)
+        window = getattr(base.config, "sliding_window", None)
+        self.shared_row = base.config.model_type in SHARED_ROW and not window
+        self.backbone = base.get_decoder()
+        self.hidden_size = base.get_input_embeddings().embedding_dim
+        # "blank" is the base itself: the B of a new LoRA is zero
+        self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank")
         self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
-        self.roles = {"blank"}  # the base itself: a new LoRA's B is zero
+        self.roles = {"blank"}
+        self.active = "blank"
 
     def describe(self):
         """The base in one line."""
-        base = self.peft.get_base_model()
-        size = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for n, p in base.named_parameters() if "lora" not in n)
-        kind = "4-bit" if any(p.dtype == torch.uint8 for p in base.parameters()) else str(self.lm_head.weight.dtype)[6:]
+        weights = [p for p in self.peft.get_base_model().parameters() if not p.requires_grad]
+        quantised = any(p.dtype == torch.uint8 for p in weights)
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        size = 0
+        for name, p in self.peft.get_base_model().named_parameters():
+            if "lora" not in name:
+                size += 2 * p.numel() if p.dtype == torch.uint8 else p.numel()  # two in a byte
+        kind = "4-bit" if quantised else dtype
         return f"{size / 1e6:.1f}M parameters in {kind} on {self.device.type}, LoRA r={self.lora.r}"
 
     def checkpoint_layers(self):
-        """Keep only the input of each layer for the backward pass, and compute the rest again: a third more time."""
+        """Keep only each layer's input for the backward pass and recompute the rest: 1/3 slower."""
         self.peft.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
 
-    # ---- adapters ------------------------------------------------------------------------------------------------
+    # ---- adapters ------------------------------------------------------------------------------
 
     def add(self, role, like="blank", head=False):
-        """A new adapter with the weights of `like`; with `head`, also a scalar head: `like`'s own where it has one."""
+        """Add adapter `role` with the weights of `like`; with `head`, a scalar head as well.
+
+        The head is a copy of `like`'s where that has one, else a new one.
+        """
         if role not in self.roles:
             self.peft.add_adapter(role, copy.deepcopy(self.lora))
             self.roles.add(role)
-        weights = get_peft_model_state_dict(self.peft, adapter_name=like, save_embedding_layers=False)
-        set_peft_model_state_dict(self.peft, {k: v.clone() for k, v in weights.items()}, adapter_name=role)
+        weights = get_peft_model_state_dict(
+            self.peft, adapter_name=like, save_embedding_layers=False
+        )
+        copies = {name: weight.clone() for name, weight in weights.items()}
+        set_peft_model_state_dict(self.peft, copies, adapter_name=role)
         if head and like in self.heads:
             self.heads[role] = copy.deepcopy(self.heads[like])
         elif head:
             self.heads[role] = new_head(self.hidden_size, self.device)
 
     def activate(self, role, train=False):
-        """Compute with `role` from here on. Only with `train` do its parameters, and no others, require gradients.
+        """Compute with `role` from now on. Only with `train` do its parameters require gradients.
 
-        All adapters share one set of layers: a forward and its backward must see the same active adapter.
+        All adapters share one set of layers: a forward pass and its backward pass must see the same
+        active adapter.
         """
+        self.active = role
         self.peft.set_adapter(role, inference_mode=not train)
-        self.peft.eval()  # dropout is 0 everywhere, so nothing is lost, and sampling never meets a training mode
-        for layer in self.peft.modules():  # checkpointing asks for layer.training; the modules inside stay in eval mode
+        # Dropout is 0 everywhere, so eval mode loses nothing, and sampling in training mode is wrong
+        # under checkpointing. But checkpointing itself asks for `training` of each layer (not of
+        # the modules inside, which stay in eval mode).
+        self.peft.eval()
+        for layer in self.peft.modules():
             if getattr(layer, "gradient_checkpointing", False):
                 layer.training = train
         for name, head in self.heads.items():
@@ -109,169 +154,272 @@ class LM:
         return [p for p in [*self.peft.parameters(), *self.heads.parameters()] if p.requires_grad]
 
     def save(self, role, folder):
-        """Write `role` to the Path `folder`, as standard PEFT, with head.safetensors beside it where it has a head."""
+        """Write `role` to the Path `folder` as standard PEFT, with head.safetensors if it has a head."""
         config = copy.deepcopy(self.peft.peft_config[role])
         config.inference_mode = True
         config.save_pretrained(folder)
-        weights = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
-        (folder / "adapter_model.safetensors").write_bytes(save({k: v.contiguous() for k, v in weights.items()}))
+        weights = get_peft_model_state_dict(
+            self.peft, adapter_name=role, save_embedding_layers=False
+        )
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
+        (folder / "adapter_model.safetensors").write_bytes(save(weights))
         if role in self.heads:
             (folder / "head.safetensors").write_bytes(save(self.heads[role].state_dict()))
 
     def load(self, role, folder):
-        """Add `role` as `save` wrote it to the Path `folder`."""
-        self.add(role, head=(folder / "head.safetensors").exists())
-        set_peft_model_state_dict(self.peft, load_peft_weights(str(folder), device=str(self.device)), adapter_name=role)
+        """Add `role` as `save` wrote it to the Path `folder`. Never opens a pickle."""
+        head = folder / "head.safetensors"
+        self.add(role, head=head.exists())
+        weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
+        set_peft_model_state_dict(self.peft, weights, adapter_name=role)
         if role in self.heads:
-            self.heads[role].load_state_dict(load_file(folder / "head.safetensors", device=str(self.device)))
+            self.heads[role].load_state_dict(load_file(head, device=str(self.device)))
 
-    # ---- text to tokens ------------------------------------------------------------------------------------------
+    # ---- text to tokens ------------------------------------------------------------------------
 
     def encode_prompt(self, messages):
         """Chat messages -> token ids, up to the point where the assistant starts to write."""
-        messages = [{"role": m["role"], "content": self.plain(m["content"]).strip()} for m in messages]
+        messages = [m | {"content": self.escape(m["content"]).strip()} for m in messages]
         if not self.tokenizer.chat_template:
-            text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:"
-            begin = [self.tokenizer.bos_token_id] if getattr(self.tokenizer, "add_bos_token", False) else []
-            return begin + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self.encode_plain_dialogue(messages)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except TemplateError:
-            if messages[0]["role"] != "system":
+            if not system:
                 raise
             text = ""
-        if messages[0]["role"] == "system" and messages[0]["content"] not in text:  # unknown to this template: the user says it
-            first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return self.encode_prompt([first, *messages[2:]])
+        # some templates refuse or ignore system messages: then the user says it
+        if system not in text:
+            user = f"{system}\n\n{messages[1]['content']}"
+            return self.encode_prompt([{"role": "user", "content": user}, *messages[2:]])
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def encode_response(self, text):
-        """An answer -> token ids, EOS at the end."""
-        space = "" if self.tokenizer.chat_template else " "  # "Assistant: text" in the plain dialogue form
-        return self.tokenizer(space + self.plain(text).strip(), add_special_tokens=False)["input_ids"] + [self.eos]
+    def encode_plain_dialogue(self, messages):
+        """The form for models without a chat template: "User: ... Assistant:"."""
+        text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages)
+        ids = self.tokenizer(text + "Assistant:", add_special_tokens=False)["input_ids"]
+        begins = getattr(self.tokenizer, "add_bos_token", False)
+        return [self.tokenizer.bos_token_id, *ids] if begins else ids
 
-    def plain(self, text):
-        """Text typed by somebody must not act as a control token: break `<|im_end|>` up, and its like."""
+    def encode_response(self, text):
+        """An answer -> token ids, with EOS at the end."""
+        space = "" if self.tokenizer.chat_template else " "  # "Assistant: text" in plain dialogue
+        text = space + self.escape(text).strip()
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos]
+
+    def escape(self, text):
+        """Break up control tokens such as `<|im_end|>` in typed text, so that they stay text."""
         for token in self.control:
             text = text.replace(token, token[:1] + " " + token[1:])
         return text
 
     def decode(self, responses):
-        """(B, R) token ids, or lists of ids -> answers as text. Everything from EOS on is dropped."""
+        """(B, R) token ids, or lists of ids -> answers as text. EOS and what follows is dropped."""
         rows = [row.tolist() if torch.is_tensor(row) else row for row in responses]
         rows = [row[: row.index(self.eos)] if self.eos in row else row for row in rows]
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def collate(self, prompts, responses):
-        """Lists of token ids -> Tokens, padded as drawn in tokens.py. Masks come from lengths, never from `ids != pad`."""
-        P, R = max(map(len, prompts)), max(map(len, responses))
-        ids = [[self.pad] * (P - len(p)) + p + r + [self.pad] * (R - len(r)) for p, r in zip(prompts, responses)]
-        mask = [[0] * (P - len(p)) + [1] * len(p + r) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
-        mask = torch.tensor(mask, device=self.device)
-        return Tokens(torch.tensor(ids, device=self.device), mask, mask[:, P:])
+        """Lists of token ids -> Tokens, padded as drawn in tokens.py.
 
-    # ---- forward passes with the active adapter --------------------------------------------------------------------
+        The mask comes from lengths. `ids != pad` would also hide a pad token that is part of a text.
+        """
+        P = max(map(len, prompts))
+        R = max(map(len, responses))
+        ids, mask = [], []
+        for prompt, response in zip(prompts, responses):
+            left, right = P - len(prompt), R - len(response)
+            ids.append([self.pad] * left + prompt + response + [self.pad] * right)
+            mask.append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
+        ids = torch.tensor(ids, device=self.device)  # (B, L)
+        mask = torch.tensor(mask, device=self.device)  # (B, L)
+        return Tokens(ids, mask, mask[:, P:])
+
+    # ---- forward passes with the active adapter ------------------------------------------------
 
     def hidden(self, tokens):
-        """Last hidden states from the last prompt token on: (B, R + 1, D). State t has seen t response tokens."""
-        positions = (tokens.mask.cumsum(1) - 1).clamp(min=0)  # count real tokens only, so left padding changes nothing
-        out = self.trunk(input_ids=tokens.ids, attention_mask=tokens.mask, position_ids=positions, use_cache=False)
-        return out.last_hidden_state[:, -tokens.response_mask.shape[1] - 1 :]
+        """Last hidden states from the last prompt token on: (B, R + 1, D).
+
+        State t has seen t response tokens.
+        """
+        # positions count real tokens only, so that left padding changes nothing
+        positions = (tokens.mask.cumsum(1) - 1).clamp(min=0)
+        out = self.backbone(
+            input_ids=tokens.ids,
+            attention_mask=tokens.mask,
+            position_ids=positions,
+            use_cache=False,
+        )
+        R = tokens.response_mask.shape[1]
+        return out.last_hidden_state[:, -R - 1 :]
 
     def logprobs(self, tokens, temperature=1.0):
         """log pi(token | everything before it) of each response token: (B, R), 0 after EOS.
 
-        The LM head sees response positions only, a chunk at a time, and its logits are recomputed in the backward pass:
-        the full (B, L, V) tensor, the largest of all by far, never exists.
+        The LM head sees response positions only, a chunk at a time, and the backward pass recomputes
+        its logits: the full (B, L, V) tensor, by far the largest of all, never exists.
         """
-        real = tokens.response_mask.bool()
-        states, targets = self.hidden(tokens)[:, :-1][real], tokens.responses[real]  # (N, D), (N,)
-        chunks = zip(states.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))
-        chosen = [checkpoint(token_logprobs, self.lm_head, h, y, temperature, use_reentrant=False) for h, y in chunks]
-        return torch.zeros(real.shape, device=self.device).masked_scatter(real, torch.cat(chosen))
+        real = tokens.response_mask.bool()  # (B, R)
+        states = self.hidden(tokens)[:, :-1][real]  # (N, D), N real response tokens
+        targets = tokens.responses[real]  # (N,)
+        chosen = []
+        for h, y in zip(states.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):
+            chosen.append(
+                checkpoint(token_logprobs, self.lm_head, h, y, temperature, use_reentrant=False)
+            )
+        empty = torch.zeros(real.shape, device=self.device)
+        return empty.masked_scatter(real, torch.cat(chosen))
 
-    def scores(self, role, tokens, states=None):
-        """A reward model's verdict: its scalar head at the last real token: (B,). states: `hidden`, if known."""
-        states = self.hidden(tokens) if states is None else states
+    def scores(self, role, tokens):
+        """What reward model `role`, which must be active, says of each response: (B,)."""
+        assert role == self.active, f"{self.active} is active, not {role}"
+        return self.scores_from_states(role, tokens, self.hidden(tokens))
+
+    def scores_from_states(self, role, tokens, states):
+        """The scalar head of `role` at the last real token of `states`, (B, R + 1, D): (B,)."""
         last = tokens.response_mask.sum(1)  # state n has seen all n tokens
-        states = states[torch.arange(len(last), device=self.device), last]  # (B, D)
-        return self.heads[role](states.float()).squeeze(-1)
+        rows = torch.arange(len(last), device=self.device)
+        return self.heads[role](states[rows, last].float()).squeeze(-1)
 
     def scores_of_candidates(self, role, prompts, candidates):
-        """The same verdict on k responses to each prompt: (B, k). Where the model allows it, the prompt is read once."""
-        if not self.one_row:
-            return torch.stack([self.scores(role, self.collate(prompts, kth)) for kth in map(list, zip(*candidates))], 1)
+        """The scores of k responses to each prompt: (B, k).
+
+        prompts: B lists of token ids; candidates: B lists of k lists. Where the model allows it, all
+        candidates share one row, so that their prompt is read only once (see tokens.one_row_each).
+        """
+        assert role == self.active, f"{self.active} is active, not {role}"
+        if not self.shared_row:
+            by_place = [list(responses) for responses in zip(*candidates)]  # k lists of B
+            return torch.stack(
+                [self.scores(role, self.collate(prompts, kth)) for kth in by_place], 1
+            )
         ids, part, position, ends = one_row_each(prompts, candidates)
-
-        def pad(rows, value):
-            longest = max(map(len, rows))
-            return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=self.device)
-
-        part = pad(part, -1)
+        part = self.pad_right(part, -1)
+        # a token sees the prompt (part 0) and its own part, up to itself
         query, key = part[:, :, None], part[:, None, :]
         sees = ((key == 0) | (key == query)).tril()  # (B, L, L)
         dtype = self.lm_head.weight.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill(~sees, torch.finfo(dtype).min)
-        ids, positions = pad(ids, self.pad), pad(position, 0)
-        out = self.trunk(input_ids=ids, attention_mask=mask[:, None], position_ids=positions, use_cache=False)
+        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
+        mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
+        out = self.backbone(
+            input_ids=self.pad_right(ids, self.pad),
+            attention_mask=mask[:, None],
+            position_ids=self.pad_right(position, 0),
+            use_cache=False,
+        )
         rows = torch.arange(len(prompts), device=self.device)[:, None]
-        states = out.last_hidden_state[rows, torch.tensor(ends, device=self.device)]  # (B, k, D)
+        ends = torch.tensor(ends, device=self.device)
+        states = out.last_hidden_state[rows, ends]  # (B, k, D)
         return self.heads[role](states.float()).squeeze(-1)
+
+    def pad_right(self, rows, value):
+        """Lists of ints -> (B, L), padded on the right with `value`."""
+        longest = max(map(len, rows))
+        padded = [row + [value] * (longest - len(row)) for row in rows]
+        return torch.tensor(padded, device=self.device)
+
+    # ---- writing -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, role, prompts, max_tokens, temperature=1.0):
-        """Sample a response to each prompt (token ids), from the whole distribution -> Tokens. Temperature 0: the likeliest."""
+        """Sample a response to each prompt (token ids) from the whole distribution -> Tokens.
+
+        Temperature 0 takes the likeliest token.
+        """
         self.activate(role)
         start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
-        sampling = dict(do_sample=True, temperature=temperature) if temperature > 1e-6 else dict(do_sample=False)
+        greedy = temperature <= 1e-6
+        sampling = (
+            {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature}
+        )
+        # top_k, top_p: the whole distribution, or samples and log-probs would not be of the same policy
         out = self.peft.generate(
-            input_ids=start.ids, attention_mask=start.mask, max_new_tokens=max_tokens, top_k=0, top_p=1.0,
-            prefill_chunk_size=PREFILL, pad_token_id=self.pad, eos_token_id=self.eos, **sampling,
-        )  # fmt: skip
+            input_ids=start.ids,
+            attention_mask=start.mask,
+            max_new_tokens=max_tokens,
+            top_k=0,
+            top_p=1.0,
+            prefill_chunk_size=PREFILL,
+            pad_token_id=self.pad,
+            eos_token_id=self.eos,
+            **sampling,
+        )  # (B, P + R)
         response_mask = mask_after_eos(out[:, start.ids.shape[1] :], self.eos)
         return Tokens(out, torch.cat([start.mask, response_mask], 1), response_mask)
+
+    def answer(self, role, chats, cfg, temperature=1.0):
+        """One text by `role`, a policy or a PIT model, to each chat (lists of messages) -> texts."""
+        texts, size = [], rows_at_a_time(cfg)
+        for start in range(0, len(chats), size):
+            prompts = [self.encode_prompt(chat) for chat in chats[start : start + size]]
+            written = self.generate(role, prompts, cfg.max_response, temperature)
+            texts += self.decode(written.responses)
+        return texts
+
+
+def rows_at_a_time(cfg):
+    """How many texts are written at a time: what SAMPLED holds, but at most four of PPO's batches."""
+    return max(1, min(SAMPLED // max_length(cfg), 4 * cfg.rl_batch))
+
+
+# ---- one optimiser step, used by every training loop -------------------------------------------
 
 
 def adamw(parameters, lr, eps=1e-8):
     return torch.optim.AdamW(parameters, lr=lr, eps=eps, weight_decay=0.0)
 
 
-def take_step(optimizer, lr, clip=1.0):
-    """One optimiser step on the gradients gathered so far, their norm clipped -> the norm before clipping."""
+def take_step(optimizer, lr, advice="", clip=1.0):
+    """One optimiser step on the gradients gathered so far -> their norm before clipping.
+
+    A loss that is NaN or infinite shows in the norm: FloatingPointError, before it spoils a parameter.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = nn.utils.clip_grad_norm_(parameters, clip).item()
+    finite(advice, grad_norm=norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    finite(grad_norm=norm)  # before it spoils the parameters
     optimizer.step()
     optimizer.zero_grad()
-    return norm.item()
+    return norm
 
 
 def token_logprobs(lm_head, states, targets, temperature):
     """(N, D) states, (N,) token ids -> (N,) log-probabilities at the temperature."""
     logits = lm_head(states.to(lm_head.weight.dtype)).float()  # (N, V)
-    if temperature != 1.0:  # a pass over (N, V) that most runs need not make
+    if temperature != 1.0:  # saves a pass over (N, V)
         logits = logits / temperature
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
 def new_head(hidden_size, device):
-    """A scalar head with outputs of about unit variance on normalised states (Stiennon et al., 2020: std 1/sqrt(D + 1))."""
+    """A scalar head with outputs of about unit variance on normalised states.
+
+    The standard deviation 1 / sqrt(D + 1) is that of Stiennon et al. (2020).
+    """
     head = nn.Linear(hidden_size, 1, device=device)
     nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
     nn.init.zeros_(head.bias)
     return head
 
 
-def end_of_turn(tokenizer):
-    """The id of the token that ends an answer: what the chat template writes after one, else the tokenizer's EOS.
+# ---- what the tokenizer says -------------------------------------------------------------------
 
-    Qwen2's base model is why: its EOS is <|endoftext|>, which is also its padding, while its template ends turns in <|im_end|>.
+
+def end_of_turn(tokenizer):
+    """The id of the token that ends an answer.
+
+    That is what the chat template writes after an answer, else the tokenizer's EOS. Qwen2's base model
+    is why: its EOS, <|endoftext|>, is also its padding, while its template ends turns in <|im_end|>.
     """
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        after = text.rpartition("ANSWER")[2]
         first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
         if first and first[0] in tokenizer.all_special_ids:
             return first[0]
@@ -280,67 +428,208 @@ def end_of_turn(tokenizer):
     return tokenizer.eos_token_id
 
 
+def padding_token(tokenizer, eos):
+    """The id of the token to pad with: the tokenizer's own, unless that is EOS.
+
+    Any token but EOS will do, since masks hide padding. With EOS, padding would look like the end of an
+    answer, and a mask made by `ids != pad` would hide the EOS: the model would never learn to stop.
+    """
+    special = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id
+    return next(token for token in (*special, 0, 1) if token is not None and token != eos)
+
+
+def control_tokens(tokenizer):
+    """The tokens that give a chat its structure: special ones, and the template's turn markers."""
+    template = tokenizer.chat_template or ""
+    found = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        marks_turns = token.content.strip() and token.content in template
+        if token.special or marks_turns:
+            found.add(token.content)
+    return sorted(found)
+
+
+# ---- loading -----------------------------------------------------------------------------------
+
+
 def find_model(name):
-    """What a name stands for: "tiny", a local folder, a short name such as "Qwen2-0.5B", or a hub id -> folder or hub id."""
-    publisher = next((publisher for start, publisher in HUB.items() if name.startswith(start)), None)
+    """What a name stands for -> folder or hub id.
+
+    "tiny", a local folder, a hub id, or a short name such as "Qwen2-0.5B".
+    """
     if name == "tiny":
         return TINY
-    return f"{publisher}/{name}" if publisher and "/" not in name and not Path(name).exists() else name
+    if "/" not in name and not Path(name).exists():
+        for start, publisher in PUBLISHERS.items():
+            if name.startswith(start):
+                return f"{publisher}/{name}"
+    return name
+
+
+def check_folder(name):
+    """Raise UserError for a name that is plainly not that of a base model."""
+    folder = Path(name)
+    if not name.strip():
+        raise UserError("--model is empty. Give tiny, a local folder or a hub id.")
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or folder.exists():
+            raise UserError(f"--model {name}: there is no such folder.")
+        return
+    if (folder / "adapters").is_dir():
+        raise UserError(f"--model {name} is a run, not a model. To continue it: --run {name}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"--model {name} is a PEFT adapter. Give its base, or merge the two first: "
+            "peft's merge_and_unload, or export --merge."
+        )
 
 
 def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
-    """Load a base, freeze it, and wrap it for adapters.
+    """Load a base, freeze it, and wrap it for adapters -> LM.
 
-    name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32 where there is no bf16).
-    Raises UserError, in one or two lines, when there is no such model. Never runs code from a hub, never opens a pickle.
+    name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32 where
+    there is no bf16). Raises UserError, in one or two lines, when there is no such model. Never runs
+    code from a hub, never opens a pickle.
     """
     source = find_model(name)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    # fp16 has too small a range for gradients that nobody scales: without bf16, everything is fp32
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    options = {}
-    if bits == 4 and has_4bit(device):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if device == "cpu" else dtype,
-        )  # fmt: skip
+    if source != TINY:
+        check_folder(name)
     if not Path(source).exists():
-        print(f"{source}: looking for it where downloads are kept, and on the hub", flush=True)
+        print(f"{source}: looking in the download cache, then on the hub", flush=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if "say it" not in tokenizer.decode(tokenizer("Say it")["input_ids"]).lower():  # transformers makes up an empty one
-            raise ValueError("the files of its tokenizer are missing or damaged.")
-        options |= dict(dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
-        base = AutoModelForCausalLM.from_pretrained(source, **options)
-        changes = "final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale", "lm_head_multiplier"
-        if any(getattr(base.config, name, None) for name in changes):
-            raise ValueError("it changes its logits after the LM head, which the log-probs here do not know of.")
-        base.requires_grad_(False)
-        base.generation_config = GenerationConfig()  # the model's own penalties and cuts would be in samples, not in log-probs
-        for module in base.modules():  # bitsandbytes' AVX512 layout for CPUs has no backward, yet gives gradients, wrong ones
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        torch.manual_seed(seed)  # LoRA's A is drawn once, for the blank adapter: every role starts from the same one
-        lora = dict(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
-        lm = LM(base, tokenizer, LoraConfig(**lora))
-        with torch.no_grad():  # the same tokens before another one, and with padding before them
-            (a, b), (also_a, _), (also_b, _) = lm.hidden(lm.collate([[5, 6], [5, 6], [5, 6, 7]], [[7], [8], [9]]))
-        if not (a - also_a).norm() + (b - also_b).norm() < 0.1 * b.norm():
-            raise ValueError("what it makes of a text depends on what comes after it, or on padding before it.")
+        tokenizer = load_tokenizer(source)
+        base = load_base(source, bits)
+        check_base(base, tokenizer)
+        lora = LoraConfig(
+            r=lora_r,
+            lora_alpha=lora_alpha,
+            target_modules=target_modules,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        # LoRA's A is drawn here, once, for "blank": every role starts from the same one
+        torch.manual_seed(seed)
+        try:
+            lm = LM(base, tokenizer, lora)
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            raise UserError(
+                f"--target-modules {target_modules}: no layer of {name} matches it."
+            ) from None
+        check_causal(lm)
         return lm
-    except Exception as error:  # of many kinds: files, fields of the config, patterns of modules, templates, shapes
+    except UserError:
+        raise
+    except Exception as error:  # files, config fields, patterns, templates, shapes: all kinds
         if out_of_memory(error):
             raise
         raise UserError(
             f"Cannot load the model {name!r}: {first_line(error)}\n"
-            f"Give a local folder, or fetch it where there is a network (hf download {source}), or use --model tiny (built in)."
+            f"Give a local folder, or fetch it where there is a network (hf download {source}), "
+            "or use --model tiny (built in)."
         ) from None
 
 
+def load_tokenizer(source):
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # transformers makes up an empty tokenizer where the files are missing
+    if "say it" not in tokenizer.decode(tokenizer("Say it")["input_ids"]).lower():
+        raise ValueError("the files of its tokenizer are missing or damaged.")
+    return tokenizer
+
+
+def load_base(source, bits):
+    """The frozen base on the best device there is, in the best dtype for it."""
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif torch.backends.mps.is_available():
+        device = "mps"
+    # fp16's range is too small for gradients that are not rescaled: without bf16, all is in fp32
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    options = {}
+    if bits == 4 and has_4bit(device):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if device == "cpu" else dtype,
+        )
+    base = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
+    base.requires_grad_(False)
+    # the model's own penalties and cuts would show in samples, but not in log-probs
+    base.generation_config = GenerationConfig()
+    # bitsandbytes' AVX512 layout for CPUs has no backward, yet returns gradients: wrong ones
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
 def has_4bit(device):
-    """Whether bitsandbytes can hold 4-bit weights on this device; says so in one line where it cannot."""
+    """Whether bitsandbytes can hold 4-bit weights on this device; prints a line where it cannot."""
     found = device != "mps" and find_spec("bitsandbytes") is not None
     if not found:
-        print(f"There is no bitsandbytes for {device} here: the base stays unquantised, as with --bits 16.")
+        print(f"No bitsandbytes for {device}: the base stays unquantised, as with --bits 16.")
     return found
+
+
+def check_base(base, tokenizer):
+    """Raise ValueError for a base on which the log-probs here would be wrong, or would fail."""
+    if any(getattr(base.config, name, None) for name in LOGIT_CHANGES):
+        raise ValueError("it changes its logits after the LM head, which is not supported here.")
+    rows = base.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its embedding only {rows}.")
+
+
+@torch.no_grad()
+def check_causal(lm):
+    """Raise ValueError for a model that reads what comes after a token, or reads padding."""
+    # row 1 is row 0 with another last token; row 2 is a longer one, which puts padding before 0 and 1
+    prompts = [[5, 6], [5, 6], [5, 6, 7]]
+    responses = [[7], [8], [9]]
+    states = lm.hidden(lm.collate(prompts, responses))  # (3, 2, D): before and after the response
+    before, after = states[0]
+    other_response = states[1][0]  # must equal `before`: the response comes later
+    padded_less = states[2][0]  # must equal `after`: the same tokens, without padding
+    difference = (before - other_response).norm() + (after - padded_less).norm()
+    if not difference < 0.1 * after.norm():  # `not <`, so that NaN fails too
+        raise ValueError("its states depend on later tokens, or on padding.")
+
+
+# ---- for other programs ------------------------------------------------------------------------
+
+
+def export(lm, role, source, folder, merge):
+    """Write the role saved in `source` for plain peft, or merged for plain transformers.
+
+    Merging uses this LM up: it has to be an unquantised one, since merging into 4-bit weights moves the
+    logits.
+    """
+    lm.load(role, source)
+    model = lm.peft.get_base_model()
+    # pad with a special token: decoding leaves out the padding, and a word would be lost
+    pad = lm.pad if lm.pad in lm.tokenizer.all_special_ids else lm.eos
+    lm.tokenizer.eos_token = lm.tokenizer.convert_ids_to_tokens(lm.eos)
+    lm.tokenizer.pad_token = lm.tokenizer.convert_ids_to_tokens(pad)
+    lm.tokenizer.save_pretrained(folder)
+    if not merge:
+        lm.peft.peft_config[role].base_model_name_or_path = str(model.name_or_path)
+        lm.save(role, folder)
+        return
+    model = lm.peft.merge_and_unload(adapter_names=[role])
+    for config in (model.config, model.generation_config):  # answers end where ours do
+        config.eos_token_id = lm.eos
+        config.pad_token_id = pad
+    dtype = AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype
+    model.to(dtype).save_pretrained(folder)

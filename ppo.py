@@ -1,13 +1,15 @@
 """PPO for language models, written out: any (prompt -> response -> score) problem, nothing about PIT.
 
-The objective, for prompts x and responses y sampled from the policy pi:   max E[ score(x, y) - beta KL(pi || pi_ref) ]
+The objective, for prompts x and responses y sampled from the policy pi:
+
+    max E[ score(x, y) - beta KL(pi || pi_ref) ]
 
 One iteration:
-    1. sample     responses y ~ pi(. | x)                                                     rollout()
-    2. score      each response with the reward model, at its last token                      rollout()
-    3. reward     per token: -beta (log pi - log pi_ref), and the score on the last token     token_rewards()
-    4. credit     advantages by GAE from the critic's values                                  gae()
-    5. update     a few epochs of minibatches on the clipped objective                        ppo_update()
+    1. sample     responses y ~ pi(. | x)                                               rollout()
+    2. score      each response with the reward model, at its last token                rollout()
+    3. reward     per token: -beta (log pi - log pi_ref); the score on the last token   token_rewards()
+    4. credit     advantages by GAE from the critic's values                            gae()
+    5. update     a few epochs of minibatches on the clipped objective                  ppo_update()
 
 All tensors of responses are (B, R). One mask serves rewards, KL, advantages, losses and metrics:
 
@@ -16,13 +18,15 @@ All tensors of responses are (B, R). One mask serves rewards, KL, advantages, lo
     rewards        -bk  -bk  -bk  s-bk  0    0      b = beta, k = the token's KL estimate, s = score
     values          v0   v1   v2   v3   0    0      v_t has seen the prompt and t response tokens
 
-The critic is a linear head on the hidden states of the reward model, which is frozen: no second trunk is trained.
-Left out: reward whitening, entropy bonus, dropout. Defaults follow "The N implementation details of RLHF with PPO" (Huang et
-al., 2024) unless a line says otherwise. To see it learn alone, in seconds: python -m pytest -q tests/test_ppo.py -k toy
+The critic is a linear head on the hidden states of the reward model, which is frozen: no second trunk is
+trained. Left out: reward whitening, entropy bonus, dropout. Defaults follow "The N implementation details
+of RLHF with PPO" (Huang et al., 2024) unless a line says otherwise.
+
+Run: python -m pytest -q tests/test_ppo.py -k toy (PPO alone, on a toy problem, in seconds)
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,26 +44,27 @@ CLIP = 0.2  # of the probability ratio (Schulman et al., 2017)
 VALUE_CLIP = 0.2  # Huang et al.
 SCORE_CLIP = 5.0  # in standard deviations: one freak score must not rule a batch
 NO_EOS = -1.0  # added to the normalised score of an answer that was cut off
-WILD_KL = 1.0  # nats a token from the reference: that of a healthy run stays several times lower
-STOP_KL = 0.1  # end the updates of an iteration once the policy has moved this far from the one that sampled
+WILD_KL = 1.0  # nats per token from the reference: a healthy run stays several times lower
+STOP_KL = 0.1  # nats per token from the policy that sampled: ends the updates of an iteration
 
 
 @dataclass
 class Rollout:
-    """What was sampled, and what was thought of it at that time. Made without gradients; B responses of up to R tokens."""
+    """What was sampled, and how it was rated at that time: B responses of up to R tokens, no gradients."""
 
     tokens: Tokens
     logprobs: torch.Tensor  # (B, R) by the policy
     ref_logprobs: torch.Tensor  # (B, R) by the frozen reference
-    states: torch.Tensor  # (B, R, D) hidden states of the reward model, which the critic reads; state t has seen t tokens
+    states: torch.Tensor  # (B, R, D) by the reward model, for the critic; state t has seen t tokens
     values: torch.Tensor  # (B, R) by the critic
     scores: torch.Tensor  # (B,) raw, by the reward model
 
 
-# ---- the maths: pure functions of tensors ------------------------------------------------------------------------------
+# ---- the maths: pure functions of tensors; arguments and results are (B, R) unless noted -------
 
 
-def masked_mean(x, mask):  # both (B, R), as all arguments and results below where nothing else is said
+def masked_mean(x, mask):
+    """The mean over real tokens -> scalar."""
     return (x * mask).sum() / mask.sum()
 
 
@@ -71,31 +76,41 @@ def whiten(x, mask):
 
 
 def k1(logprobs, ref_logprobs):
-    """log pi - log pi_ref: an unbiased estimate of KL(pi || pi_ref) on samples of pi; single values may be negative."""
+    """log pi - log pi_ref: unbiased for KL(pi || pi_ref) on samples of pi; may be negative."""
     return logprobs - ref_logprobs
 
 
 def k3(logprobs, ref_logprobs):
-    """(r - 1) - log r with r = pi_ref / pi: unbiased too, never negative, and of lower variance (Schulman, 2020)."""
+    """(r - 1) - log r with r = pi_ref / pi: unbiased too, never negative, of lower variance.
+
+    Source: Schulman, "Approximating KL divergence", 2020.
+    """
     log_r = ref_logprobs - logprobs
     return torch.expm1(log_r) - log_r
 
 
 def normalise(scores, shift, scale):
+    """(B,) raw scores -> (B,) in standard deviations, clipped."""
     return ((scores - shift) / scale).clamp(-SCORE_CLIP, SCORE_CLIP)
 
 
+def missing_eos(tokens, eos):
+    """The penalty for answers that were cut off -> (B,): NO_EOS for each, 0 for the others."""
+    ended = (tokens.responses == eos).any(1)
+    return NO_EOS * (~ended).float()
+
+
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """(B,) scores -> (B, R) rewards: the KL penalty on every token, the score added to the last real one."""
+    """(B,) scores -> (B, R) rewards: the KL penalty on every token, the score on the last real one."""
     rewards = -beta * k1(logprobs, ref_logprobs) * mask
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
     return rewards.scatter_add(1, last, scores.unsqueeze(1))
 
 
 def gae(rewards, values, mask):
-    """Generalised advantage estimation (Schulman et al., 2016) -> advantages and returns, (B, R) each.
+    """Generalised advantage estimation (Schulman et al., 2016) -> advantages and returns.
 
-    delta_t = r_t + gamma v_{t+1} - v_t        A_t = delta_t + gamma lambda A_{t+1}        return_t = A_t + v_t
+    delta_t = r_t + gamma v_{t+1} - v_t      A_t = delta_t + gamma lambda A_{t+1}      return_t = A_t + v_t
     After the last real token both v and A are 0.
     """
     values = values * mask
@@ -110,9 +125,13 @@ def gae(rewards, values, mask):
 
 
 def policy_loss(logprobs, old_logprobs, advantages):
-    """The clipped objective of each token (Schulman et al., 2017, Eq. 7), as a loss: -min(ratio A, clip(ratio) A)."""
+    """The clipped objective of each token, as a loss: -min(ratio A, clip(ratio) A).
+
+    Source: Schulman et al., 2017, Eq. 7.
+    """
     ratio = torch.exp(logprobs - old_logprobs)
-    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
+    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+    return torch.max(-advantages * ratio, -advantages * clipped)
 
 
 def value_loss(values, old_values, returns):
@@ -121,92 +140,247 @@ def value_loss(values, old_values, returns):
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-# ---- one iteration ---------------------------------------------------------------------------------------------------------
+def explained_variance(values, returns, mask):
+    """The share of the returns' variance that the values explain -> scalar; 1: all, 0: as a constant."""
+    residual = masked_mean((returns - values) ** 2, mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - residual / (variance + 1e-8)
+
+
+# ---- one iteration -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def rollout(lm, policy, reference, reward_role, critic, prompts, score, cfg, seconds):
-    """Sample one response for each prompt, and evaluate it with everything that the update needs."""
+def rollout(lm, prompts, score, *, policy, reference, reward_role, critic, cfg, seconds):
+    """Steps 1 and 2: sample a response to each prompt, and rate it with all that the update needs."""
+    # 1. sample
     with timed(seconds, "sampling"):
         tokens = lm.generate(policy, prompts, cfg.max_response, cfg.temperature)
 
-    def evaluate(role, function):  # one role at a time
-        lm.activate(role)
-        return in_parts(function, tokens, cfg.micro_batch)
+    def logprobs(part):
+        return lm.logprobs(part, cfg.temperature)
 
     with timed(seconds, "scoring"):
-        states = evaluate(reward_role, lm.hidden).float()  # (B, R + 1, D)
+        # 2. score: one pass of the reward model serves the scores and the critic
+        lm.activate(reward_role)
+        states = in_parts(lm.hidden, tokens, cfg.micro_batch).float()  # (B, R + 1, D)
+        # The log-probs are not the sampler's, but those of the same pass as in training, so that the
+        # first ratio is 1 up to rounding.
+        lm.activate(policy)
+        policy_logprobs = in_parts(logprobs, tokens, cfg.micro_batch)
+        lm.activate(reference)
+        ref_logprobs = in_parts(logprobs, tokens, cfg.micro_batch)
+        # the value of a token must not see it: without the last state, states[:, t] has seen t tokens
+        critic_states = states[:, :-1]
         return Rollout(
-            tokens,
-            # not the log-probs of the sampler: by the same pass as in training, so that the first ratio is 1, up to rounding
-            logprobs=evaluate(policy, lambda part: lm.logprobs(part, cfg.temperature)),
-            ref_logprobs=evaluate(reference, lambda part: lm.logprobs(part, cfg.temperature)),
-            states=states[:, :-1],
-            values=critic(states[:, :-1]).squeeze(-1),
+            tokens=tokens,
+            logprobs=policy_logprobs,
+            ref_logprobs=ref_logprobs,
+            states=critic_states,
+            values=critic(critic_states).squeeze(-1),
             scores=score(tokens, states),
         )
 
 
-def ppo_update(lm, policy, critic, optimizers, sample, scores, beta, fraction_left, cfg):
-    """Update policy and critic on one rollout. scores: (B,) normalised, penalties included -> dict of metrics."""
+def ppo_update(lm, policy, critic, optimizers, sample, scores, *, beta, decay, cfg, advantage=gae):
+    """Steps 3 to 5: update policy and critic on one rollout -> dict of metrics.
+
+    scores: (B,) normalised, penalties included. decay: what the learning rates are multiplied by.
+    """
     mask = sample.tokens.response_mask
+    # 3. reward
     rewards = token_rewards(scores, sample.logprobs, sample.ref_logprobs, mask, beta)
-    advantages, returns = gae(rewards, sample.values, mask)
+    # 4. credit
+    advantages, returns = advantage(rewards, sample.values, mask)
     advantages = whiten(advantages, mask)
-    lengths = sample.tokens.mask.sum(1).cpu()  # rows are drawn on the CPU, and a CPU index selects from tensors on any device
-    updates = []  # a Counter of metrics each
+    # 5. update
+    policy_optimizer, critic_optimizer = optimizers
+    # rows are drawn on the CPU: a CPU index selects from tensors on any device
+    lengths = sample.tokens.mask.sum(1).cpu()
+    history = defaultdict(list)  # of each metric, a value per minibatch
     lm.activate(policy, train=True)
     for _ in range(cfg.epochs):
-        epoch = []
         for rows in torch.randperm(len(mask)).split(cfg.minibatch):
-            # all sums are divided by the minibatch's tokens, so that the micro-batch size does not change the gradient
+            # divided by the minibatch's tokens, so that the micro-batch size does not change the gradient
             n_tokens = mask[rows].sum()
-            step = Counter()
-            for part in rows[lengths[rows].argsort()].split(cfg.micro_batch):  # similar lengths together: little padding
-                tokens = sample.tokens[part].trim()
-                R = tokens.response_mask.shape[1]
-                old, advantage, real = (x[part, :R] for x in (sample.logprobs, advantages, mask))
-                logprobs = lm.logprobs(tokens, cfg.temperature)
-                loss = (policy_loss(logprobs, old, advantage) * real).sum() / n_tokens
-                loss.backward()
-                logprobs = logprobs.detach()
-                step["policy_loss"] += loss.item()
-                step["approx_kl"] += ((k3(old, logprobs) * real).sum() / n_tokens).item()
-                step["clipped"] += (((((logprobs - old).exp() - 1).abs() > CLIP) * real).sum() / n_tokens).item()
-            finite("Lower --rl-lr.", policy_loss=step["policy_loss"])
-            step["grad_norm"] = take_step(optimizers[0], cfg.rl_lr * fraction_left)
+            totals = torch.zeros(3, device=lm.device)  # policy loss, KL, share of clipped tokens
+            # similar lengths go together, for little padding
+            for part in rows[lengths[rows].argsort()].split(cfg.micro_batch):
+                totals += policy_gradient(lm, sample, advantages, part, n_tokens, cfg)
+            loss, kl, clip_fraction = totals
+            norm = take_step(policy_optimizer, cfg.rl_lr * decay, "Lower --rl-lr.")
+            history["policy_loss"].append(loss)
+            history["approx_kl"].append(kl)
+            history["clip_fraction"].append(clip_fraction)
+            history["grad_norm"].append(torch.tensor(norm))
+
             values = critic(sample.states[rows]).squeeze(-1)
-            loss = (value_loss(values, sample.values[rows], returns[rows]) * mask[rows]).sum() / n_tokens
+            per_token = value_loss(values, sample.values[rows], returns[rows]) * mask[rows]
+            loss = per_token.sum() / n_tokens
             loss.backward()
-            step["value_loss"] = loss.item()
-            finite("Lower --critic-lr.", value_loss=step["value_loss"])
-            take_step(optimizers[1], cfg.critic_lr * fraction_left)
-            epoch.append(step)
-        updates += epoch
-        if sum(step["approx_kl"] for step in epoch) / len(epoch) > STOP_KL:
+            take_step(critic_optimizer, cfg.critic_lr * decay, "Lower --critic-lr.")
+            history["value_loss"].append(loss.detach())
+        n_minibatches = -(-len(mask) // cfg.minibatch)
+        if torch.stack(history["approx_kl"][-n_minibatches:]).mean() > STOP_KL:
             break
-    residual = masked_mean((returns - sample.values) ** 2, mask)
-    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    means = {name: sum(step[name] for step in updates) / len(updates) for name in updates[0]}
-    return means | {"explained": (1 - residual / (spread + 1e-8)).item()}
+    metrics = {name: torch.stack(values).mean() for name, values in history.items()}
+    explained = explained_variance(sample.values, returns, mask)
+    return metrics | {"explained_variance": explained}
+
+
+def policy_gradient(lm, sample, advantages, rows, n_tokens, cfg):
+    """Add one micro-batch's gradient -> (3,): its part of the policy loss, of the KL to the old policy,
+    and of the share of clipped tokens."""
+    tokens = sample.tokens[rows].trim()
+    R = tokens.response_mask.shape[1]
+    mask = tokens.response_mask
+    old_logprobs = sample.logprobs[rows, :R]
+    logprobs = lm.logprobs(tokens, cfg.temperature)
+    per_token = policy_loss(logprobs, old_logprobs, advantages[rows, :R]) * mask
+    loss = per_token.sum() / n_tokens
+    loss.backward()
+    with torch.no_grad():
+        kl = (k3(old_logprobs, logprobs) * mask).sum() / n_tokens
+        outside = (torch.exp(logprobs - old_logprobs) - 1).abs() > CLIP
+        clip_fraction = (outside * mask).sum() / n_tokens
+    return torch.stack([loss.detach(), kl, clip_fraction])
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def train(
+    lm,
+    run,
+    role,
+    problem,
+    steps,
+    *,
+    reference,
+    reward_role,
+    shift=None,
+    advantage=gae,
+    penalty=missing_eos,
+):
+    """PPO on adapter `role`, held to `reference`, for `steps` iterations; then save the adapter.
+
+    The critic is a linear head, from zeros, on the hidden states of the reward model `reward_role`: it
+    already knows what is good, and since it stays frozen, one pass over a rollout serves all epochs.
+
+    problem(step) -> prompts, lists of token ids, and score(Tokens, states) -> (B,) raw scores; the states,
+    (B, R + 1, D), are those of `reward_role`. Scores are divided by their standard deviation in the first
+    batch, which is written before any update, after its mean is subtracted, or `shift` where given.
+    advantage(rewards, values, mask) -> advantages, returns. penalty(Tokens, eos) -> (B,), added to the
+    normalised scores, and not part of the logged score.
+
+    Logged, one line per iteration:
+
+    score          mean raw score               kl          nats per answer, policy to reference: sum of k1
+    eos            share with an EOS            length      tokens per answer, EOS included
+    k3             the same KL, nats per token  approx_kl   nats per token, sampling policy to updated one
+    clip_fraction  share of tokens whose ratio left the clip range
+    explained_variance  share of the returns' variance that the critic's values explain
+    """
+    cfg = run.config
+    critic = zero_head(lm.hidden_size, lm.device)
+    optimizers = (
+        adamw(lm.parameters(role), cfg.rl_lr, ADAM_EPS),
+        adamw(critic.parameters(), cfg.critic_lr, ADAM_EPS),
+    )
+    seconds = defaultdict(float)
+    # what later iterations need besides the parameters: it goes into the checkpoints
+    state = {"beta": cfg.kl, "shift": shift, "scale": None}
+    for step in run.steps(steps, optimizers, state):
+        started = time.perf_counter()
+        with timed(seconds, "sampling"):  # of y_ref, where a model writes it
+            prompts, score = problem(step)
+        seed_all(cfg.seed, run.name, step, "sample")  # whatever randomness the prompts took
+        sample = rollout(
+            lm,
+            prompts,
+            score,
+            policy=role,
+            reference=reference,
+            reward_role=reward_role,
+            critic=critic,
+            cfg=cfg,
+            seconds=seconds,
+        )
+        check(run, sample, lm.eos)
+
+        # scores in standard deviations of the first batch: `state` keeps shift and scale from then on
+        if state["scale"] is None:
+            state["scale"] = sample.scores.std().item() + 1e-6
+            if shift is None:
+                state["shift"] = sample.scores.mean().item()
+        scores = normalise(sample.scores, state["shift"], state["scale"])
+        scores = scores + penalty(sample.tokens, lm.eos)
+
+        with timed(seconds, "updating"):
+            metrics = ppo_update(
+                lm,
+                role,
+                critic,
+                optimizers,
+                sample,
+                scores,
+                beta=state["beta"],
+                decay=1 - step / steps,
+                cfg=cfg,
+                advantage=advantage,
+            )
+        measured = describe(sample, lm.eos)
+        run.log(**measured, beta=state["beta"], **metrics)
+        if cfg.target_kl:
+            kl = float(measured["kl"])
+            state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(prompts))
+        seconds["total"] += time.perf_counter() - started
+        seconds["iterations"] += 1
+    print_seconds(seconds)
+    run.keep(lm, role)
+
+
+def zero_head(hidden_size, device):
+    """The critic: a linear head whose first value is 0 everywhere."""
+    critic = torch.nn.Linear(hidden_size, 1, device=device)
+    torch.nn.init.zeros_(critic.weight)
+    torch.nn.init.zeros_(critic.bias)
+    return critic
+
+
+def describe(sample, eos):
+    """The metrics of a rollout -> dict of scalars; see `train` for what they mean."""
+    mask = sample.tokens.response_mask
+    kl = k1(sample.logprobs, sample.ref_logprobs) * mask
+    ended = (sample.tokens.responses == eos).any(1)
+    return {
+        "score": sample.scores.mean(),
+        "kl": kl.sum(1).mean(),
+        "length": mask.sum(1).float().mean(),
+        "eos": ended.float().mean(),
+        "k3": masked_mean(k3(sample.logprobs, sample.ref_logprobs), mask),
+    }
 
 
 def check(run, sample, eos):
-    """Stop at scores that are no numbers; warn once of what usually means that the training goes wrong."""
-    finite("The reward model is broken: train it again with a lower --rm-lr.", score=sample.scores.sum())
-    mask, answers = sample.tokens.response_mask, sample.tokens.responses * sample.tokens.response_mask
+    """Stop at scores that are not numbers; warn once of what usually means that training goes wrong."""
+    advice = "The reward model is broken: train it again with a lower --rm-lr."
+    finite(advice, score=sample.scores.sum())
+    mask = sample.tokens.response_mask
     if masked_mean(k1(sample.logprobs, sample.ref_logprobs), mask) > WILD_KL:
-        run.warn(f"the KL is above {WILD_KL} nats a token. Try a higher --kl, a lower --rl-lr.")
+        run.warn(f"the KL is above {WILD_KL} nats per token. Try a higher --kl, a lower --rl-lr.")
     if not (sample.tokens.responses == eos).any():
-        run.warn("no answer of this batch ended by itself. Try a higher --max-response, more --sft-steps.")
-    if len(answers.unique(dim=0)) == 1 < len(answers):
-        run.warn("all answers of this batch are alike. Try a higher --kl or --temperature, a lower --rl-lr.")
+        run.warn("every answer was cut off. Try a higher --max-response, more --sft-steps.")
+    answers = sample.tokens.responses * mask
+    if len(answers) > 1 and len(answers.unique(dim=0)) == 1:
+        run.warn("all answers are the same. Try a higher --kl or --temperature, a lower --rl-lr.")
 
 
 def adapt_beta(beta, kl, target, batch, horizon=1000):
-    """The adaptive KL controller of Ziegler et al. (2019): beta drifts until the KL (nats an answer) is at its target.
+    """The adaptive KL controller of Ziegler et al. (2019): beta drifts until the KL is at its target.
 
-    horizon: answers; their 10,000 is for runs of a million, and would not move beta in runs of a few thousand.
+    kl, target: nats per answer. horizon: answers; their 10,000 is for runs of a million, and would not move
+    beta in runs of a few thousand.
     """
     error = max(-0.2, min(0.2, kl / target - 1))
     return beta * (1 + error * batch / horizon)
@@ -218,58 +392,15 @@ def timed(seconds, phase):
     started = time.perf_counter()
     yield
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a GPU computes while Python goes on
+        torch.cuda.synchronize()  # a GPU is still computing when Python goes on
     seconds[phase] += time.perf_counter() - started
 
 
-def train(lm, run, role, reference, reward_role, problem, steps, shift=None):
-    """PPO on adapter `role`, held to `reference`, for `steps` iterations.
-
-    The critic is a linear head, from zeros, on the hidden states of the reward model `reward_role`: that knows what is good
-    already, and since it stays frozen, one pass over a rollout serves all epochs.
-
-    problem(step) -> prompts, lists of token ids, and score(Tokens, states) -> (B,); the states, (B, R + 1, D), are those that
-    `reward_role` has of the responses. All scores are divided by the spread of the first batch, which is written before any
-    update, after its mean is taken off, or `shift` where given. Logged, one line an iteration:
-
-    score      mean raw score              kl         nats an answer between policy and reference, k1 summed over tokens
-    eos        share that ended itself     length     tokens an answer, EOS included
-    k3         the same KL by k3, nats a token        approx_kl  nats a token between the policy before and after the update
-    clipped    share of tokens whose ratio left the clip range       explained  share of the returns' variance in the values
-    """
-    cfg = run.config
-    critic = torch.nn.Linear(lm.hidden_size, 1, device=lm.device)
-    torch.nn.init.zeros_(critic.weight)
-    torch.nn.init.zeros_(critic.bias)
-    optimizers = adamw(lm.parameters(role), cfg.rl_lr, ADAM_EPS), adamw(critic.parameters(), cfg.critic_lr, ADAM_EPS)
-    seconds = Counter()
-    numbers = {"beta": cfg.kl, "shift": shift, "scale": None}  # what a later iteration needs besides, for the checkpoint
-    for step in run.steps(steps, optimizers, numbers):
-        started = time.perf_counter()
-        with timed(seconds, "sampling"):  # of y_ref, where a model writes it
-            prompts, score = problem(step)
-        seed_all(cfg.seed, run.name, step, "sample")  # however much randomness the prompts took
-        sample = rollout(lm, role, reference, reward_role, critic, prompts, score, cfg, seconds)
-        check(run, sample, lm.eos)
-        if numbers["scale"] is None:
-            mean = sample.scores.mean().item()
-            numbers.update(scale=sample.scores.std().item() + 1e-6, shift=mean if shift is None else shift)
-        beta = numbers["beta"]
-        mask = sample.tokens.response_mask
-        ended = (sample.tokens.responses == lm.eos).any(1)
-        scores = normalise(sample.scores, numbers["shift"], numbers["scale"]) + NO_EOS * ~ended
-        fraction_left = 1 - step / steps
-        with timed(seconds, "updating"):
-            metrics = ppo_update(lm, role, critic, optimizers, sample, scores, beta, fraction_left, cfg)
-        kl = (k1(sample.logprobs, sample.ref_logprobs) * mask).sum(1).mean().item()
-        more = {"k3": masked_mean(k3(sample.logprobs, sample.ref_logprobs), mask), "beta": beta} | metrics
-        run.log(score=sample.scores.mean(), kl=kl, length=mask.sum(1).float().mean(), eos=ended.float().mean(), **more)
-        if cfg.target_kl:
-            numbers["beta"] = adapt_beta(beta, kl, cfg.target_kl, len(prompts))
-        seconds["total"] += time.perf_counter() - started
-        seconds["iterations"] += 1
-    if seconds["iterations"]:  # none where a stop came between the last one and the saving of the adapter
-        phases = [f"{phase} {seconds[phase] / seconds['total']:.0%}" for phase in ("sampling", "scoring", "updating")]
-        print(f"  {seconds['total'] / seconds['iterations']:.1f} s an iteration: {', '.join(phases)}")
-    with run.new_adapter(role) as folder:
-        lm.save(role, folder)
+def print_seconds(seconds):
+    """One line: seconds per iteration, and where they went."""
+    if not seconds["iterations"]:  # all iterations were done before this start
+        return
+    shares = [
+        f"{p} {seconds[p] / seconds['total']:.0%}" for p in ("sampling", "scoring", "updating")
+    ]
+    print(f"  {seconds['total'] / seconds['iterations']:.1f} s per iteration: {', '.join(shares)}")

@@ -36,8 +36,14 @@ from errors import UserError, finite, same_command
 
 FILES = """adapters checkpoints metrics.jsonl samples.md .answers.json.copy answers.json report.md curves.png result.png
 fig2.png fig3.png fig4.png rounds.png stops.png .results.json.copy results.json .config.json.copy config.json"""
-FREE = ("save_every", "micro_batch", "vram")  # may change within a run: results do not depend on them, but for rounding
-WAYS_OUT = "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
+FREE = (
+    "save_every",
+    "micro_batch",
+    "vram",
+)  # may change within a run: results do not depend on them, but for rounding
+WAYS_OUT = (
+    "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
+)
 
 
 class Run:
@@ -47,7 +53,9 @@ class Run:
         self.path = Path(path)
         options = read_json(self.path / "config.json")
         if not options:
-            raise UserError(f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}")
+            raise UserError(
+                f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}"
+            )
         self.config = SimpleNamespace(**options)
         self.in_step, self.stop_signal, self.held = False, 0, held
 
@@ -58,16 +66,30 @@ class Run:
         held = hold(path)
         old = read_json(path / "config.json")
         if old and len(old.keys() & options.keys()) < len(options) / 2:
-            raise UserError(f"{path / 'config.json'} belongs to something else than a run. Give another --run.")
+            raise UserError(
+                f"{path / 'config.json'} belongs to something else than a run. Give another --run."
+            )
         if overwrite:
-            for name in FILES.split():  # what was learned first, so that it is never there without its settings
+            for name in (
+                FILES.split()
+            ):  # what was learned first, so that it is never there without its settings
                 remove(path / name)
-        if not old and any((path / name).exists() for name in FILES.split()):  # a run's that lost them, or somebody else's
-            raise UserError(f"{path} holds files, but not the settings of a run. Give a new --run, or --overwrite.")
+        if not old and any(
+            (path / name).exists() for name in FILES.split()
+        ):  # a run's that lost them, or somebody else's
+            raise UserError(
+                f"{path} holds files, but not the settings of a run. Give a new --run, or --overwrite."
+            )
         if (path / "adapters").exists() or (path / "checkpoints").exists():
-            differs = [f"{k}={old.get(k)!r} (now {v!r})" for k, v in options.items() if k not in FREE and old.get(k) != v]
+            differs = [
+                f"{k}={old.get(k)!r} (now {v!r})"
+                for k, v in options.items()
+                if k not in FREE and old.get(k) != v
+            ]
             if differs:
-                raise UserError(f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}")
+                raise UserError(
+                    f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}"
+                )
             options = old | options
         write_json(path / "config.json", options | {"versions": versions()})
         return cls(path, held)
@@ -82,15 +104,21 @@ class Run:
         """At the first signal the step in progress ends and is saved; outside a step, or at a second one, all ends here."""
         if self.in_step and not self.stop_signal:
             self.stop_signal = number
-            os.write(2, b"\nStopping after this step, which may take a while. Once more: stop at once.\n")
+            os.write(
+                2, b"\nStopping after this step, which may take a while. Once more: stop at once.\n"
+            )
             return
         os.write(2, f"\nStopped. To go on: {same_command()}\n".encode())
-        os._exit(128 + number)  # as harmless as a kill: whatever was being written is not in its place yet
+        os._exit(
+            128 + number
+        )  # as harmless as a kill: whatever was being written is not in its place yet
 
     def pin(self, name, value):
         """Note a fact about the run, such as a fingerprint of its data, or complain when it is not what it was."""
         if getattr(self.config, name, value) != value:
-            raise UserError(f"{self.path}: the {name} is not what it was when this run was started.\n{WAYS_OUT}")
+            raise UserError(
+                f"{self.path}: the {name} is not what it was when this run was started.\n{WAYS_OUT}"
+            )
         setattr(self.config, name, value)
         write_json(self.path / "config.json", vars(self.config))
 
@@ -105,7 +133,23 @@ class Run:
     def need(self, role, command):
         """Complain unless `role` has been trained; `command` trains it."""
         if not self.done(role):
-            raise UserError(f"{self.path} has no {role} yet. First run: python pit.py {command} --run {self.path}")
+            raise UserError(
+                f"{self.path} has no {role} yet. First run: python pit.py {command} --run {self.path}"
+            )
+
+    def load_trained(self, lm, role):
+        """Whether this run has trained `role` already, or `lm` holds it; loads it into `lm` if need be."""
+        if role in lm.roles:
+            return True
+        if not self.done(role):
+            return False
+        lm.load(role, self.adapter(role))
+        return True
+
+    def keep(self, lm, role):
+        """Save the trained `role` as an adapter of this run."""
+        with self.new_adapter(role) as folder:
+            lm.save(role, folder)
 
     @contextmanager
     def new_adapter(self, role):
@@ -119,11 +163,17 @@ class Run:
         """Write the checkpoint after `step` steps. The one before it is kept, should this one turn out damaged."""
         tensors = {}
         for place, p, state in in_training(optimizers):
-            tensors |= {f"{place} {name}": x.contiguous() for name, x in {"value": p.detach(), **state}.items()}
+            tensors |= {
+                f"{place} {name}": x.contiguous()
+                for name, x in {"value": p.detach(), **state}.items()
+            }
         folder = self.path / "checkpoints" / self.name
         with new_folder(folder / f"{step:06d}") as new:
             (new / "training.safetensors").write_bytes(save(tensors))
-            write_text(new / "numbers.json", json.dumps({"numbers": numbers, "seconds": time.perf_counter() - self.started}))
+            write_text(
+                new / "numbers.json",
+                json.dumps({"numbers": numbers, "seconds": time.perf_counter() - self.started}),
+            )
         for old in sorted(folder.iterdir())[:-2]:
             remove(old)
 
@@ -136,9 +186,17 @@ class Run:
         tensors = load((folder / "training.safetensors").read_bytes())
         for place, p, state in in_training(optimizers):
             p.data.copy_(tensors[f"{place} value"])
-            for name in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's; it counts its steps on the CPU
-                if f"{place} {name}" in tensors:  # it has none of a parameter that never had a gradient
-                    state[name] = tensors[f"{place} {name}"].to("cpu" if name == "step" else p.device)
+            for name in (
+                "step",
+                "exp_avg",
+                "exp_avg_sq",
+            ):  # AdamW's; it counts its steps on the CPU
+                if (
+                    f"{place} {name}" in tensors
+                ):  # it has none of a parameter that never had a gradient
+                    state[name] = tensors[f"{place} {name}"].to(
+                        "cpu" if name == "step" else p.device
+                    )
         stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
         numbers.update(stored["numbers"])
         self.started -= stored["seconds"]
@@ -150,7 +208,9 @@ class Run:
         metrics = {name: round(float(value), 6) for name, value in finite(**metrics).items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "step": self.step} | metrics) + "\n")
-        self.bar.set_postfix_str("  ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4]))
+        self.bar.set_postfix_str(
+            "  ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
+        )
 
     def metrics(self):
         """All lines of metrics.jsonl, a dict each, the oldest first."""
@@ -166,7 +226,11 @@ class Run:
 
     def forget(self, stage, step):
         """Drop the lines of a stage that goes on at `step`, so that none is there twice; and a last line that was cut off."""
-        lines = [json.dumps(line) + "\n" for line in self.metrics() if line["stage"] != stage or line["step"] < step]
+        lines = [
+            json.dumps(line) + "\n"
+            for line in self.metrics()
+            if line["stage"] != stage or line["step"] < step
+        ]
         write_text(self.path / "metrics.jsonl", "".join(lines))
 
     def warn(self, text):
@@ -218,7 +282,10 @@ class Run:
             self.in_step = False
             if self.stop_signal:
                 self.bar.close()
-                print(f"Saved {self.name} after step {step + 1} of {total}. To go on: {same_command()}", file=sys.stderr)
+                print(
+                    f"Saved {self.name} after step {step + 1} of {total}. To go on: {same_command()}",
+                    file=sys.stderr,
+                )
                 sys.exit(128 + self.stop_signal)
 
 
@@ -232,7 +299,9 @@ def in_training(optimizers):
 def versions():
     """For the reader of config.json alone: other versions may end in other last digits, but a run goes on all the same."""
     libraries = "torch transformers peft bitsandbytes".split()
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries if util.find_spec(name)}
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in libraries if util.find_spec(name)
+    }
 
 
 def hold(path):
@@ -241,7 +310,9 @@ def hold(path):
         path.mkdir(parents=True, exist_ok=True)
         return FileLock(path / ".lock").acquire(blocking=False)
     except Timeout:
-        raise UserError(f"{path} is in use by another process. Wait for it to end, or give another --run.") from None
+        raise UserError(
+            f"{path} is in use by another process. Wait for it to end, or give another --run."
+        ) from None
     except OSError as error:
         raise UserError(f"Cannot write in {path}: {error.strerror}. Give another --run.") from None
 
@@ -256,13 +327,17 @@ def new_folder(path):
     write_text(beside / "sha256.json", json.dumps(checksums(beside)))
     for file in filter(Path.is_file, beside.iterdir()):
         with open(file, "rb+") as opened:
-            os.fsync(opened.fileno())  # on the disk before the folder gets its name, or a power cut could leave it empty
+            os.fsync(
+                opened.fileno()
+            )  # on the disk before the folder gets its name, or a power cut could leave it empty
     remove(path)
     os.replace(beside, path)
 
 
 def checksums(folder):
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "sha256.json")
+    files = sorted(
+        file for file in folder.iterdir() if file.is_file() and file.name != "sha256.json"
+    )
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -286,7 +361,9 @@ def write_text(path, text):
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())  # on the disk before it gets its name, or a power cut could leave an empty file there
+        os.fsync(
+            file.fileno()
+        )  # on the disk before it gets its name, or a power cut could leave an empty file there
     os.replace(beside, path)
 
 

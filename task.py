@@ -30,12 +30,17 @@ def ask(people):
 
 def tell(lines, begin="Now"):
     """The answer that says `lines`: {name: (end, way)}, the way being where he or she looks after each turn."""
-    return " ".join([begin, *(f"{name} {look}: {' '.join(words)}." for name, (look, words) in lines.items())])
+    return " ".join(
+        [begin, *(f"{name} {look}: {' '.join(words)}." for name, (look, words) in lines.items())]
+    )
 
 
 def read(text):
     """The lines of a prompt or an answer, as `ask` or `tell` was given them. What has not the form of a line is not read."""
-    return {name: (look, words.split()) for name, look, words in re.findall(r"(\w+) (\w+): ([\w ]+)\.", text)}
+    return {
+        name: (look, words.split())
+        for name, look, words in re.findall(r"(\w+) (\w+): ([\w ]+)\.", text)
+    }
 
 
 def solve(people):
@@ -64,7 +69,8 @@ def quality(prompt, answer):
 def draw_people(rng):
     """Three people, who turn three or four times each."""
     return {
-        name: (rng.choice(LOOKS), [rng.choice([*TURNS]) for _ in range(rng.randint(3, 4))]) for name in rng.sample(NAMES, 3)
+        name: (rng.choice(LOOKS), [rng.choice([*TURNS]) for _ in range(rng.randint(3, 4))])
+        for name in rng.sample(NAMES, 3)
     }
 
 

@@ -38,7 +38,9 @@ class Tokens:
         """Without the columns, at both ends, that hold nothing but padding."""
         P = self.ids.shape[1] - self.response_mask.shape[1]
         first, R = P - int(self.mask[:, :P].sum(1).max()), int(self.response_mask.sum(1).max())
-        return Tokens(self.ids[:, first : P + R], self.mask[:, first : P + R], self.response_mask[:, :R])
+        return Tokens(
+            self.ids[:, first : P + R], self.mask[:, first : P + R], self.response_mask[:, :R]
+        )
 
 
 def mask_after_eos(responses, eos):
@@ -68,7 +70,9 @@ def one_row_each(prompts, candidates):
         pieces = [prompt, *responses]
         ids.append([token for piece in pieces for token in piece])
         part.append([k for k, piece in enumerate(pieces) for _ in piece])
-        position.append([i + (k > 0) * len(prompt) for k, piece in enumerate(pieces) for i in range(len(piece))])
+        position.append(
+            [i + (k > 0) * len(prompt) for k, piece in enumerate(pieces) for i in range(len(piece))]
+        )
         ends.append([end - 1 for end in accumulate(map(len, pieces))][1:])
     return ids, part, position, ends
 
@@ -90,7 +94,9 @@ def in_parts(function, tokens, size):
         part = tokens[rows].trim()
         result = function(part)  # (b,), or (b, R of this part, maybe + 1, ...)
         if result.dim() > 1:
-            missing = result.new_zeros(len(rows), R - part.response_mask.shape[1], *result.shape[2:])
+            missing = result.new_zeros(
+                len(rows), R - part.response_mask.shape[1], *result.shape[2:]
+            )
             result = torch.cat([result, missing], 1)
         results.append(result)
     return torch.cat(results)[order.argsort()]

@@ -35,7 +35,10 @@ def pairs():
 
 def batch(lm, pairs):
     """Prompts and answers of unequal lengths, so that both sides are padded."""
-    prompts = [lm.encode_prompt(p.prompt if i % 2 else improve_prompt(p.prompt, p.rejected)) for i, p in enumerate(pairs)]
+    prompts = [
+        lm.encode_prompt(p.prompt if i % 2 else improve_prompt(p.prompt, p.rejected))
+        for i, p in enumerate(pairs)
+    ]
     return lm.collate(prompts, [lm.encode_response(p.chosen)[i % 3 :] for i, p in enumerate(pairs)])
 
 

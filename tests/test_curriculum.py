@@ -1,5 +1,6 @@
 """The RL problems of PIT: what is to be improved, by which reward, and in which order."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,18 @@ from errors import UserError
 CFG = SimpleNamespace(rl_batch=8, seed=0, micro_batch=3, max_prompt=48, max_response=12)
 
 
+class FakeRun:
+    """A run in which nothing was trained yet."""
+
+    config = CFG
+
+    def load_trained(self, lm, role):
+        return False
+
+    def stage(self, name, why):
+        return nullcontext()
+
+
 @pytest.fixture
 def problem_of(lm, pairs, monkeypatch):
     """A function: source of y_ref -> the problem that PPO gets to solve, and its other arguments."""
@@ -23,9 +36,9 @@ def problem_of(lm, pairs, monkeypatch):
         shake(lm, role)
 
     def get(source):
-        curriculum.train_pit_round(lm, SimpleNamespace(config=CFG), pairs, "pit_rl0", source, "pit_sft", 4)
-        (_, _, _, reference, reward_role, problem, _), options = calls[-1]
-        return problem, reference, reward_role, options
+        curriculum.train_pit_round(lm, FakeRun(), pairs, "pit_rl0", source, "pit_sft", 4)
+        (_, _, _, problem, _), options = calls[-1]
+        return problem, options.pop("reference"), options.pop("reward_role"), options
 
     return get
 
@@ -35,10 +48,16 @@ def test_round_0_improves_each_triple_from_both_of_its_answers(lm, pairs, proble
     assert (reference, reward_role, options) == ("pit_sft", "reward_gap", {"shift": 0.0})
     prompts, _ = problem(0)
     triples = {
-        tuple(tuple(lm.encode_prompt(improve_prompt(pair.prompt, y_ref))) for y_ref in (pair.rejected, pair.chosen))
+        tuple(
+            tuple(lm.encode_prompt(improve_prompt(pair.prompt, y_ref)))
+            for y_ref in (pair.rejected, pair.chosen)
+        )
         for pair in pairs
     }
-    assert len(prompts) == 8 and {(tuple(a), tuple(b)) for a, b in zip(prompts[:4], prompts[4:])} <= triples
+    assert (
+        len(prompts) == 8
+        and {(tuple(a), tuple(b)) for a, b in zip(prompts[:4], prompts[4:])} <= triples
+    )
 
 
 def test_the_reward_of_an_answer_is_its_gap_and_of_an_unchanged_one_0(lm, pairs, problem_of):
@@ -50,7 +69,10 @@ def test_the_reward_of_an_answer_is_its_gap_and_of_an_unchanged_one_0(lm, pairs,
         for pair in pairs
         for y_ref, other in ((pair.rejected, pair.chosen), (pair.chosen, pair.rejected))
     }
-    answers = [[lm.encode_response(by_prompt[tuple(prompt)][which]) for prompt in prompts] for which in (0, 1)]
+    answers = [
+        [lm.encode_response(by_prompt[tuple(prompt)][which]) for prompt in prompts]
+        for which in (0, 1)
+    ]
     with torch.no_grad():
         same, other = (lm.collate(prompts, texts) for texts in answers)
         gaps = [score(tokens, lm.hidden(tokens)) for tokens in (same, other)]
@@ -63,7 +85,9 @@ def test_the_reward_of_an_answer_is_its_gap_and_of_an_unchanged_one_0(lm, pairs,
 def test_round_1_improves_what_the_policy_writes(lm, pairs, problem_of, monkeypatch):
     writers = []
     generate = lm.generate
-    monkeypatch.setattr(lm, "generate", lambda role, *args: writers.append(role) or generate(role, *args))
+    monkeypatch.setattr(
+        lm, "generate", lambda role, *args: writers.append(role) or generate(role, *args)
+    )
     prompts, _ = problem_of("policy")[0](0)
     assert writers == ["policy_rl"] and len(prompts) == 8
 

@@ -13,12 +13,18 @@ from errors import UserError, explain, finite
     [
         (UserError("do this"), "do this"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
-        (Exception("No space left on device (os error 28)"), "disk is full"),  # as libraries in Rust say it
+        (
+            Exception("No space left on device (os error 28)"),
+            "disk is full",
+        ),  # as libraries in Rust say it
         (PermissionError(errno.EACCES, "Permission denied", "/there/x.jsonl"), "/there/x.jsonl"),
         (OSError("Cannot call rmtree on a symbolic link"), "symbolic link"),
         (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"),
         (RuntimeError("MPS backend out of memory"), "--micro-batch"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "--micro-batch"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "--micro-batch",
+        ),
         (MemoryError(), "--micro-batch"),
         (RuntimeError("shapes do not match"), None),
         (KeyError("x"), None),

@@ -6,15 +6,22 @@ import numpy as np
 import pytest
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
+import baselines
 import evaluate
-import infer
+import judges as judges_module
 import report
 from errors import UserError
 
 
 def test_compare_counts_wins_losses_and_ties():
     row = evaluate.compare([1.0, 2.0, 3.0, 4.0], [0.0, 3.0, 3.0, 3.0])
-    assert (row["n"], row["win"], row["lose"], row["tie"], row["delta"]) == (4, 0.5, 0.25, 0.25, 0.25)
+    assert (row["n"], row["win"], row["lose"], row["tie"], row["delta"]) == (
+        4,
+        0.5,
+        0.25,
+        0.25,
+        0.25,
+    )
     assert row["ci95"][0] <= 0.25 <= row["ci95"][1]
 
 
@@ -38,7 +45,10 @@ def test_elo_recovers_known_strengths_whatever_the_order():
     scores = (truth * np.log(10) / 400)[:, None] + rng.gumbel(size=(4, 4000))
     ratings, intervals = evaluate.elo(scores, resamples=50)
     np.testing.assert_allclose(ratings, truth, atol=25)
-    assert all(low - 25 <= t <= high + 25 and low < high for t, (low, high) in list(zip(truth, intervals))[1:])
+    assert all(
+        low - 25 <= t <= high + 25 and low < high
+        for t, (low, high) in list(zip(truth, intervals))[1:]
+    )
     shuffled, _ = evaluate.elo(scores[:, rng.permutation(4000)], resamples=1)
     np.testing.assert_allclose(shuffled, ratings)
 
@@ -72,32 +82,54 @@ def longer(prompts, texts):
 
 
 def test_a_judge_that_loves_length_is_seen_through(pairs):
-    judges = {"loves length": evaluate.Judge(longer, 0.1), "quality": evaluate.Judge(evaluate.exact, evaluate.SAME)}
+    judges = {
+        "loves length": judges_module.Judge(longer, 0.1),
+        "quality": judges_module.Judge(judges_module.exact, judges_module.SAME),
+    }
     rows = evaluate.judge_accuracy(judges, pairs, length)
-    assert rows["loves length"]["accuracy"] == rows["the longer wins"]["accuracy"] < rows["quality"]["accuracy"] == 1
+    assert (
+        rows["loves length"]["accuracy"]
+        == rows["the longer wins"]["accuracy"]
+        < rows["quality"]["accuracy"]
+        == 1
+    )
     texts = [pair.chosen for pair in pairs]
     n = [1] * len(pairs)
-    sides = {"pit": infer.Side([text + " and more" for text in texts], n, 2), "original": infer.Side(texts, n, 1)}
+    sides = {
+        "pit": baselines.Side([text + " and more" for text in texts], n, 2),
+        "original": baselines.Side(texts, n, 1),
+    }
     scores = {side: longer(None, s.texts) for side, s in sides.items()}
     row = evaluate.table1_row("pit", "original", "loves length", scores, 0.1, sides, length, None)
     assert row["delta"] == 1 and row["tokens_a"] == row["tokens_b"] + 2 and row["generations"] == 2
 
 
 def test_a_side_that_does_not_apply_gets_a_reason_and_no_number():
-    row = evaluate.table1_row("pit", "self_refine", "quality", {}, 0.1, {"pit": None}, length, "cannot follow")
+    row = evaluate.table1_row(
+        "pit", "self_refine", "quality", {}, 0.1, {"pit": None}, length, "cannot follow"
+    )
     assert row["not_applicable"] == "cannot follow" and "delta" not in row
     assert " n/a |" in report.table([row])
 
 
 def test_a_reward_model_from_a_folder_judges(tmp_path, lm, pairs):
-    config = Qwen2Config(vocab_size=len(lm.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, num_labels=1)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=len(lm.tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_labels=1,
+    )
     Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
-    scores = evaluate.hub_judge(str(tmp_path), "cpu").score([pair.prompt for pair in pairs], [pair.chosen for pair in pairs])
+    scores = judges_module.hub_judge(str(tmp_path), "cpu").score(
+        [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    )
     assert scores.shape == (len(pairs),) and len(set(scores)) > 1
     with pytest.raises(UserError, match="no-such"):
-        evaluate.hub_judge(str(tmp_path / "no-such"), "cpu")
+        judges_module.hub_judge(str(tmp_path / "no-such"), "cpu")
 
 
 def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
@@ -105,8 +137,10 @@ def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     lm.tokenizer.save_pretrained(tmp_path)
     code = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code, "num_labels": 1}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": code, "num_labels": 1})
+    )
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     with pytest.raises(UserError, match="Give quality, judge, or a reward model"):
-        evaluate.hub_judge(str(tmp_path), "cpu")
+        judges_module.hub_judge(str(tmp_path), "cpu")
     assert not (tmp_path / "ran").exists()

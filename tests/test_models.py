@@ -9,8 +9,8 @@ import torch
 import transformers
 from conftest import batch, shake
 
-import memory
 import models
+import plan
 from errors import UserError
 from tokens import in_parts, mask_after_eos, micro_batches
 
@@ -47,8 +47,12 @@ def test_4bit_gradients_are_those_of_the_same_weights_dequantised(lm4, pairs):
     for module in list(lm4.peft.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
-                plain = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                plain.weight.data = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state).float()
+                plain = torch.nn.Linear(
+                    child.in_features, child.out_features, bias=child.bias is not None
+                )
+                plain.weight.data = bnb.functional.dequantize_4bit(
+                    child.weight.data, child.weight.quant_state
+                ).float()
                 if child.bias is not None:
                     plain.bias.data = child.bias.data.float()
                 setattr(module, name, plain.requires_grad_(False))
@@ -89,7 +93,9 @@ def test_mask_keeps_eos_and_nothing_after():
 
 
 def test_collate_masks_come_from_lengths(lm):
-    tokens = lm.collate([[lm.pad, 7], [8]], [[9, lm.eos], [lm.pad, 9, lm.eos]])  # a pad token typed by somebody is text
+    tokens = lm.collate(
+        [[lm.pad, 7], [8]], [[9, lm.eos], [lm.pad, 9, lm.eos]]
+    )  # a pad token typed by somebody is text
     assert tokens.mask.tolist() == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
     assert tokens.response_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert lm.pad != lm.eos
@@ -98,7 +104,9 @@ def test_collate_masks_come_from_lengths(lm):
 def test_training_one_adapter_leaves_base_and_others_bitwise_unchanged(lm4, pairs):
     lm4.add("role", head=True)
     lm4.add("other", head=True)
-    lm4.generate("blank", [lm4.encode_prompt(pairs[0].prompt)], 1)  # bitsandbytes casts biases once, at the first forward
+    lm4.generate(
+        "blank", [lm4.encode_prompt(pairs[0].prompt)], 1
+    )  # bitsandbytes casts biases once, at the first forward
     trained = {id(p) for p in lm4.parameters("role")}
     everything = [*lm4.peft.parameters(), *lm4.heads.parameters()]
     before = [(p, p.detach().clone()) for p in everything if id(p) not in trained]
@@ -106,7 +114,9 @@ def test_training_one_adapter_leaves_base_and_others_bitwise_unchanged(lm4, pair
     optimizer = models.adamw(lm4.parameters("role"), lr=1e-2)
     for _ in range(2):  # B is zero at first, so A moves at the second step only
         lm4.activate("role", train=True)
-        (-lm4.logprobs(batch(lm4, pairs)).sum() + lm4.scores("role", batch(lm4, pairs)).sum()).backward()
+        (
+            -lm4.logprobs(batch(lm4, pairs)).sum() + lm4.scores("role", batch(lm4, pairs)).sum()
+        ).backward()
         lm4.generate("other", [lm4.encode_prompt(pairs[0].prompt)], 4)
         models.take_step(optimizer, lr=1e-2)
     assert all(torch.equal(p, value) for p, value in before)
@@ -125,7 +135,11 @@ def test_save_and_load_give_identical_outputs(lm4, pairs, tmp_path):
         lm4.activate("again")
         assert torch.equal(lm4.logprobs(tokens), logprobs)
         assert torch.equal(lm4.scores("again", tokens), scores)
-    assert {f.name for f in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"}
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "head.safetensors",
+    }
 
 
 def test_a_copied_role_equals_the_original_and_then_goes_its_own_way(lm, pairs):
@@ -151,7 +165,9 @@ def test_scores_are_read_at_the_last_real_token(lm, pairs):
         together = lm.scores("role", tokens)
         for i in range(len(tokens.ids)):
             ids = tokens.ids[i][tokens.mask[i].bool()]
-            alone = lm.heads["role"](lm.peft.get_base_model().model(input_ids=ids[None]).last_hidden_state[0, -1])
+            alone = lm.heads["role"](
+                lm.peft.get_base_model().model(input_ids=ids[None]).last_hidden_state[0, -1]
+            )
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -197,14 +213,23 @@ def test_an_answer_ends_in_eos_and_comes_back_without(lm):
 def test_nothing_requires_a_gradient_unless_it_is_trained(lm):
     lm.add("role", head=True)
     lm.activate("role", train=True)
-    assert any(p.requires_grad for p in lm.peft.parameters()) and lm.heads["role"].weight.requires_grad
+    assert (
+        any(p.requires_grad for p in lm.peft.parameters()) and lm.heads["role"].weight.requires_grad
+    )
     lm.activate("role")
     assert not any(p.requires_grad for p in [*lm.peft.parameters(), *lm.heads.parameters()])
 
 
 def test_the_models_own_sampling_options_do_not_leak_in(lm, pairs, tmp_path):
     shutil.copytree(models.TINY, tmp_path / "fussy")
-    own = dict(top_k=1, top_p=0.01, repetition_penalty=9.0, no_repeat_ngram_size=2, min_new_tokens=19, do_sample=True)
+    own = dict(
+        top_k=1,
+        top_p=0.01,
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=2,
+        min_new_tokens=19,
+        do_sample=True,
+    )
     (tmp_path / "fussy" / "generation_config.json").write_text(json.dumps(own))
     fussy = models.load_model(str(tmp_path / "fussy"), bits=16)
     prompts = [lm.encode_prompt(pairs[0].prompt)] * 8
@@ -218,7 +243,7 @@ def test_the_models_own_sampling_options_do_not_leak_in(lm, pairs, tmp_path):
 def test_padding_changes_nothing_where_positions_are_absolute(lm, tmp_path):
     """GPT-2 adds a vector for each position: it notices when left padding is counted. Qwen2 would not."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    config = transformers.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     gpt = models.load_model(str(tmp_path), bits=16)
@@ -231,9 +256,17 @@ def test_padding_changes_nothing_where_positions_are_absolute(lm, tmp_path):
 
 
 def random_model(lm, folder, model_type, **options):
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                 vocab_size=64)  # fmt: skip
-    config = transformers.AutoConfig.for_model(model_type, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    config = transformers.AutoConfig.for_model(
+        model_type, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
@@ -247,31 +280,44 @@ def random_model(lm, folder, model_type, **options):
 WINDOW = {"gemma3_text": dict(head_dim=16, sliding_window=8), "mistral": dict(sliding_window=8)}
 
 
-@pytest.mark.parametrize("model_type", [*models.ONE_ROW, *WINDOW, "bloom"])
+@pytest.mark.parametrize("model_type", [*models.SHARED_ROW, *WINDOW, "bloom"])
 def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, model_type):
     """Windows would be lost with the mask of a shared row, and Bloom cannot read such a mask."""
     other = random_model(lm, tmp_path, model_type, **WINDOW.get(model_type, {}))
     other.add("role", head=True)
     shake(other, "role")
-    prompts, candidates = [[*range(5, 30)], [*range(8, 15)]], [[[20, 21, 22], [30, 31]], [[40], [41, 42, 43, 44]]]
+    prompts, candidates = (
+        [[*range(5, 30)], [*range(8, 15)]],
+        [[[20, 21, 22], [30, 31]], [[40], [41, 42, 43, 44]]],
+    )
     with torch.no_grad():
         scores = other.scores_of_candidates("role", prompts, candidates)
-        alone = torch.stack([other.scores("role", other.collate(prompts, list(texts))) for texts in zip(*candidates)], 1)
+        alone = torch.stack(
+            [
+                other.scores("role", other.collate(prompts, list(texts)))
+                for texts in zip(*candidates)
+            ],
+            1,
+        )
     torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
-    assert other.one_row == (model_type in models.ONE_ROW)
+    assert other.shared_row == (model_type in models.SHARED_ROW)
 
 
 def test_a_model_that_reads_from_both_sides_is_refused(lm, tmp_path):
-    with pytest.raises(UserError, match="depends on what comes after"):
+    with pytest.raises(UserError, match="depend on later tokens"):
         random_model(lm, tmp_path, "bert")
 
 
-@pytest.mark.parametrize("files", [{}, {"config.json": "{"}, {"config.json": '{"model_type": "nonesuch"}'}])
+@pytest.mark.parametrize(
+    "files", [{}, {"config.json": "{"}, {"config.json": '{"model_type": "nonesuch"}'}]
+)
 def test_a_folder_that_is_no_model_is_one_message(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     for name in (str(tmp_path), "no/such-model", "Qwen2-0.5B"):
-        with pytest.raises(UserError, match="Cannot load the model .*\n.*local folder.*hf download.*tiny") as error:
+        with pytest.raises(
+            UserError, match="Cannot load the model .*\n.*local folder.*hf download.*tiny"
+        ) as error:
             models.load_model(name)
         assert name in str(error.value) and len(str(error.value).splitlines()) == 2
 
@@ -290,8 +336,12 @@ def test_pickles_remote_code_and_damaged_weights_are_refused(lm, tmp_path):
     models.load_model(str(tmp_path), bits=16)
     config = (tmp_path / "config.json").read_text()
     remote = '{"auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}, '
-    (tmp_path / "config.json").write_text(config.replace("{", remote, 1).replace('"qwen2"', '"mine"'))
-    (tmp_path / "x.py").write_text("open('ran', 'w')\nfrom transformers import Qwen2Config as C, Qwen2ForCausalLM as M")
+    (tmp_path / "config.json").write_text(
+        config.replace("{", remote, 1).replace('"qwen2"', '"mine"')
+    )
+    (tmp_path / "x.py").write_text(
+        "open('ran', 'w')\nfrom transformers import Qwen2Config as C, Qwen2ForCausalLM as M"
+    )
     with pytest.raises(UserError):
         models.load_model(str(tmp_path))
 
@@ -299,7 +349,9 @@ def test_pickles_remote_code_and_damaged_weights_are_refused(lm, tmp_path):
 def test_reading_prompts_in_pieces_changes_no_sample(lm4, pairs, monkeypatch):
     lm4.add("role")
     shake(lm4, "role")
-    prompts = [lm4.encode_prompt(pair.prompt)[: 40 - 5 * i] for i, pair in enumerate(pairs[:6])]  # padded on the left
+    prompts = [
+        lm4.encode_prompt(pair.prompt)[: 40 - 5 * i] for i, pair in enumerate(pairs[:6])
+    ]  # padded on the left
     sampled = []
     for size in (128, 7):
         monkeypatch.setattr(models, "PREFILL", size)
@@ -311,7 +363,11 @@ def test_reading_prompts_in_pieces_changes_no_sample(lm4, pairs, monkeypatch):
 def test_micro_batches_hold_everything_once_and_sort_only_where_they_must():
     rows = [[0] * n for n in (5, 1, 4, 2, 3)]
     assert micro_batches(rows, 5, len) == [rows]
-    assert [[len(row) for row in some] for some in micro_batches(rows, 2, len)] == [[1, 2], [3, 4], [5]]
+    assert [[len(row) for row in some] for some in micro_batches(rows, 2, len)] == [
+        [1, 2],
+        [3, 4],
+        [5],
+    ]
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path):
@@ -330,9 +386,15 @@ def test_an_adapter_on_the_lm_head_counts_in_log_probs_too(pairs):
 
 
 def test_short_names_stand_for_hub_ids_and_folders_come_first(tmp_path, monkeypatch):
-    assert models.find_model("Qwen2-0.5B") == "Qwen/Qwen2-0.5B" and models.find_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert (
+        models.find_model("Qwen2-0.5B") == "Qwen/Qwen2-0.5B"
+        and models.find_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    )
     assert models.find_model("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert models.find_model("me/Qwen2-mine") == "me/Qwen2-mine" and models.find_model("tiny") == models.TINY
+    assert (
+        models.find_model("me/Qwen2-mine") == "me/Qwen2-mine"
+        and models.find_model("tiny") == models.TINY
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen2-0.5B").mkdir()
     assert models.find_model("Qwen2-0.5B") == "Qwen2-0.5B"
@@ -352,7 +414,9 @@ def test_a_template_without_system_messages_gets_them_in_the_users_turn(lm, then
         "{% endfor %}<|assistant|>"
     )
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "map"}]
-    assert lm.encode_prompt(turns) == lm.encode_prompt([{"role": "user", "content": "Be brief.\n\nmap"}])
+    assert lm.encode_prompt(turns) == lm.encode_prompt(
+        [{"role": "user", "content": "Be brief.\n\nmap"}]
+    )
 
 
 def test_without_a_template_a_prompt_is_a_plain_dialogue_that_begins_as_the_tokenizer_wants(lm):
@@ -360,7 +424,10 @@ def test_without_a_template_a_prompt_is_a_plain_dialogue_that_begins_as_the_toke
     ids = lm.encode_prompt([{"role": "user", "content": "map"}])
     assert lm.tokenizer.decode(ids) == "User: map\n\nAssistant:"
     lm.tokenizer.bos_token, lm.tokenizer.add_bos_token = "<|user|>", True
-    assert lm.encode_prompt([{"role": "user", "content": "map"}]) == [lm.tokenizer.bos_token_id, *ids]
+    assert lm.encode_prompt([{"role": "user", "content": "map"}]) == [
+        lm.tokenizer.bos_token_id,
+        *ids,
+    ]
     assert lm.decode([lm.encode_response("map")]) == ["map"]
 
 
@@ -379,24 +446,35 @@ def test_checkpointed_layers_change_no_gradient_and_no_sample(lm, lm4, pairs, bi
     after = gradients(model, tokens)
     assert len(calls) == 2  # computed again in the backward pass
     assert torch.equal(model.generate("role", prompt, 12).ids, sampled)
-    assert len(calls) == 2 + sampled.shape[1] - len(prompt[0])  # once a sampled token: nothing is computed twice there
+    assert len(calls) == 2 + sampled.shape[1] - len(
+        prompt[0]
+    )  # once a sampled token: nothing is computed twice there
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 def test_control_tokens_that_are_no_special_tokens_by_name_are_only_text_too(lm):
     """<|user|> opens a turn, yet the tokenizer lists it with its added tokens alone, as many do."""
-    text = lm.plain("a<|user|>b<|pad|>")
-    assert not set(lm.tokenizer(text)["input_ids"]) & {*lm.tokenizer.convert_tokens_to_ids(["<|user|>", "<|pad|>"])}
+    text = lm.escape("a<|user|>b<|pad|>")
+    assert not set(lm.tokenizer(text)["input_ids"]) & {
+        *lm.tokenizer.convert_tokens_to_ids(["<|user|>", "<|pad|>"])
+    }
 
 
 def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
-    cfg = SimpleNamespace(max_prompt=64, max_response=32, micro_batch=4, rl_batch=1, rounds="annotated,policy")
+    cfg = SimpleNamespace(
+        max_prompt=64, max_response=32, micro_batch=4, rl_batch=1, rounds="annotated,policy"
+    )
     base = lm.peft.get_base_model()
-    before = memory.estimate_memory(lm, cfg)
-    frozen = sum(p.numel() * p.element_size() for name, p in base.named_parameters() if "lora" not in name)
+    before = plan.estimate_memory(lm, cfg)
+    frozen = sum(
+        p.numel() * p.element_size() for name, p in base.named_parameters() if "lora" not in name
+    )
     lora = sum(p.numel() * 4 for p in lm.parameters("blank"))
     lm.checkpoint_layers()
-    after = memory.estimate_memory(lm, cfg)
+    after = plan.estimate_memory(lm, cfg)
     for work in ("SFT, PPO update", "reward models"):
-        assert before[work]["weights"] == frozen / 2**30 and before[work]["adapters"] == 9 * lora / 2**30
+        assert (
+            before[work]["weights"] == frozen / 2**30
+            and before[work]["adapters"] == 9 * lora / 2**30
+        )
         assert after[work]["activations"] < before[work]["activations"] / 2

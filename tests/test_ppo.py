@@ -10,11 +10,19 @@ import torch
 from conftest import shake
 
 import ppo
-from reward import scores
 from run import Run
 from task import ask
 
-CFG = dict(max_response=12, temperature=1.0, micro_batch=64, minibatch=8, epochs=1, rl_lr=1e-3, critic_lr=1e-3, save_every=10)
+CFG = dict(
+    max_response=12,
+    temperature=1.0,
+    micro_batch=64,
+    minibatch=8,
+    epochs=1,
+    rl_lr=1e-3,
+    critic_lr=1e-3,
+    save_every=10,
+)
 
 
 def brute_force_gae(rewards, values, gamma, lam):
@@ -39,15 +47,22 @@ def test_gae_equals_the_definition(gamma, lam, monkeypatch):
     rewards, values, mask = random_rows()
     advantages, returns = ppo.gae(rewards, values, mask)
     for i, n in enumerate(mask.sum(1).tolist()):
-        expected = torch.tensor(brute_force_gae(rewards[i, :n].tolist(), values[i, :n].tolist(), gamma, lam))
+        expected = torch.tensor(
+            brute_force_gae(rewards[i, :n].tolist(), values[i, :n].tolist(), gamma, lam)
+        )
         torch.testing.assert_close(advantages[i, :n], expected)
         torch.testing.assert_close(returns[i, :n], expected + values[i, :n])
 
 
 def test_gae_is_invariant_to_padding():
     rewards, values, mask = random_rows()
-    wide = [torch.cat([x, 7 * torch.ones(4, 3)], 1) for x in (rewards, values)]  # rubbish in the padding
-    for a, b in zip(ppo.gae(rewards, values, mask), ppo.gae(*wide, torch.cat([mask, torch.zeros(4, 3, dtype=int)], 1))):
+    wide = [
+        torch.cat([x, 7 * torch.ones(4, 3)], 1) for x in (rewards, values)
+    ]  # rubbish in the padding
+    for a, b in zip(
+        ppo.gae(rewards, values, mask),
+        ppo.gae(*wide, torch.cat([mask, torch.zeros(4, 3, dtype=int)], 1)),
+    ):
         torch.testing.assert_close(a, b[:, :5])
         assert (b[:, 5:] == 0).all() and (a * (1 - mask) == 0).all()
 
@@ -57,7 +72,9 @@ def test_k1_and_k3_average_to_the_exactly_enumerated_kl():
     log_pi, log_ref = torch.randn(9).double().log_softmax(0), torch.randn(9).double().log_softmax(0)
     exact = (log_pi.exp() * (log_pi - log_ref)).sum()  # KL(pi || ref)
     for estimate in (ppo.k1, ppo.k3):
-        expectation = (log_pi.exp() * estimate(log_pi, log_ref)).sum()  # over all nine outcomes, weighted by pi
+        expectation = (
+            log_pi.exp() * estimate(log_pi, log_ref)
+        ).sum()  # over all nine outcomes, weighted by pi
         torch.testing.assert_close(expectation, exact)
     assert (ppo.k3(log_pi, log_ref) >= 0).all() and (ppo.k1(log_pi, log_ref) < 0).any()
 
@@ -66,14 +83,20 @@ def test_score_lands_on_eos_and_penalty_on_every_real_token():
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     logprobs, ref = torch.full((2, 4), -1.0), torch.full((2, 4), -3.0)  # k1 = 2 on each token
     rewards = ppo.token_rewards(torch.tensor([10.0, 20.0]), logprobs, ref, mask, beta=0.1)
-    torch.testing.assert_close(rewards, torch.tensor([[-0.2, -0.2, 9.8, 0.0], [19.8, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        rewards, torch.tensor([[-0.2, -0.2, 9.8, 0.0], [19.8, 0.0, 0.0, 0.0]])
+    )
 
 
 def test_whiten_uses_real_tokens_only():
     x, _, mask = random_rows()
     white = ppo.whiten(x + 100 * (1 - mask), mask)
     real = white[mask.bool()]
-    assert abs(real.mean()) < 1e-5 and abs(real.var(unbiased=False) - 1) < 1e-4 and (white[mask == 0] == 0).all()
+    assert (
+        abs(real.mean()) < 1e-5
+        and abs(real.var(unbiased=False) - 1) < 1e-4
+        and (white[mask == 0] == 0).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,12 +116,18 @@ def test_policy_loss_by_hand(ratio, advantage, loss, slope):
     got = ppo.policy_loss(new, old, torch.tensor(advantage))
     got.backward()
     assert got.item() == pytest.approx(loss, rel=1e-5)
-    assert new.grad.item() == pytest.approx(slope, abs=1e-5)  # d loss / d logprob = slope of ratio * A
+    assert new.grad.item() == pytest.approx(
+        slope, abs=1e-5
+    )  # d loss / d logprob = slope of ratio * A
 
 
 @pytest.mark.parametrize(
     "value, old, target, loss",
-    [(0.1, 0.0, 1.0, 0.405), (0.9, 0.0, 1.0, 0.32), (-0.9, 0.0, 1.0, 1.805)],  # the middle one is clipped to 0.2
+    [
+        (0.1, 0.0, 1.0, 0.405),
+        (0.9, 0.0, 1.0, 0.32),
+        (-0.9, 0.0, 1.0, 1.805),
+    ],  # the middle one is clipped to 0.2
 )
 def test_value_loss_by_hand(value, old, target, loss):
     assert ppo.value_loss(*map(torch.tensor, (value, old, target))).item() == pytest.approx(loss)
@@ -110,14 +139,34 @@ def test_normalise_clips_in_standard_deviations():
 
 
 def test_adaptive_beta_moves_towards_the_target():
-    assert ppo.adapt_beta(0.1, kl=9.0, target=6.0, batch=64) > 0.1 > ppo.adapt_beta(0.1, kl=3.0, target=6.0, batch=64)
+    assert (
+        ppo.adapt_beta(0.1, kl=9.0, target=6.0, batch=64)
+        > 0.1
+        > ppo.adapt_beta(0.1, kl=3.0, target=6.0, batch=64)
+    )
 
 
-def make_rollout(lm, pairs, cfg, score=lambda tokens, states: tokens.response_mask.sum(1).float(), reader="reference"):
+def make_rollout(
+    lm,
+    pairs,
+    cfg,
+    score=lambda tokens, states: tokens.response_mask.sum(1).float(),
+    reader="reference",
+):
     for role in ("policy", "reference"):
         lm.add(role)
     prompts = [lm.encode_prompt(pair.prompt) for pair in pairs]
-    return ppo.rollout(lm, "policy", "reference", reader, new_critic(lm), prompts, score, cfg, Counter())
+    return ppo.rollout(
+        lm,
+        prompts,
+        score,
+        policy="policy",
+        reference="reference",
+        reward_role=reader,
+        critic=new_critic(lm),
+        cfg=cfg,
+        seconds=Counter(),
+    )
 
 
 def new_critic(lm):
@@ -139,9 +188,14 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(lm4, pairs, temperature)
 def test_scores_from_the_critics_states_are_those_of_a_pass_of_their_own(lm, pairs):
     lm.add("reward", head=True)
     shake(lm, "reward")
-    verdict = partial(lm.scores, "reward")
-    sample = make_rollout(lm, pairs, SimpleNamespace(**CFG | dict(micro_batch=5)), verdict, reader="reward")
-    torch.testing.assert_close(sample.scores, scores(lm, "reward", sample.tokens, 64), atol=1e-4, rtol=1e-4)
+    verdict = partial(lm.scores_from_states, "reward")
+    sample = make_rollout(
+        lm, pairs, SimpleNamespace(**CFG | dict(micro_batch=5)), verdict, reader="reward"
+    )
+    lm.activate("reward")
+    with torch.no_grad():
+        own_pass = lm.scores("reward", sample.tokens)
+    torch.testing.assert_close(sample.scores, own_pass, atol=1e-4, rtol=1e-4)
 
 
 def test_micro_batch_size_does_not_change_the_update(lm, pairs):
@@ -156,7 +210,9 @@ def test_micro_batch_size_does_not_change_the_update(lm, pairs):
         # plain gradient descent: Adam would magnify the rounding of near-zero gradients
         optimizers = [torch.optim.SGD(parameters, lr=1e-3) for parameters in trained]
         torch.manual_seed(2)
-        ppo.ppo_update(lm, "policy", critic, optimizers, sample, sample.scores, 0.05, 1.0, cfg)
+        ppo.ppo_update(
+            lm, "policy", critic, optimizers, sample, sample.scores, beta=0.05, decay=1.0, cfg=cfg
+        )
         results.append([p.detach().clone() for parameters in trained for p in parameters])
     for other in results[1:]:
         for a, b in zip(results[0], other):
@@ -166,20 +222,41 @@ def test_micro_batch_size_does_not_change_the_update(lm, pairs):
 def test_updates_stop_early_when_the_policy_has_moved_too_far(lm, pairs, monkeypatch):
     sample = make_rollout(lm, pairs, SimpleNamespace(**CFG))
     steps = []
-    monkeypatch.setattr(ppo, "take_step", lambda optimizer, lr: steps.append(lr) or 0.0)
+    monkeypatch.setattr(ppo, "take_step", lambda optimizer, lr, advice: steps.append(lr) or 0.0)
     for limit, expected in ((math.inf, 4), (-1.0, 1)):
         steps.clear()
         monkeypatch.setattr(ppo, "STOP_KL", limit)
         cfg = SimpleNamespace(**CFG | dict(epochs=4, minibatch=64))
-        ppo.ppo_update(lm, "policy", new_critic(lm), [None, None], sample, sample.scores, 0.05, 1.0, cfg)
+        ppo.ppo_update(
+            lm,
+            "policy",
+            new_critic(lm),
+            [None, None],
+            sample,
+            sample.scores,
+            beta=0.05,
+            decay=1.0,
+            cfg=cfg,
+        )
         assert len(steps) == 2 * expected
 
 
 def test_ppo_finds_the_best_answer_of_a_toy_problem(lm, tmp_path):
     """Score 1 for an answer that has the first person look north in the end: the base says so once in four times."""
-    options = CFG | dict(seed=0, rl_steps=16, minibatch=16, max_response=4, epochs=2, kl=0.01, target_kl=0.0, rl_lr=3e-3)
+    options = CFG | dict(
+        seed=0,
+        rl_steps=16,
+        minibatch=16,
+        max_response=4,
+        epochs=2,
+        kl=0.01,
+        target_kl=0.0,
+        rl_lr=3e-3,
+    )
     run = Run.start(tmp_path / "toy", options)
-    prompt = lm.encode_prompt([{"role": "user", "content": ask({"Ann": ("west", ["left", "back", "right", "back"])})}])
+    prompt = lm.encode_prompt(
+        [{"role": "user", "content": ask({"Ann": ("west", ["left", "back", "right", "back"])})}]
+    )
     best = lm.encode_response("Now Ann north")[-2]
     for role in ("reference", "policy"):
         lm.add(role)
@@ -188,6 +265,14 @@ def test_ppo_finds_the_best_answer_of_a_toy_problem(lm, tmp_path):
         return (tokens.responses[:, 2] == best).float()
 
     with run.stage("toy", "find the best answer"):
-        ppo.train(lm, run, "policy", "reference", "reference", lambda step: ([prompt] * 32, score), 16)
+        ppo.train(
+            lm,
+            run,
+            "policy",
+            lambda step: ([prompt] * 32, score),
+            16,
+            reference="reference",
+            reward_role="reference",
+        )
     scores = [line["score"] for line in run.metrics()]
     assert scores[0] < 0.5 and sum(scores[-3:]) / 3 > 0.9

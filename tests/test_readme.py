@@ -31,7 +31,9 @@ def line_of(name, file):
         if found:
             break
     if len(found) != 1:
-        raise LookupError(f"`{name}` stands on {len(found)} lines of {file.name}: a link needs exactly one. {found}")
+        raise LookupError(
+            f"`{name}` stands on {len(found)} lines of {file.name}: a link needs exactly one. {found}"
+        )
     return found[0]
 
 
@@ -40,7 +42,9 @@ def with_lines(page):
 
     def right(link):
         file, target, space, name = link.groups()
-        assert (page.parent / target).resolve() == ROOT / file, f"{page.name}: `{file}` links to {target}"
+        assert (page.parent / target).resolve() == ROOT / file, (
+            f"{page.name}: `{file}` links to {target}"
+        )
         number = line_of(name, ROOT / file)
         return f"[`{file}:{number}`]({target}#L{number}){space}`{name}`"
 
@@ -53,7 +57,9 @@ def page(request):
 
 
 def test_links_name_the_line_where_the_code_is(page):
-    for said, true in zip(page.read_text(encoding="utf-8").splitlines(), with_lines(page).splitlines()):
+    for said, true in zip(
+        page.read_text(encoding="utf-8").splitlines(), with_lines(page).splitlines()
+    ):
         assert said == true, "lines have moved: run `python tests/test_readme.py`"
 
 
@@ -66,8 +72,13 @@ def test_a_moved_line_is_noticed_and_mended(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "code.py").write_text("X = 1\n\n\ndef f():\n    return X + 1\n")
     page = tmp_path / "page.md"
-    page.write_text("[`code.py:9`](code.py#L9) `f`, [`code.py:9`](code.py#L9) `X`, [`code.py:9`](code.py#L9) `X + 1`")
-    assert with_lines(page) == "[`code.py:4`](code.py#L4) `f`, [`code.py:1`](code.py#L1) `X`, [`code.py:5`](code.py#L5) `X + 1`"
+    page.write_text(
+        "[`code.py:9`](code.py#L9) `f`, [`code.py:9`](code.py#L9) `X`, [`code.py:9`](code.py#L9) `X + 1`"
+    )
+    assert (
+        with_lines(page)
+        == "[`code.py:4`](code.py#L4) `f`, [`code.py:1`](code.py#L1) `X`, [`code.py:5`](code.py#L5) `X + 1`"
+    )
     for name in ("nowhere", "1"):  # on no line, on two
         with pytest.raises(LookupError, match=name):
             line_of(name, tmp_path / "code.py")
@@ -81,7 +92,9 @@ def test_every_file_that_is_named_exists(page):
         assert ":" in target or (page.parent / target).exists(), target
     for name in CODE.findall(text):
         if re.fullmatch(r"[\w./-]+\.(py|md|png|json|jsonl|toml|txt)", name):
-            assert (ROOT / name).exists() or name in FILES.split(), name  # FILES: what a run leaves in its folder
+            assert (ROOT / name).exists() or name in FILES.split(), (
+                name
+            )  # FILES: what a run leaves in its folder
 
 
 def test_every_command_parses_and_every_option_exists(page):
@@ -95,7 +108,9 @@ def test_every_command_parses_and_every_option_exists(page):
     assert found
     for line in found:
         name, *words = shlex.split(line.replace("[", "").replace("]", ""))
-        commands[name].make_context(name, [word for word in words if word != "--help"])  # reads the words, runs nothing
+        commands[name].make_context(
+            name, [word for word in words if word != "--help"]
+        )  # reads the words, runs nothing
     options = {option for command in commands.values() for p in command.params for option in p.opts}
     for code in CODE.findall(text):
         if code.startswith("--"):

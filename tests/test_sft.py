@@ -14,7 +14,9 @@ def test_log_likelihood_counts_answer_tokens_only():
 
 def test_unlikelihood_is_exact_at_both_ends():
     for s in (-1e-3, -0.1, -0.693, -0.7, -5.0, -40.0):
-        value = sft.log_unlikelihood(torch.tensor([[s, -9.0]], dtype=torch.float64), torch.tensor([[1, 0]])).item()
+        value = sft.log_unlikelihood(
+            torch.tensor([[s, -9.0]], dtype=torch.float64), torch.tensor([[1, 0]])
+        ).item()
         assert math.isclose(value, math.log1p(-math.exp(s)), rel_tol=1e-9)
 
 
@@ -30,7 +32,9 @@ def test_unlikelihood_pushes_the_probability_of_the_sequence_down(lm, pairs):
     from models import adamw, take_step
 
     lm.add("role")
-    tokens = lm.collate([lm.encode_prompt(pairs[0].prompt)], [lm.encode_response(pairs[0].chosen)[:3]])
+    tokens = lm.collate(
+        [lm.encode_prompt(pairs[0].prompt)], [lm.encode_response(pairs[0].chosen)[:3]]
+    )
     optimizer = adamw(lm.parameters("role"), lr=1e-3)
     seen = []
     for _ in range(4):

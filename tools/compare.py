@@ -18,7 +18,7 @@ PANELS = {
     "score": "mean reward",
     "kl": "KL to the SFT model (nats an answer)",
     "length": "length of answers (tokens)",
-    "explained": "variance explained by the critic",
+    "explained_variance": "variance explained by the critic",
 }
 
 
@@ -27,11 +27,13 @@ def main(runs: list[Path], stage: str = "policy_rl", plot: Path = Path("compare.
     for ax, (name, title) in zip(axes, PANELS.items()):
         for run in runs:
             lines = [line for line in Run(run).metrics() if line["stage"] == stage]
-            ax.plot([line["step"] + 1 for line in lines], [line[name] for line in lines], label=run.name)
+            ax.plot(
+                [line["step"] + 1 for line in lines], [line[name] for line in lines], label=run.name
+            )
         ax.set(title=title, xlabel=f"PPO iteration of {stage}")
         report.whole_numbers(ax)
         ax.set_yscale("symlog" if name == "kl" else "linear")
-        if name == "explained":
+        if name == "explained_variance":
             ax.set_ylim(-2, 1)
     axes[0].legend()
     figure.savefig(plot)

@@ -24,15 +24,30 @@ def check(people, lines):
         right = [solve({name: (look, [turn])})[name][0] for look, turn in zip([start, *way], turns)]
         marks = ["right" if look == other else "wrong" for look, other in zip(way, right)]
         marks += ["short"] * (len(way) < len(turns))
-        words.append(f"{name} {'right' if end == perfect[name][0] else 'wrong'}: {' '.join(marks)}.")
-    return " ".join(["Seen", *words, "Missing:", *([name for name in people if name not in lines] or ["nobody"])])
+        words.append(
+            f"{name} {'right' if end == perfect[name][0] else 'wrong'}: {' '.join(marks)}."
+        )
+    return " ".join(
+        [
+            "Seen",
+            *words,
+            "Missing:",
+            *([name for name in people if name not in lines] or ["nobody"]),
+        ]
+    )
 
 
 CHECK = "Check it turn by turn."
 EDITS = {
-    "Add who is missing.": lambda perfect, lines: {name: lines.get(name, perfect[name]) for name in perfect},
-    "Tell each way again.": lambda perfect, lines: {name: (end, perfect[name][1]) for name, (end, _) in lines.items()},
-    "Read each end off its way.": lambda perfect, lines: {name: (way[-1], way) for name, (_, way) in lines.items()},
+    "Add who is missing.": lambda perfect, lines: {
+        name: lines.get(name, perfect[name]) for name in perfect
+    },
+    "Tell each way again.": lambda perfect, lines: {
+        name: (end, perfect[name][1]) for name, (end, _) in lines.items()
+    },
+    "Read each end off its way.": lambda perfect, lines: {
+        name: (way[-1], way) for name, (_, way) in lines.items()
+    },
     "Say it again.": lambda perfect, lines: lines,
 }
 
@@ -46,7 +61,9 @@ def dialogue(rng):
     """
     people, flaws = draw_people(rng), rng.choice([0, 0, 0, 0, 1, 2, 3, 4])
     perfect = solve(people)
-    guessed = {name: (rng.choice([end, rng.choice(LOOKS)]), way) for name, (end, way) in perfect.items()}
+    guessed = {
+        name: (rng.choice([end, rng.choice(LOOKS)]), way) for name, (end, way) in perfect.items()
+    }
     lines = spoil(guessed, flaws, rng)
     turns = [ask(people), tell(lines)]
     more = 2 if flaws else rng.choice([0, 0, 1])
@@ -59,7 +76,9 @@ def dialogue(rng):
         else:
             lines = EDITS[request](perfect, lines)
             turns += [request, tell(lines)]
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)], flaws > 0
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)
+    ], flaws > 0
 
 
 def make_tiny(steps=1700, batch=32, lr=3e-3, seed=1):
@@ -81,10 +100,19 @@ def make_tiny(steps=1700, batch=32, lr=3e-3, seed=1):
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.08,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     model = Qwen2ForCausalLM(config)
     model.set_attn_implementation("eager")  # on a CPU, faster than SDPA at this size
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -94,12 +122,15 @@ def make_tiny(steps=1700, batch=32, lr=3e-3, seed=1):
         dialogues = [dialogue(rng) for _ in range(batch)]
         encoded = tokenizer(
             [tokenizer.apply_chat_template(messages, tokenize=False) for messages, _ in dialogues],
-            return_tensors="pt", padding=True,
-        )  # fmt: skip
+            return_tensors="pt",
+            padding=True,
+        )
         labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
         for row, (messages, flawed) in zip(labels, dialogues):
             if flawed:  # an answer to read, not one to learn to write
-                start, end = (len(tokenizer.apply_chat_template(messages[:n])["input_ids"]) for n in (1, 2))
+                start, end = (
+                    len(tokenizer.apply_chat_template(messages[:n])["input_ids"]) for n in (1, 2)
+                )
                 row[start:end] = -100
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**encoded, labels=labels).loss
