@@ -1,16 +1,17 @@
-"""Stage 3, reinforcement learning: the policy's problem, PIT's, and the order in which PIT's are solved.
+"""Stage 3, reinforcement learning: the policy's problem, and PIT's problems in rising difficulty.
 
 policy    Eq. 3   x ~ D_RL, y ~ M_P^RL        max R_P(x, y)      - beta KL(M_P^RL   || M_P^SFT)
 round 0   Eq. 4   y_ref in {y_w, y_l}         max gap(y, y_ref)  - beta KL(M_PIT^RL || M_PIT^SFT)
-round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0        (gap: see reward.py)
+round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0   (gap: see reward.py)
 
-Why rounds: answers of M_P^RL are already good, and improving them is hard to learn from scratch; the
-annotated answers leave more to improve. A curriculum is a list of sources of y_ref: "annotated" (y_w and
-y_l), "policy" (M_P^RL) or "sft" (M_P^SFT). That a round starts where the last one ended, and is held to
-M_PIT^SFT all along, is our reading of the paper.
+Why rounds: answers of M_P^RL are already good, and improving them is hard to learn from scratch;
+the annotated answers leave more to improve. A curriculum is a list of sources of y_ref:
+"annotated" (y_w and y_l), "policy" (M_P^RL) or "sft" (M_P^SFT). That a round starts where the
+last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 
-Run: python pit.py rl --run runs/tiny (a run that `all` has begun), a minute and a half. On held-out prompts
-the mean R_P rises from -2.5 to -1.2, and the mean gap over the policy's answers from 3.0 to 4.1 and 5.3.
+Run: python pit.py rl --run runs/tiny (a run that `all` has begun), a minute and a half. On
+held-out prompts the mean R_P rises from -2.5 to -1.2, and the mean gap over the policy's answers
+from 3.0 to 4.1 and 5.3.
 """
 
 from functools import partial
@@ -21,7 +22,8 @@ from ppo import train
 from reward import gap
 from run import shuffled_batch
 
-# Table 2 of the paper, and two more; all start from M_PIT^SFT and share the same number of PPO iterations
+# Table 2 of the paper, and two more; all start from M_PIT^SFT and share the same number of PPO
+# iterations
 CURRICULA = [
     "annotated",
     "policy",
@@ -44,9 +46,9 @@ def parse(curriculum):
 
 
 def rounds(sources, total, prefix):
-    """Share out `total` PPO iterations: one round per source -> [(role, source, start, iterations)].
+    """Share out `total` PPO iterations, one round per source.
 
-    start: the role that a round starts from.
+    -> [(role, source, start, iterations)]; start is the role that a round starts from.
     """
     plan, start = [], "pit_sft"
     for number, source in enumerate(sources):

@@ -1,13 +1,15 @@
 """One frozen base, many LoRA adapters: the single model-loading helper of the project.
 
-Every role of PIT (policy, PIT model, reward models, judge) is a small LoRA adapter on the same base, which
-is loaded once, in 4-bit. A reward model also has a scalar head: one nn.Linear on the last hidden states.
+Every role of PIT (policy, PIT model, reward models, judge) is a small LoRA adapter on the same
+base, which is loaded once, in 4-bit. A reward model also has a scalar head: one nn.Linear on the
+last hidden states.
 
                         head (D -> 1)               LM head (D -> V)
                              ^                            ^
     ids (B, L) -> [ base in 4-bit + the active adapter ] -> hidden (B, L, D)
 
-Shapes are those of tokens.py: B batch, P prompt, R response, L = P + R, V vocabulary, D hidden size.
+Shapes are those of tokens.py: B batch, P prompt, R response, L = P + R, V vocabulary, D hidden
+size.
 """
 
 import copy
@@ -16,8 +18,9 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-# Notices that the libraries print at each start and nobody can act on: an optional kernel is missing,
-# a method was renamed. Set before the imports, since importing peft imports bitsandbytes.
+# Notices that the libraries print at each start and nobody can act on: an optional kernel is
+# missing, a method was renamed. Set before the imports, since importing peft imports
+# bitsandbytes.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
@@ -96,14 +99,14 @@ class LM:
 
     def describe(self):
         """The base in one line."""
-        weights = [p for p in self.peft.get_base_model().parameters() if not p.requires_grad]
-        quantised = any(p.dtype == torch.uint8 for p in weights)
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        kind = str(self.lm_head.weight.dtype).removeprefix("torch.")
         size = 0
         for name, p in self.peft.get_base_model().named_parameters():
-            if "lora" not in name:
-                size += 2 * p.numel() if p.dtype == torch.uint8 else p.numel()  # two in a byte
-        kind = "4-bit" if quantised else dtype
+            if p.dtype == torch.uint8:
+                kind = "4-bit"
+                size += 2 * p.numel()  # two weights in a byte
+            elif "lora" not in name:
+                size += p.numel()
         return f"{size / 1e6:.1f}M parameters in {kind} on {self.device.type}, LoRA r={self.lora.r}"
 
     def checkpoint_layers(self):
@@ -138,9 +141,9 @@ class LM:
         """
         self.active = role
         self.peft.set_adapter(role, inference_mode=not train)
-        # Dropout is 0 everywhere, so eval mode loses nothing, and sampling in training mode is wrong
-        # under checkpointing. But checkpointing itself asks for `training` of each layer (not of
-        # the modules inside, which stay in eval mode).
+        # Dropout is 0 everywhere, so eval mode loses nothing, and sampling in training mode is
+        # wrong under checkpointing. But checkpointing itself asks for `training` of each layer
+        # (not of the modules inside, which stay in eval mode).
         self.peft.eval()
         for layer in self.peft.modules():
             if getattr(layer, "gradient_checkpointing", False):
@@ -154,7 +157,7 @@ class LM:
         return [p for p in [*self.peft.parameters(), *self.heads.parameters()] if p.requires_grad]
 
     def save(self, role, folder):
-        """Write `role` to the Path `folder` as standard PEFT, with head.safetensors if it has a head."""
+        """Write `role` to the Path `folder` as standard PEFT, and its head to head.safetensors."""
         config = copy.deepcopy(self.peft.peft_config[role])
         config.inference_mode = True
         config.save_pretrained(folder)
@@ -226,7 +229,8 @@ class LM:
     def collate(self, prompts, responses):
         """Lists of token ids -> Tokens, padded as drawn in tokens.py.
 
-        The mask comes from lengths. `ids != pad` would also hide a pad token that is part of a text.
+        The mask comes from lengths. `ids != pad` would also hide a pad token that is part of a
+        text.
         """
         P = max(map(len, prompts))
         R = max(map(len, responses))
@@ -260,8 +264,8 @@ class LM:
     def logprobs(self, tokens, temperature=1.0):
         """log pi(token | everything before it) of each response token: (B, R), 0 after EOS.
 
-        The LM head sees response positions only, a chunk at a time, and the backward pass recomputes
-        its logits: the full (B, L, V) tensor, by far the largest of all, never exists.
+        The LM head sees response positions only, a chunk at a time, and the backward pass
+        recomputes its logits: the full (B, L, V) tensor, by far the largest of all, never exists.
         """
         real = tokens.response_mask.bool()  # (B, R)
         states = self.hidden(tokens)[:, :-1][real]  # (N, D), N real response tokens
@@ -288,8 +292,9 @@ class LM:
     def scores_of_candidates(self, role, prompts, candidates):
         """The scores of k responses to each prompt: (B, k).
 
-        prompts: B lists of token ids; candidates: B lists of k lists. Where the model allows it, all
-        candidates share one row, so that their prompt is read only once (see tokens.one_row_each).
+        prompts: B lists of token ids; candidates: B lists of k lists. Where the model allows it,
+        all candidates share one row, so that their prompt is read only once (see
+        tokens.one_row_each).
         """
         assert role == self.active, f"{self.active} is active, not {role}"
         if not self.shared_row:
@@ -336,7 +341,8 @@ class LM:
         sampling = (
             {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature}
         )
-        # top_k, top_p: the whole distribution, or samples and log-probs would not be of the same policy
+        # top_k, top_p: the whole distribution, or samples and log-probs would not be of the same
+        # policy
         out = self.peft.generate(
             input_ids=start.ids,
             attention_mask=start.mask,
@@ -352,7 +358,7 @@ class LM:
         return Tokens(out, torch.cat([start.mask, response_mask], 1), response_mask)
 
     def answer(self, role, chats, cfg, temperature=1.0):
-        """One text by `role`, a policy or a PIT model, to each chat (lists of messages) -> texts."""
+        """One text by `role`, a policy or a PIT model, for each chat (messages) -> texts."""
         texts, size = [], rows_at_a_time(cfg)
         for start in range(0, len(chats), size):
             prompts = [self.encode_prompt(chat) for chat in chats[start : start + size]]
@@ -362,7 +368,7 @@ class LM:
 
 
 def rows_at_a_time(cfg):
-    """How many texts are written at a time: what SAMPLED holds, but at most four of PPO's batches."""
+    """How many texts are written at a time: what SAMPLED holds, at most four of PPO's batches."""
     return max(1, min(SAMPLED // max_length(cfg), 4 * cfg.rl_batch))
 
 
@@ -376,7 +382,8 @@ def adamw(parameters, lr, eps=1e-8):
 def take_step(optimizer, lr, advice="", clip=1.0):
     """One optimiser step on the gradients gathered so far -> their norm before clipping.
 
-    A loss that is NaN or infinite shows in the norm: FloatingPointError, before it spoils a parameter.
+    A loss that is NaN or infinite shows in the norm: FloatingPointError, before it spoils a
+    parameter.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip).item()
@@ -413,8 +420,9 @@ def new_head(hidden_size, device):
 def end_of_turn(tokenizer):
     """The id of the token that ends an answer.
 
-    That is what the chat template writes after an answer, else the tokenizer's EOS. Qwen2's base model
-    is why: its EOS, <|endoftext|>, is also its padding, while its template ends turns in <|im_end|>.
+    That is what the chat template writes after an answer, else the tokenizer's EOS. Qwen2's base
+    model is why: its EOS, <|endoftext|>, is also its padding, while its template ends turns in
+    <|im_end|>.
     """
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
@@ -431,8 +439,9 @@ def end_of_turn(tokenizer):
 def padding_token(tokenizer, eos):
     """The id of the token to pad with: the tokenizer's own, unless that is EOS.
 
-    Any token but EOS will do, since masks hide padding. With EOS, padding would look like the end of an
-    answer, and a mask made by `ids != pad` would hide the EOS: the model would never learn to stop.
+    Any token but EOS will do, since masks hide padding. With EOS, padding would look like the end
+    of an answer, and a mask made by `ids != pad` would hide the EOS: the model would never learn
+    to stop.
     """
     special = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id
     return next(token for token in (*special, 0, 1) if token is not None and token != eos)
@@ -487,9 +496,9 @@ def check_folder(name):
 def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
     """Load a base, freeze it, and wrap it for adapters -> LM.
 
-    name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32 where
-    there is no bf16). Raises UserError, in one or two lines, when there is no such model. Never runs
-    code from a hub, never opens a pickle.
+    name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32
+    where there is no bf16). Raises UserError, in one or two lines, when there is no such model.
+    Never runs code from a hub, never opens a pickle.
     """
     source = find_model(name)
     if source != TINY:
@@ -595,7 +604,8 @@ def check_base(base, tokenizer):
 @torch.no_grad()
 def check_causal(lm):
     """Raise ValueError for a model that reads what comes after a token, or reads padding."""
-    # row 1 is row 0 with another last token; row 2 is a longer one, which puts padding before 0 and 1
+    # row 1 is row 0 with another last token; row 2 is a longer one, which puts padding before 0
+    # and 1
     prompts = [[5, 6], [5, 6], [5, 6, 7]]
     responses = [[7], [8], [9]]
     states = lm.hidden(lm.collate(prompts, responses))  # (3, 2, D): before and after the response
@@ -613,8 +623,8 @@ def check_causal(lm):
 def export(lm, role, source, folder, merge):
     """Write the role saved in `source` for plain peft, or merged for plain transformers.
 
-    Merging uses this LM up: it has to be an unquantised one, since merging into 4-bit weights moves the
-    logits.
+    Merging uses this LM up: it has to be an unquantised one, since merging into 4-bit weights
+    moves the logits.
     """
     lm.load(role, source)
     model = lm.peft.get_base_model()

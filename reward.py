@@ -1,17 +1,18 @@
 """Stage 2, reward models: learn from pairs what better means, as a score and as a gap.
 
-R_P      r(x, y)            how good y is.                   Bradley-Terry: - sum log sigma(r(x, y_w) - r(x, y_l))
-R_PIT    r(x, y, y_ref)     how much better y is than y_ref. Eq. 2, over five comparisons, and a term of our own
+R_P      r(x, y)          how good is y?                      - sum log sigma(r(x, y_w) - r(x, y_l))
+R_PIT    r(x, y, y_ref)   how much better is y than y_ref?    Eq. 2, and a term of our own
 
-R_P reads the turns (x, y). R_PIT reads (x, y_ref, "Please improve ...", y), token for token what M_PIT
-reads and writes. So "score" always means: read the transcript, and take the scalar head's output at the
-last token.
+R_P reads the turns (x, y). R_PIT reads (x, y_ref, "Please improve ...", y), token for token what
+M_PIT reads and writes. So "score" always means: read the transcript, and take the scalar head's
+output at the last token.
 
-R_P and the judge start from the base, not from M_P^SFT: on the built-in task, a policy that was taught to
-write y_w, flaws included, had lost much of the base's eye for flaws. R_PIT starts from R_P.
+R_P and the judge start from the base, not from M_P^SFT: on the built-in task, a policy that was
+taught to write y_w, flaws included, had lost much of the base's eye for flaws. R_PIT starts from
+R_P.
 
-Run: python pit.py reward --run runs/tiny (a run that `all` has begun), two minutes. On held-out pairs R_P
-is right on 96%, R_PIT on 96% of its comparisons.
+Run: python pit.py reward --run runs/tiny (a run that `all` has begun), two minutes. On held-out
+pairs R_P is right on 96%, R_PIT on 96% of its comparisons.
 """
 
 import torch
@@ -22,7 +23,8 @@ from models import adamw, take_step
 from run import shuffled_batch
 from tokens import in_parts, micro_batches
 
-# weight of (r^ww)^2 + (r^ll)^2: what TRL recommends for centring scores (Eisenstein et al., 2023, Eq. 2)
+# weight of (r^ww)^2 + (r^ll)^2: what TRL recommends for centring scores (Eisenstein et al., 2023,
+# Eq. 2)
 CENTRE = 0.01
 # share of the steps: Adam's first steps at full size would undo what R_PIT has from R_P
 WARMUP = 0.2
@@ -48,9 +50,9 @@ def gap_loss(ww, lw, wl, ll):
 def centred_gap_loss(ww, lw, wl, ll):
     """Eq. 2, and an addition of our own: "no change" is worth 0 -> (B,).
 
-    Eq. 1 wants r^ww ~ r^ll, yet no term of Eq. 2 compares the two. Each is pulled down against r^wl and up
-    against r^lw, and rests halfway. But once r^wl and r^lw are far apart these pulls fade, and where r^ww
-    and r^ll end is left to chance.
+    Eq. 1 wants r^ww ~ r^ll, yet no term of Eq. 2 compares the two. Each is pulled down against
+    r^wl and up against r^lw, and rests halfway. But once r^wl and r^lw are far apart these pulls
+    fade, and where r^ww and r^ll end is left to chance.
     """
     return gap_loss(ww, lw, wl, ll) + CENTRE * (ww**2 + ll**2)
 
@@ -69,13 +71,13 @@ def three_terms(ww, lw, wl, ll):
 def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     """A Bradley-Terry model of single answers -> adapter and head `role`.
 
-    R_P from D_RM; the judge from pairs of its own.
+    R_P from D_RM; the judge from a separate part of the data.
     """
     if run.load_trained(lm, role):
         return
     why = "R_P, how good is an answer? (Bradley-Terry)"
     if role != "reward_policy":
-        why = "a judge for the tables, on pairs of its own"
+        why = "a judge for the tables, on separate pairs"
     with run.stage(role, why):
         lm.add(role, like="blank", head=True)
         train(lm, run, role, answer_contexts, bradley_terry, pairs)
@@ -184,7 +186,8 @@ def gap_contexts(lm, pair):
 def score_batch(lm, role, contexts_of, pairs):
     """Score y_w and y_l after each of the c contexts of a pair -> (2c, B).
 
-    One context, x: the rows are w, l. Two, (x, y_w) and (x, y_l): ww, lw, wl, ll, the candidate first.
+    One context, x: the rows are w, l. Two, (x, y_w) and (x, y_l): ww, lw, wl, ll, the candidate
+    first.
     """
     contexts = [contexts_of(lm, pair) for pair in pairs]
     candidates = [
@@ -198,7 +201,7 @@ def score_batch(lm, role, contexts_of, pairs):
 
 @torch.no_grad()
 def score_pairs(lm, role, contexts_of, pairs, micro_batch):
-    """`score_batch` of any number of pairs, without gradients -> (2c, number of pairs), on the CPU."""
+    """`score_batch` of any number N of pairs, without gradients -> (2c, N) on the CPU."""
     lm.activate(role)
     scores = []
     for start in range(0, len(pairs), micro_batch):
@@ -235,11 +238,13 @@ def scores(lm, role, prompts, responses, micro_batch):
 
 
 def gap(lm, changed, prompts, references, micro_batch):
-    """How much better than y_ref is y?   gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)   -> (B,)
+    """How much better is y than y_ref? -> (B,)
 
-    changed: r(x, y, y_ref), (B,). prompts, (x, y_ref), and references: lists of B lists of token ids. The
-    value of "no change", r(x, y_ref, y_ref), is near 0 only on average. Measured against it, a gap of 0
-    means no change for each y_ref.
+        gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)
+
+    changed: r(x, y, y_ref), (B,). prompts, (x, y_ref), and references: lists of B lists of token
+    ids. The value of "no change", r(x, y_ref, y_ref), is near 0 only on average. Measured against
+    it, a gap of 0 means no change for each y_ref.
     """
     return changed - scores(lm, "reward_gap", prompts, references, micro_batch)
 
@@ -252,7 +257,7 @@ def rewards(lm, role, prompts, answers, cfg):
 
 
 def gaps(lm, prompts, answers, references, cfg):
-    """How much better each answer is than its reference, by R_PIT -> (N,) on the CPU; 0: no change."""
+    """How much better R_PIT finds each answer than its reference -> (N,) on the CPU."""
     prompts = [lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(prompts, references)]
     answers = [lm.encode_response(text) for text in answers]
     references = [lm.encode_response(text) for text in references]

@@ -1,20 +1,21 @@
 """A batch of prompts with their responses: padding and the one mask.
 
-Prompts are padded on the left and responses on the right, so that all responses of a batch start in the same column:
+Prompts are padded on the left and responses on the right, so that all responses of a batch start
+in the same column:
 
     ids              pad pad  x   x   x | y   y  eos pad
                      x   x    x   x   x | y  eos pad pad
                      <------ P -------> | <----- R ---->
     mask              0   0   1   1   1   1   1   1   0
                       1   1   1   1   1   1   1   0   0
-    response_mask                         1   1   1   0        the EOS is in it: that an answer ends is part of the answer
+    response_mask                         1   1   1   0     with EOS: to stop is part of the answer
                                           1   1   0   0
 
-Shapes everywhere: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden size.
+Shapes everywhere: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden
+size.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -31,15 +32,20 @@ class Tokens:
         return Tokens(self.ids[rows], self.mask[rows], self.response_mask[rows])
 
     @property
-    def responses(self):  # (B, R)
+    def responses(self):
+        """(B, R) token ids."""
         return self.ids[:, -self.response_mask.shape[1] :]
 
     def trim(self):
-        """Without the columns, at both ends, that hold nothing but padding."""
+        """Without the columns at both ends that hold nothing but padding."""
         P = self.ids.shape[1] - self.response_mask.shape[1]
-        first, R = P - int(self.mask[:, :P].sum(1).max()), int(self.response_mask.sum(1).max())
+        longest_prompt = int(self.mask[:, :P].sum(1).max())
+        longest_response = int(self.response_mask.sum(1).max())
+        first, end = P - longest_prompt, P + longest_response
         return Tokens(
-            self.ids[:, first : P + R], self.mask[:, first : P + R], self.response_mask[:, :R]
+            self.ids[:, first:end],
+            self.mask[:, first:end],
+            self.response_mask[:, :longest_response],
         )
 
 
@@ -47,7 +53,7 @@ def mask_after_eos(responses, eos):
     """(B, R) token ids -> (B, R) mask: 1 up to and including the first EOS, 0 after it.
 
     responses   y   y  eos pad pad
-    is eos      0   0   1   0   0
+    is_eos      0   0   1   0   0
     cumsum      0   0   1   1   1
     minus       0   0   0   1   1   -> real where this is 0
     """
@@ -56,47 +62,57 @@ def mask_after_eos(responses, eos):
 
 
 def one_row_each(prompts, candidates):
-    """Rows that hold a prompt and all its responses -> lists: ids, the part and position of each token, where responses end.
+    """Put each prompt and all its responses into one row -> lists: ids, part, position, ends.
 
-    Positions start again with each response, and no response is to see another:
+    Positions start again with each response, as if it were the only one:
 
         ids        x   x   x   a   a  eos  b  eos
-        part       0   0   0   1   1   1   2   2       a token sees part 0 and its own part, up to itself
+        part       0   0   0   1   1   1   2   2       a token sees part 0 and its own, up to itself
         position   0   1   2   3   4   5   3   4
-        ends                           5       7
+        ends                           5       7       the last token of each response
     """
-    ids, part, position, ends = [], [], [], []
+    rows = [[], [], [], []]
     for prompt, responses in zip(prompts, candidates):
-        pieces = [prompt, *responses]
-        ids.append([token for piece in pieces for token in piece])
-        part.append([k for k, piece in enumerate(pieces) for _ in piece])
-        position.append(
-            [i + (k > 0) * len(prompt) for k, piece in enumerate(pieces) for i in range(len(piece))]
-        )
-        ends.append([end - 1 for end in accumulate(map(len, pieces))][1:])
-    return ids, part, position, ends
+        ids = list(prompt)
+        part = [0] * len(prompt)
+        position = list(range(len(prompt)))
+        ends = []
+        for number, response in enumerate(responses, 1):
+            ids += response
+            part += [number] * len(response)
+            position += range(len(prompt), len(prompt) + len(response))
+            ends.append(len(ids) - 1)
+        for column, row in zip(rows, (ids, part, position, ends)):
+            column.append(row)
+    return rows
 
 
 def micro_batches(items, size, length):
-    """Items in lists of at most `size`: where one does not hold them all, similar lengths go together, for little padding."""
-    items = sorted(items, key=length) if len(items) > size else items
-    return [items[at : at + size] for at in range(0, len(items), size)]
+    """Items in lists of at most `size`, similar lengths together, so that there is little padding.
+
+    Where one list holds them all, they stay in their order.
+    """
+    if len(items) > size:
+        items = sorted(items, key=length)
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def in_parts(function, tokens, size):
-    """Apply `function` to `size` rows at a time and join the results: memory for one part, the same values.
+    """Apply `function` to `size` rows at a time and join the results: same values, less memory.
 
-    Rows of similar length go together, without the padding that they do not need; results get it back, as zeros.
+    Rows of similar length go together, trimmed; in the results, zeros stand for the missing
+    padding.
     """
     order = tokens.mask.sum(1).argsort()
-    results, R = [], tokens.response_mask.shape[1]
+    R = tokens.response_mask.shape[1]
+    results = []
     for rows in order.split(size):
         part = tokens[rows].trim()
         result = function(part)  # (b,), or (b, R of this part, maybe + 1, ...)
         if result.dim() > 1:
-            missing = result.new_zeros(
-                len(rows), R - part.response_mask.shape[1], *result.shape[2:]
-            )
-            result = torch.cat([result, missing], 1)
+            missing = R - part.response_mask.shape[1]
+            padding = result.new_zeros(len(rows), missing, *result.shape[2:])
+            result = torch.cat([result, padding], 1)
         results.append(result)
-    return torch.cat(results)[order.argsort()]
+    back = order.argsort()  # undoes the sorting
+    return torch.cat(results)[back]
