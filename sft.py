@@ -3,17 +3,18 @@
 policy     M_P^SFT     x         -> y_w       L = - sum log M_P(y_w | x)
 PIT        M_PIT^SFT   x, y_l    -> y_w       L = - sum log M_PIT(y_w | x, y_l)
 
-The paper also mentions an unlikelihood loss, without a formula. Ours, with alpha = 1, and off by default
-(beta = gamma = 0):
+The paper also mentions an unlikelihood loss, without a formula. Ours, with alpha = 1, and off by
+default (beta = gamma = 0):
 
-    L = - sum [ alpha log M(y_w | x, y_l) + beta log M(y_w | x, y_w) + gamma log(1 - M(y_l | x, y_w)) ]
+    L = - sum [ alpha log M(y_w | x, y_l) + beta log M(y_w | x, y_w) + gamma log(1 - M(y_l | x,
+    y_w)) ]
                 improve the worse           keep the better            never make it worse
 
-Each sum is divided by the answer tokens of its batch; the learning rate falls linearly to 0. Left out:
-dropout, packing.
+Each sum is divided by the answer tokens of its batch; the learning rate falls linearly to 0. Left
+out: dropout, packing.
 
-Run: python pit.py sft --run runs/tiny (a run that `all` has begun), half a minute. The loss falls from
-0.36 to 0.2 nats per token for the policy, from 0.44 to 0.3 for PIT.
+Run: python pit.py sft --run runs/tiny (a run that `all` has begun), half a minute. The loss falls
+from 0.36 to 0.2 nats per token for the policy, from 0.44 to 0.3 for PIT.
 """
 
 import torch
@@ -52,7 +53,10 @@ def train_pit(lm, run, pairs):
 
 
 def pit_examples(lm, pairs, y_ref, y):
-    """(x, y_ref) -> y for each pair; y_ref and y are "chosen" or "rejected" -> [(prompt, response)]."""
+    """(x, y_ref) -> y for each pair, as [(prompt ids, response ids)].
+
+    y_ref and y name the answer of a pair: "chosen" or "rejected".
+    """
     examples = []
     for pair in pairs:
         prompt = improve_prompt(pair.prompt, getattr(pair, y_ref))
@@ -63,9 +67,9 @@ def pit_examples(lm, pairs, y_ref, y):
 def train(lm, run, role, terms):
     """Maximise the weighted sum of `terms` and save the adapter `role`.
 
-    terms: (weight, objective, examples) each; examples: (prompt ids, response ids) each. All training
-    loops lean on run.py: `steps` yields the steps still to do and keeps checkpoints, `shuffled_batch`
-    picks the rows of a step, `log` writes a line of metrics.jsonl.
+    terms: (weight, objective, examples) each; examples: (prompt ids, response ids) each. All
+    training loops lean on run.py: `steps` yields the steps still to do and keeps checkpoints,
+    `shuffled_batch` picks the rows of a step, `log` writes a line of metrics.jsonl.
     """
     cfg = run.config
     lm.add(role)
@@ -102,14 +106,11 @@ def log_likelihood(logprobs, mask):
 
 
 def log_unlikelihood(logprobs, mask):
-    """sum log(1 - M(y | .)) over a batch, M being the probability of the whole sequence; both arguments (B, R).
+    """sum log(1 - M(y_t | .)) over the answer tokens of a batch; both arguments (B, R).
 
-    log(1 - e^s) loses all digits where e^s is near 0 or 1; log1p(-e^s) and log(-expm1(s)) are exact there (Maechler, 2012).
+    Per token, as in Welleck et al. (2020): the probability of a whole answer is so small that
+    log(1 - M(y | .)) would have no gradient to speak of.
     """
-    s = (logprobs * mask).sum(1).clamp(max=-1e-6)  # (B,) log-probability of each answer
-    rare = (
-        s < -0.693
-    )  # e^s < 1/2; torch.where differentiates both branches, so each sees only values that it can bear
-    of_rare = torch.log1p(-torch.exp(torch.where(rare, s, -1.0)))
-    of_likely = torch.log(-torch.expm1(torch.where(rare, -0.1, s)))
-    return torch.where(rare, of_rare, of_likely).sum()
+    # log(1 - e^s) = log(-expm1(s)) keeps its digits where e^s is near 1 (Maechler, 2012)
+    s = logprobs.clamp(max=-1e-6)
+    return (torch.log(-torch.expm1(s)) * mask).sum()
