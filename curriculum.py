@@ -19,7 +19,7 @@ from functools import partial
 from data import improve_prompt
 from errors import UserError
 from ppo import train
-from reward import gap
+from reward import encode_written, gap
 from run import shuffled_batch
 
 # Table 2 of the paper, and two more; all start from M_PIT^SFT and share the same number of PPO
@@ -109,7 +109,7 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         prompts = [
             lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
         ]
-        unchanged = [lm.encode_response(y_ref) for y_ref in references]
+        unchanged = [encode_written(lm, y_ref, cfg) for y_ref in references]
 
         def score(tokens, states):
             changed = lm.scores_from_states("reward_gap", tokens, states)

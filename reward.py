@@ -249,17 +249,25 @@ def gap(lm, changed, prompts, references, micro_batch):
     return changed - scores(lm, "reward_gap", prompts, references, micro_batch)
 
 
+def encode_written(lm, text, cfg):
+    """An answer as its writer left it -> token ids.
+
+    One that fills max_response was cut off, and has no EOS: RL rates it so, and so does evaluation.
+    """
+    return lm.encode_response(text)[: cfg.max_response]
+
+
 def rewards(lm, role, prompts, answers, cfg):
     """R_P, or a judge by its role, of each answer (chats and texts) -> (N,) on the CPU."""
     prompts = [lm.encode_prompt(x) for x in prompts]
-    answers = [lm.encode_response(text) for text in answers]
+    answers = [encode_written(lm, text, cfg) for text in answers]
     return scores(lm, role, prompts, answers, cfg.micro_batch).cpu()
 
 
 def gaps(lm, prompts, answers, references, cfg):
     """How much better R_PIT finds each answer than its reference -> (N,) on the CPU."""
     prompts = [lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(prompts, references)]
-    answers = [lm.encode_response(text) for text in answers]
-    references = [lm.encode_response(text) for text in references]
+    answers = [encode_written(lm, text, cfg) for text in answers]
+    references = [encode_written(lm, text, cfg) for text in references]
     changed = scores(lm, "reward_gap", prompts, answers, cfg.micro_batch)
     return gap(lm, changed, prompts, references, cfg.micro_batch).cpu()
