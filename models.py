@@ -368,8 +368,8 @@ class LM:
 
 
 def rows_at_a_time(cfg):
-    """How many texts are written at a time: what SAMPLED holds, at most four of PPO's batches."""
-    return max(1, min(SAMPLED // max_length(cfg), 4 * cfg.rl_batch))
+    """How many texts are written at a time: one to four of PPO's batches, as SAMPLED allows."""
+    return max(cfg.rl_batch, min(SAMPLED // max_length(cfg), 4 * cfg.rl_batch))
 
 
 # ---- one optimiser step, used by every training loop -------------------------------------------
@@ -548,16 +548,20 @@ def load_tokenizer(source):
     return tokenizer
 
 
-def load_base(source, bits):
-    """The frozen base on the best device there is, in the best dtype for it."""
-    device = "cpu"
+def best_device():
+    """The device to run on, and the dtype of an unquantised base there.
+
+    fp16's range is too small for gradients that are not rescaled: without bf16, all is in fp32.
+    """
     if torch.cuda.is_available():
-        device = "cuda"
-    elif torch.backends.mps.is_available():
-        device = "mps"
-    # fp16's range is too small for gradients that are not rescaled: without bf16, all is in fp32
-    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if has_bf16 else torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "cuda", torch.bfloat16 if has_bf16 else torch.float32
+    return "mps" if torch.backends.mps.is_available() else "cpu", torch.float32
+
+
+def load_base(source, bits):
+    """The frozen base on the best device there is."""
+    device, dtype = best_device()
     options = {}
     if bits == 4 and has_4bit(device):
         options["quantization_config"] = BitsAndBytesConfig(
