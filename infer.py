@@ -1,183 +1,281 @@
 """Using PIT: answer, improve, iterate, stop.
 
-y_0 ~ M_P^RL(x)            y_{k+1} ~ M_PIT^RL(x, y_k)            gap_k = R_PIT(x, y_{k+1}, y_k) - R_PIT(x, y_k, y_k)
+answer      y_0 ~ M_P^RL(x)
+improve     y_{k+1} ~ M_PIT^RL(x, y_k)
+stop        when the gap is not above 0: R_PIT(x, y_{k+1}, y_k) - R_PIT(x, y_k, y_k)
 
-Run: python pit.py infer --run runs/tiny "..."
+Run: python pit.py infer --run runs/tiny "..."     one prompt
+     python pit.py infer --run runs/tiny           a conversation
 """
 
 import json
 import os
+import sys
 import time
+from dataclasses import dataclass
+from difflib import ndiff
 from textwrap import fill
 
+import task
 from data import improve_prompt, shorten
 from errors import UserError
 from files import is_prompt
 from reward import gaps
 from run import progress, seed_all, write_text
 
-STOPS = ("rounds", "same", "gap", "time")  # what ends the rounds of improvement, see `after_round`
+POLICY = "policy_rl"  # writes the original answer
+STOPS = ("gap", "same", "time", "rounds")  # what ends the rounds, see `after_round`
+BEGIN = b'{"improved": '  # how each line of an output begins: so half a line is known to be ours
+OTHER_TASK = """Note: this run knows one kind of question only; expect nonsense elsewhere. Try:
+Where does each look in the end? Ann north: left left back. Ben west: right left right."""
+
+
+@dataclass
+class Settings:
+    """How to improve an answer."""
+
+    pit: str  # the adapter that improves: PIT's last round
+    rounds: int  # how many improvements, at most
+    temperature: float
+    stop: str  # one of STOPS
+    seconds: float  # for the stop rule "time"
+    seed: int
+
+
+# ---- improve, and stop -------------------------------------------------------------------------
 
 
 def improve(lm, role, prompts, references, cfg, temperature=1.0):
-    """One improvement by PIT model `role` of each reference (texts) -> texts."""
+    """One improvement of each reference by PIT model `role`, texts -> texts."""
     chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
     return lm.answer(role, chats, cfg, temperature)
 
 
 def after_round(stop, before, text, gap, seconds, budget):
-    """What a round of improvement (texts before and after it, its gap, the seconds so far) calls for, by stop rule `stop`:
+    """What stop rule `stop` says after a round that turned `before` into `text`.
 
-    "next" round; "stop", and take the new text; or go "back" to the text before, and stop.
+    "next": another round. "stop": `text` is the answer. "back": `before` is. seconds: spent so far.
     """
-    if stop == "gap" and (
-        gap <= 0 or text == before
-    ):  # R_PIT holds the new text for no better than "no change"
+    same = text == before
+    if stop == "gap" and (gap <= 0 or same):  # R_PIT rates the new text no better than the old one
         return "back"
-    return (
-        "stop"
-        if (stop == "same" and text == before) or (stop == "time" and seconds >= budget)
-        else "next"
-    )
+    if (stop == "same" and same) or (stop == "time" and seconds >= budget):
+        return "stop"
+    return "next"
 
 
 def end_of(stop, texts, gaps, spent, budget):
-    """Where stop rule `stop` ends, of the texts y_0 ... y_K of one prompt -> (index of the answer, rounds that were made).
+    """Where a stop rule ends in the texts y_0 ... y_K -> (index of the answer, rounds made).
 
-    gaps[k - 1] is that of texts[k] over the text before; spent[k]: seconds, or whatever unit `budget` has, after k rounds.
+    gaps[k - 1]: of texts[k] over the text before. spent[k]: seconds after k rounds, or whatever
+    unit `budget` has.
     """
-    for k in range(1, len(texts)):
+    last = len(texts) - 1
+    for k in range(1, last + 1):
         then = after_round(stop, texts[k - 1], texts[k], gaps[k - 1], spent[k], budget)
-        if then != "next":
-            break
-    return k - (then == "back"), k
+        if then == "back":
+            return k - 1, k
+        if then == "stop":
+            return k, k
+    return last, last
 
 
-def iterate(
-    lm, policy, pit, prompt, cfg, rounds, temperature, response=None, stop="rounds", budget=60.0
-):
-    """Yield (text, gap over the text before) for one prompt: first the policy's answer, or `response`, with gap None.
+def improve_rounds(lm, cfg, settings, prompts, responses):
+    """Improve an answer to each prompt, round by round -> yields (texts, gaps over those before).
 
-    At most `rounds` improvements, fewer where the stop rule says so (budget: seconds, for "time"). The last text is the answer.
+    The first texts are the responses, or the policy's answers for None; they have no gaps.
     """
-    text = response.strip() if response else lm.answer(policy, [prompt], cfg, temperature)[0]
-    yield text, None
+    unanswered = [x for x, response in zip(prompts, responses) if response is None]
+    answers = iter(lm.answer(POLICY, unanswered, cfg, settings.temperature))
+    texts = [next(answers) if response is None else response for response in responses]
+    yield texts, None
+    for _ in range(settings.rounds):
+        better = improve(lm, settings.pit, prompts, texts, cfg, settings.temperature)
+        yield better, gaps(lm, prompts, better, texts, cfg).tolist()
+        texts = better
+
+
+def iterate(lm, cfg, settings, prompt, response=None):
+    """The same for one prompt, until the stop rule ends it -> yields (text, gap)."""
     started = time.monotonic()
-    for _ in range(rounds):
-        better = improve(lm, pit, [prompt], [text], cfg, temperature)[0]
-        gap = gaps(lm, [prompt], [better], [text], cfg).item()
-        then = after_round(stop, text, better, gap, time.monotonic() - started, budget)
+    rounds = improve_rounds(lm, cfg, settings, [prompt], [response])
+    (before,), _ = next(rounds)
+    yield before, None
+    for (text,), (gap,) in rounds:
+        spent = time.monotonic() - started
+        then = after_round(settings.stop, before, text, gap, spent, settings.seconds)
         if then != "back":
-            yield better, gap
+            yield text, gap
         if then != "next":
             return
+        before = text
+
+
+def fit_prompts(lm, cfg, rows):
+    """Check rows as `files.read_rows` reads them -> their prompts, cut where they are too long."""
+    prompts, cut = [], 0
+    for _, turns, response, place in rows:
+        if not is_prompt(turns):
+            raise UserError(
+                f"{place}: user and assistant must take turns, the user first and last."
+            )
+        prompt = shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
+        if prompt is None:
+            most = f"{cfg.max_prompt} tokens, the --max-prompt of this run"
+            raise UserError(f"{place}: even cut, the prompt is longer than {most}.")
+        if response and len(lm.encode_response(response)) > cfg.max_response + 1:
+            most = f"{cfg.max_response} tokens, the --max-response of this run"
+            raise UserError(f"{place}: the response is longer than {most}.")
+        prompts.append(prompt)
+        if prompt != turns:
+            cut += 1
+    if cut:
+        print(f"Cut to the last {cfg.max_prompt} tokens (--max-prompt): {cut:,} prompts.")
+    return prompts
+
+
+# ---- in the terminal ---------------------------------------------------------------------------
+
+
+def answer(lm, cfg, settings, turns, response=None):
+    """Answer one prompt, or take `response`, and show each improvement -> the last text."""
+    (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])
+    if cfg.data == "synthetic" and is_other_task(turns[-1]["content"], response):
+        print(OTHER_TASK)
+    steps = iterate(lm, cfg, settings, prompt, response)
+    text, _ = next(steps)
+    print(f"\noriginal\n{text}", flush=True)
+    k = 0
+    for k, (better, gap) in enumerate(steps, 1):
+        print(f"\nround {k}, gap {gap:+.2f}\n{mark_changes(text, better)}", flush=True)
         text = better
+    if k < settings.rounds:
+        why = f"Round {k + 1} was no better" if settings.stop == "gap" else "No more rounds"
+        best = f"round {k}" if k else "the original"
+        print(f"\n{why}, so {best} is the answer (--stop {settings.stop}).")
+    return text
 
 
-def fit_prompt(lm, turns, response, cfg, name):
-    """A prompt, its oldest part cut off where it is longer than --max-prompt; complains, by name, of what no model has seen."""
-    if not is_prompt(turns):
-        raise UserError(
-            f"{name}: a prompt is turns of user and assistant, the user's first and last."
-        )
-    short = shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
-    if short is None:
-        raise UserError(
-            f"{name}: no cut brings the prompt to the {cfg.max_prompt} tokens of this run's --max-prompt."
-        )
-    if response and len(lm.encode_response(response)) > cfg.max_response + 1:
-        raise UserError(
-            f"{name}: the response is longer than the {cfg.max_response} tokens of this run's --max-response."
-        )
-    return short
+def is_other_task(question, response):
+    """Whether a question, or a response to improve, is not in the language of the built-in task."""
+    known = question == task.ask(task.read(question))
+    return not known or response is not None and response != task.tell(task.read(response))
+
+
+def mark_changes(old, new):
+    """`new` with *stars* around the words that are not in `old` at that place."""
+    words = []
+    for line in ndiff(old.split(" "), new.split(" ")):
+        sign, word = line[0], line[2:]
+        if sign == "+":
+            words.append(f"*{word}*")
+        elif sign == " ":
+            words.append(word)
+    return " ".join(words)
+
+
+def converse(lm, cfg, settings):
+    """Ask and answer until the input ends. It may be a pipe, with one question per line."""
+    print("Ask, and see the answer improve. Empty line: start over. Ctrl-D: stop.")
+    turns, asked = [], 0
+    while True:
+        try:
+            said = input("\nyou: ").strip()
+        except EOFError:
+            print()
+            return
+        if not sys.stdin.isatty():
+            print(said)  # a terminal shows what is typed, a pipe does not
+        if not said or cfg.data == "synthetic":  # that task has no follow-up questions
+            turns = []
+        if not said:
+            continue
+        question = {"role": "user", "content": said}
+        seed_all(settings.seed, "infer", asked)
+        asked += 1
+        try:
+            text = answer(lm, cfg, settings, [*turns, question])
+            turns += [question, {"role": "assistant", "content": text}]
+        except UserError as error:
+            print(error)
+
+
+# ---- whole files -------------------------------------------------------------------------------
+
+
+def improve_file(lm, cfg, settings, rows, path):
+    """Append each row to the JSONL file `path` with its improved text, all versions and their gaps.
+
+    A batch of rows goes through all rounds at once. Then the stop rule chooses each answer.
+    """
+    done = rows_done(path, rows, settings.rounds)
+    prompts = fit_prompts(lm, cfg, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # backslashreplace: half a character (a lone surrogate) in a row goes out as it came in
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for start in progress(range(done, len(rows), cfg.rl_batch)):
+            batch = slice(start, start + cfg.rl_batch)
+            seed_all(settings.seed, "infer", start)
+            responses = [response for _, _, response, _ in rows[batch]]
+            rounds = list(improve_rounds(lm, cfg, settings, prompts[batch], responses))
+            for i, (row, *_) in enumerate(rows[batch]):
+                versions = [texts[i] for texts, _ in rounds]
+                gaps = [of_round[i] for _, of_round in rounds[1:]]
+                best, _ = end_of(settings.stop, versions, gaps, [0] * len(versions), budget=0)
+                ours = {"improved": versions[best], "versions": versions}
+                ours["gaps"] = [round(gap, 3) for gap in gaps]
+                line = {"improved": None} | row | ours  # first "improved", as in BEGIN
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+    print(f"Wrote {len(rows) - done:,} rows to {path}.")
 
 
 def rows_done(path, rows, rounds):
-    """How many rows an earlier start has answered in the output `path`; a line that it left half-written is taken off."""
+    """How many rows an earlier start has written to `path`; half a last line is cut off."""
     text = path.read_bytes() if path.exists() else b""
     *lines, rest = text.split(b"\n")
-    begin = b'{"improved": '
-    try:
-        done = [json.loads(line) for line in lines if line.startswith(begin)]
-        done = [(line["prompt"], line.get("response"), len(line["gaps"])) for line in done]
-    except (ValueError, KeyError, TypeError):
-        done = None
-    expected = [(row["prompt"], row.get("response"), rounds) for row, *_ in rows[: len(lines)]]
-    if done != expected or not rest.startswith(begin[: len(rest)]):
+    ours = len(lines) <= len(rows) and rest[: len(BEGIN)] == BEGIN[: len(rest)]
+    for line, (row, *_) in zip(lines, rows):
+        ours = ours and answers_row(line, row, rounds)
+    if not ours:
         raise UserError(
-            f"--output {path} is there already, and is not the beginning of this work. Give another --output."
+            f"--output {path} exists, and is not the beginning of this work. Give another --output."
         )
     if rest:
         os.truncate(path, len(text) - len(rest))
     return len(lines)
 
 
-def improve_file(lm, policy, pit, rows, path, cfg, rounds, temperature, seed, stop="rounds"):
-    """Append to the JSONL file `path` each row with its improved text, the texts of all rounds, and their gaps, in order.
+def answers_row(line, row, rounds):
+    """Whether a line of an output is an answer to this row, with this many rounds."""
+    try:
+        line = json.loads(line)
+        same = line["prompt"] == row["prompt"] and line.get("response") == row.get("response")
+        return same and len(line["gaps"]) == rounds
+    except (ValueError, KeyError, TypeError):
+        return False
 
-    All rounds are made for a whole batch of rows at once; the stop rule chooses for each row which text is its answer.
-    """
-    done = rows_done(path, rows, rounds)
-    fitting = [fit_prompt(lm, turns, response, cfg, name) for _, turns, response, name in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(
-        path, "a", encoding="utf-8", errors="backslashreplace", newline="\n"
-    ) as file:  # half a character as it came
-        for start in progress(range(done, len(rows), cfg.rl_batch)):
-            batch, prompts = (some[start : start + cfg.rl_batch] for some in (rows, fitting))
-            seed_all(seed, "infer", start)
-            written = iter(
-                lm.answer(
-                    policy,
-                    [p for p, row in zip(prompts, batch) if row[2] is None],
-                    cfg,
-                    temperature,
-                )
-            )
-            texts, steps = (
-                [[text if text is not None else next(written) for _, _, text, _ in batch]],
-                [],
-            )
-            for _ in range(rounds):
-                texts.append(improve(lm, pit, prompts, texts[-1], cfg, temperature))
-                steps.append(gaps(lm, prompts, texts[-1], texts[-2], cfg).tolist())
-            for (row, *_), versions, worth in zip(batch, zip(*texts), zip(*steps)):
-                kept, _ = end_of(stop, versions, worth, [0] * len(versions), 0)
-                ours = {
-                    "improved": versions[kept],
-                    "versions": versions,
-                    "gaps": [round(gap, 3) for gap in worth],
-                }
-                line = (
-                    {"improved": None} | row | ours
-                )  # "improved" first: that is how `rows_done` knows its lines
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            file.flush()
+
+# ---- while training ----------------------------------------------------------------------------
 
 
 def show_samples(lm, run, stage, pairs):
-    """Answer the same prompts after each stage, and improve the answers once there is a PIT model -> samples.md, console."""
-    path, page = run.path / "samples.md", f"\n## after {stage}\n"
-    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    if page in before:  # asked each time: a kill may come between a stage and its samples
+    """Answer a few prompts after a stage, and improve the answers once PIT can -> samples.md."""
+    path, title = run.path / "samples.md", f"\n## after {stage}\n"
+    page = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if title in page:  # looked up each time: a kill may come between a stage and its samples
         return
-    cfg, policy = run.config, "policy_rl" if "policy_rl" in lm.roles else "policy_sft"
     prompts = [pair.prompt for pair in pairs]
-    seed_all(cfg.seed, "samples")
-    answers = lm.answer(policy, prompts, cfg)
-    improved = improve(lm, stage, prompts, answers, cfg) if stage.startswith("pit") else None
-    for i, prompt in enumerate(prompts):
-        rows = {"prompt": prompt[-1]["content"], policy: answers[i]} | (
-            {stage: improved[i]} if improved else {}
-        )
-        page += "\n" + "".join(f"- {who}: {text}\n" for who, text in rows.items())
-        if i < 2:
-            for who, text in rows.items():
-                lines = dict(
-                    initial_indent=f"  {who:10} ",
-                    subsequent_indent=" " * 13,
-                    max_lines=3,
-                    placeholder=" [...]",
-                )
-                print(fill(text, 100, **lines))
-    write_text(path, before + page)
+    policy = POLICY if POLICY in lm.roles else "policy_sft"
+    seed_all(run.config.seed, "samples")
+    answers = lm.answer(policy, prompts, run.config)
+    texts = {"prompt": [prompt[-1]["content"] for prompt in prompts], policy: answers}
+    if stage.startswith("pit"):
+        texts[stage] = improve(lm, stage, prompts, answers, run.config)
+
+    samples = ""
+    for i in range(len(pairs)):
+        items = [fill(f"- {who}: {of[i]}", 80, subsequent_indent="  ") for who, of in texts.items()]
+        samples += "\n" + "\n".join(items) + "\n"
+    print(samples)
+    write_text(path, page + title + samples)
