@@ -1,215 +1,55 @@
-"""How fast is an iteration of PPO, where does its time go, and how much memory does it take?
+"""How fast is PPO, what does a step of each stage take, and how much memory?
 
-    python tests/bench.py                                                            the built-in base
-    python tests/bench.py --model FOLDER --data FILE --batch 4,8,16 --lengths 24,48,96 --epochs 4
+    python tools/bench.py speed                    seconds per PPO iteration
+    python tools/bench.py stages --model FOLDER    one step of each stage: time, tokens, memory
+    python tools/bench.py make FOLDER              random weights, Qwen2-0.5B's shape, for `stages`
 
-    python tests/bench.py --memory --model FOLDER                                    memory: by arithmetic, and measured
-
-Varies the batch size at the last length, then the length at the last batch size, each in a process of its own, so that its
-peak memory is its own. The work is that of policy RL: sample, score, evaluate by policy, reference and critic, update. All
-answers are as long as they may be. Prints seconds by phase and tokens a second; the scaling plot goes to --plot.
+`speed` does the work of policy RL: sample, score, evaluate by policy, reference and critic, update.
+It varies the batch size at the last length, then the length at the last batch size. Each setting
+has a process to itself, so that its peak memory is its own. `stages` calls the very functions that
+a run calls, on random texts that are as long as the options allow.
 """
 
-import json
+import io
+import random
 import resource
-import subprocess
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import datasets  # noqa: F401  before torch
+import datasets  # noqa: F401  on Windows it must be imported before torch
 import torch
 import typer
-from memory import estimate_memory, plan_memory
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+import curriculum
 import ppo
-from data import load_pairs, shorten
-from models import adamw, load_model, take_step
+import reward
+import sft
+from data import Pair, load_pairs, shorten
+from models import TINY, adamw, load_model
 from pit import PRESETS
-from reward import centred_gap_loss
+from plan import estimate_memory, plan_memory
 
-ROLES = "policy", "reference", "reward_policy"
-PHASES = "sampling", "scoring", "updating"
-
-
-def measure(model, data, bits, batch, length, epochs, micro_batch, max_prompt, iterations):
-    """Seconds by phase of one iteration, tokens generated a second, and the process's peak memory in GiB -> dict."""
-    cfg = SimpleNamespace(
-        max_response=length,
-        temperature=1.0,
-        micro_batch=micro_batch,
-        minibatch=batch,
-        epochs=epochs,
-        rl_lr=1e-5,
-        critic_lr=1e-3,
-    )
-    lm = load_model(model, bits)
-    weights = sum(
-        p.numel() * p.element_size() for name, p in lm.peft.named_parameters() if "lora" not in name
-    )
-    for role in ROLES:
-        lm.add(role, head=role == "reward_policy")
-    adapters = sum(p.numel() * p.element_size() for role in ROLES for p in lm.parameters(role))
-    critic = torch.nn.Linear(lm.hidden_size, 1, device=lm.device)
-    optimizers = (
-        adamw(lm.parameters("policy"), cfg.rl_lr),
-        adamw(critic.parameters(), cfg.critic_lr),
-    )
-    pairs, _ = load_pairs(data, 10_000, seed=0, skip_bad=True)
-    cut = [
-        shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), max_prompt)
-        for pair in pairs[: 2 * batch]
-    ]
-    prompts = [lm.encode_prompt(prompt) for prompt in cut if prompt][:batch]
-    lm.eos = lm.lm_head.weight.shape[0] - 1  # some rare token: answers end at the length
-    for iteration in range(1 + iterations):
-        if iteration < 2:  # the first one warms up
-            seconds, started = Counter(), time.perf_counter()
-        sample = ppo.rollout(
-            lm,
-            "policy",
-            "reference",
-            "reward_policy",
-            critic,
-            prompts,
-            partial(lm.scores, "reward_policy"),
-            cfg,
-            seconds,
-        )
-        with ppo.timed(seconds, "updating"):
-            ppo.ppo_update(
-                lm,
-                "policy",
-                critic,
-                optimizers,
-                sample,
-                ppo.normalise(sample.scores, 0, 1),
-                0.05,
-                1.0,
-                cfg,
-            )
-    total = (time.perf_counter() - started) / iterations
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    return {phase: seconds[phase] / iterations for phase in PHASES} | {
-        "total": total,
-        "tokens a second": batch * length / total,
-        "peak GiB": peak,
-        "prompt tokens": sum(map(len, prompts)) / len(prompts),
-        "all roles / base": 1 + adapters / weights,
-    }
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+PHASES = ("sampling", "scoring", "updating")
+COLUMNS = (*PHASES, "total", "tokens per second", "peak GiB", "prompt tokens", "all roles / base")
+GIB = 2**30
 
 
-def measure_memory(model, bits, vram, answers):
-    """A run's memory by arithmetic, and the peaks of one step of R_PIT and of one PPO iteration with `answers` answers, in GiB.
-
-    All texts are as long as they may be, and random. Measured is what comes on top of the imported libraries: on a GPU what is
-    allocated, else resident memory (Linux).
-    """
-    sizes = PRESETS["real"] | (PRESETS["small"] if vram < 6 else {})
-    cfg = SimpleNamespace(
-        **sizes, model=model, vram=vram, rounds="annotated,policy", temperature=1.0, epochs=1
-    )
-    cfg.minibatch = answers
-    empty = resident("VmRSS")
-    lm = load_model(model, bits)
-    print(f"{model}: {lm.describe()}")
-    plan_memory(lm, cfg)
-    parts = list(dict.fromkeys(part for work in estimate_memory(lm, cfg).values() for part in work))
-    print("| GiB | " + " | ".join([*parts, "together"]) + " |\n|---|" + "---:|" * (len(parts) + 1))
-    for work, by_part in estimate_memory(lm, cfg).items():
-        numbers = [f"{by_part[part]:.2f}" if part in by_part else "" for part in parts]
-        print(f"| {work} | " + " | ".join([*numbers, f"{sum(by_part.values()):.2f}"]) + " |")
-
-    def ids(n, length):
-        return torch.randint(10, 1000, (n, length)).tolist()
-
-    for role in (
-        "policy",
-        "reference",
-        "reward_gap",
-        "reward_policy",
-        "judge",
-        "policy_rl",
-        "pit_rl0",
-        "pit_rl1",
-    ):
-        lm.add(role, head=role == "reward_gap")
-    optimizer, length = (
-        adamw(lm.parameters("reward_gap"), 1e-5),
-        cfg.max_prompt + cfg.max_response + 16,
-    )
-    with peak("a step of R_PIT", empty):
-        lm.activate("reward_gap", train=True)
-        candidates = [ids(2, cfg.max_response) for _ in range(cfg.micro_batch)]
-        four = [
-            lm.scores_of_candidates("reward_gap", ids(cfg.micro_batch, length), candidates).T
-            for _ in range(2)
-        ]
-        centred_gap_loss(*torch.cat(four)).sum().backward()
-        take_step(optimizer, 1e-5)
-        del four, optimizer
-    critic = torch.nn.Linear(lm.hidden_size, 1, device=lm.device)
-    optimizers = (
-        adamw(lm.parameters("policy"), cfg.rl_lr),
-        adamw(critic.parameters(), cfg.critic_lr),
-    )
-    lm.eos = lm.lm_head.weight.shape[0] - 1
-    with peak(f"sampling, {cfg.rl_batch} prompts and the first two tokens of each answer", empty):
-        lm.generate("policy", ids(cfg.rl_batch, length), 2)
-    with peak(f"PPO iteration, {answers} answers", empty):
-        sample = ppo.rollout(
-            lm,
-            "policy",
-            "reference",
-            "reward_gap",
-            critic,
-            ids(answers, length),
-            partial(lm.scores, "reward_gap"),
-            cfg,
-            Counter(),
-        )
-        ppo.ppo_update(
-            lm,
-            "policy",
-            critic,
-            optimizers,
-            sample,
-            ppo.normalise(sample.scores, 0, 1),
-            0.05,
-            1.0,
-            cfg,
-        )
+# ---- speed -------------------------------------------------------------------------------------
 
 
-def resident(what):
-    """VmRSS, the present, or VmHWM, the most since the last reset, in GiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
-
-
-@contextmanager
-def peak(what, empty):
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5")
-    yield
-    most = (
-        torch.cuda.max_memory_allocated() / 2**30
-        if torch.cuda.is_available()
-        else resident("VmHWM") - empty
-    )
-    print(f"measured, {what}: {most:.2f} GiB", flush=True)
-
-
-def main(
+@app.command()
+def speed(
     model: str = "tiny",
     data: str = "synthetic",
     bits: int = 4,
@@ -220,88 +60,324 @@ def main(
     max_prompt: int = 256,
     iterations: int = 2,
     plot: str = "bench.png",
-    memory: bool = False,
-    vram: float = 6.0,
-    one: bool = False,
 ):
-    batches, sizes = (
-        [int(number) for number in numbers.split(",")] for numbers in (batch, lengths)
-    )
-    if memory:
-        measure_memory(model, bits, vram, batches[0])
-        return
-    if one:
-        print(
-            json.dumps(
-                measure(
-                    model,
-                    data,
-                    bits,
-                    batches[0],
-                    sizes[0],
-                    epochs,
-                    micro_batch,
-                    max_prompt,
-                    iterations,
-                )
+    """Seconds per PPO iteration, by phase, and a figure of how they grow."""
+    batches = [int(number) for number in batch.split(",")]
+    sizes = [int(number) for number in lengths.split(",")]
+    settings = [(b, sizes[-1]) for b in batches] + [(batches[-1], length) for length in sizes[:-1]]
+    results = {}
+    print("| batch | length | " + " | ".join(COLUMNS) + " |\n|" + "---:|" * (len(COLUMNS) + 2))
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for b, length in settings:
+            cfg = SimpleNamespace(
+                max_response=length,
+                temperature=1.0,
+                micro_batch=micro_batch,
+                minibatch=b,
+                epochs=epochs,
+                rl_lr=1e-5,
+                critic_lr=1e-3,
             )
-        )
-        return
-    runs = [(b, sizes[-1]) for b in batches] + [(batches[-1], length) for length in sizes[:-1]]
-    results, columns = (
-        {},
-        [*PHASES, "total", "tokens a second", "peak GiB", "prompt tokens", "all roles / base"],
-    )
-    print("| batch | length | " + " | ".join(columns) + " |\n|" + "---:|" * (len(columns) + 2))
-    for b, length in runs:
-        again = [
-            sys.executable,
-            __file__,
-            *sys.argv[1:],
-            "--batch",
-            str(b),
-            "--lengths",
-            str(length),
-            "--one",
-        ]
-        output = subprocess.run(again, stdout=subprocess.PIPE, check=True).stdout
-        found = results[b, length] = json.loads(output.splitlines()[-1])
-        print(
-            f"| {b} | {length} | "
-            + " | ".join(f"{found[column]:.2f}" for column in columns)
-            + " |",
-            flush=True,
-        )
+            job = pool.submit(measure, model, data, bits, b, max_prompt, iterations, cfg)
+            found = results[b, length] = job.result()
+            numbers = " | ".join(f"{found[column]:.2f}" for column in COLUMNS)
+            print(f"| {b} | {length} | {numbers} |", flush=True)
     draw(results, batches, sizes, plot)
 
 
+def measure(model, data, bits, batch, max_prompt, iterations, cfg):
+    """One setting: seconds by phase per iteration, tokens per second, peak memory -> dict."""
+    lm = load_model(model, bits)
+    weights = size_of(p for name, p in lm.peft.named_parameters() if "lora" not in name)
+    for role in ("policy", "reference", "reward_policy"):
+        lm.add(role, head=role == "reward_policy")
+    adapters = size_of(p for role in sorted(lm.roles - {"blank"}) for p in lm.parameters(role))
+    critic = ppo.zero_head(lm.hidden_size, lm.device)
+    optimizers = (
+        adamw(lm.parameters("policy"), cfg.rl_lr),
+        adamw(critic.parameters(), cfg.critic_lr),
+    )
+    prompts = some_prompts(lm, data, batch, max_prompt)
+    never_end(lm)
+
+    seconds = defaultdict(float)
+    for iteration in range(1 + iterations):
+        if iteration == 1:  # the first one warms up
+            seconds.clear()
+        ppo_iteration(lm, critic, optimizers, prompts, cfg, seconds)
+    per_iteration = {phase: seconds[phase] / iterations for phase in PHASES}
+    total = sum(per_iteration.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / GIB
+    return per_iteration | {
+        "total": total,
+        "tokens per second": batch * cfg.max_response / total,
+        "peak GiB": peak,
+        "prompt tokens": sum(map(len, prompts)) / len(prompts),
+        "all roles / base": 1 + adapters / weights,
+    }
+
+
+def ppo_iteration(lm, critic, optimizers, prompts, cfg, seconds):
+    """The same calls as in ppo.train, timed."""
+    score = partial(lm.scores_from_states, "reward_policy")
+    with timed(seconds, "sampling"):
+        tokens = lm.generate("policy", prompts, cfg.max_response)
+    with timed(seconds, "scoring"):
+        roles = dict(policy="policy", reference="reference", reward_role="reward_policy")
+        sample = ppo.rate(lm, tokens, score, critic=critic, cfg=cfg, **roles)
+    with timed(seconds, "updating"):
+        scores = ppo.normalise(sample.scores, 0, 1)
+        settings = dict(beta=0.05, decay=1.0, cfg=cfg)
+        ppo.ppo_update(lm, "policy", critic, optimizers, sample, scores, **settings)
+
+
+def some_prompts(lm, data, n, longest):
+    """n prompts of a data set, cut to `longest` tokens -> lists of token ids."""
+    pairs, _ = load_pairs(data, 10_000, seed=0, skip_bad=True)
+    prompts = []
+    for pair in pairs:
+        short = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), longest)
+        if short and len(prompts) < n:
+            prompts.append(lm.encode_prompt(short))
+    return prompts
+
+
+def never_end(lm):
+    """Make EOS a token that is hardly ever sampled: every answer is as long as it may be."""
+    lm.eos = lm.lm_head.weight.shape[0] - 1
+
+
+def size_of(tensors):
+    return sum(p.numel() * p.element_size() for p in tensors)
+
+
+@contextmanager
+def timed(seconds, phase):
+    """Add the seconds that the block takes to seconds[phase]."""
+    started = time.perf_counter()
+    yield
+    seconds[phase] += now() - started
+
+
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the GPU may still be computing when Python goes on
+    return time.perf_counter()
+
+
 def draw(results, batches, sizes, path):
-    """Seconds by phase against batch size and against length, with the straight line through 0 and the largest."""
+    """Seconds by phase against batch size, and against length -> a figure.
+
+    The dotted line goes through 0 and the largest setting: cost in proportion.
+    """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for ax, name, numbers, rows in (
+    panels = [
         (
-            axes[0],
-            f"answers an iteration, of {sizes[-1]} tokens",
+            f"answers per iteration, {sizes[-1]} tokens each",
             batches,
             [(b, sizes[-1]) for b in batches],
         ),
         (
-            axes[1],
-            f"tokens an answer, {batches[-1]} answers",
+            f"tokens per answer, {batches[-1]} answers",
             sizes,
-            [(batches[-1], length) for length in sizes],
+            [(batches[-1], size) for size in sizes],
         ),
-    ):
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, (name, numbers, rows) in zip(axes, panels):
         for phase in (*PHASES, "total"):
             ax.plot(numbers, [results[row][phase] for row in rows], marker="o", label=phase)
         ax.plot([0, numbers[-1]], [0, results[rows[-1]]["total"]], "k:", label="in proportion")
-        ax.set(xlabel=name, ylabel="seconds an iteration", xlim=(0, None), ylim=(0, None))
+        ax.set(xlabel=name, ylabel="seconds per iteration", xlim=(0, None), ylim=(0, None))
         ax.legend()
     figure.suptitle("PPO: cost against batch size and length")
     figure.savefig(path)
 
 
+# ---- stages ------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Stands in for a run: has its options, keeps nothing, and times the steps."""
+
+    def __init__(self, config):
+        self.config = config
+        self.seconds = 0.0  # of the last step; the steps before it have warmed up
+
+    @contextmanager
+    def stage(self, name, why):
+        self.name = name
+        yield
+
+    def steps(self, total, optimizers, state=None):
+        for step in range(total):
+            started = now()
+            yield step
+            self.seconds = now() - started
+
+    def load_trained(self, lm, role):
+        return role in lm.roles
+
+    def results(self):
+        return {}
+
+    def keep(self, lm, role): ...
+
+    def log(self, **metrics): ...
+
+    def warn(self, text): ...
+
+    def add_results(self, **parts): ...
+
+
+@app.command()
+def stages(
+    model: str = "tiny",
+    bits: int = 4,
+    vram: float = 6.0,
+    batch: int = 0,
+    steps: int = 2,
+):
+    """One step of every stage at the default sizes, after a step that warms up.
+
+    --batch makes every batch that small, for a machine that is slow.
+    """
+    cfg = default_options(model, vram, steps)
+    if batch:
+        cfg.sft_batch = cfg.rm_batch = cfg.rl_batch = cfg.minibatch = batch
+    empty = resident("VmRSS")
+    lm = load_model(model, bits)
+    print(f"{model}: {lm.describe()}")
+    plan_memory(lm, cfg)
+    print_plan(estimate_memory(lm, cfg))
+    never_end(lm)
+    rows = max(cfg.sft_batch, cfg.rm_batch, cfg.rl_batch)
+    pairs = [random_pair(lm, cfg, seed) for seed in range(rows)]
+
+    run = Stopwatch(cfg)
+    print("\n| stage | seconds per step | tokens per step | tokens per second | peak GiB |")
+    print("|---|---:|---:|---:|---:|")
+    for name, tokens, train in all_stages(lm, run, pairs):
+        forget_peak()
+        with redirect_stdout(io.StringIO()):  # accuracies mean nothing here
+            train()
+        speed = tokens / run.seconds
+        print(
+            f"| {name} | {run.seconds:.1f} | {tokens:,} | {speed:,.0f} | {peak(empty):.2f} |",
+            flush=True,
+        )
+
+
+def default_options(model, vram, steps):
+    """The options that `python pit.py all --model MODEL --vram VRAM` would have, with few steps."""
+    options = PRESETS["tiny" if model == "tiny" else "real"]
+    if vram < 6 and model != "tiny":
+        options = options | PRESETS["small"]
+    cfg = SimpleNamespace(**options, model=model, vram=vram, seed=0)
+    cfg.sft_steps = cfg.rm_steps = cfg.rl_steps = steps
+    cfg.sft_batch = cfg.rm_batch = 32
+    cfg.rounds, cfg.epochs, cfg.temperature = "annotated,policy", 2, 1.0
+    cfg.keep_better = cfg.unlikelihood = cfg.target_kl = 0.0
+    return cfg
+
+
+def random_pair(lm, cfg, seed):
+    """A pair whose texts are as long as they may be: compass words, one token each."""
+    rng = random.Random(seed)
+
+    def text(tokens):
+        words = rng.choices("north east south west".split(), k=2 * tokens)
+        while len(lm.encode_response(" ".join(words))) > tokens:
+            words.pop()
+        return " ".join(words)
+
+    chat = [{"role": "user", "content": text(cfg.max_prompt)}]
+    prompt = shorten(chat, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
+    return Pair(prompt, text(cfg.max_response), text(cfg.max_response))
+
+
+def all_stages(lm, run, pairs):
+    """-> [(name, tokens that a step reads, or in RL writes, function that trains)]."""
+    cfg, held_out = run.config, pairs[:1]
+    x, y = cfg.max_prompt, cfg.max_response
+    improve = x + y + 16  # x, y_ref, "Please improve your answer."
+    round_of = partial(curriculum.train_pit_round, lm, run, pairs)
+    steps = cfg.rl_steps
+    return [
+        ("policy_sft", cfg.sft_batch * (x + y), partial(sft.train_policy, lm, run, pairs)),
+        ("pit_sft", cfg.sft_batch * (improve + y), partial(sft.train_pit, lm, run, pairs)),
+        # two answers per pair after one context, then after two
+        (
+            "reward_policy",
+            cfg.rm_batch * (x + 2 * y),
+            partial(reward.train_policy_reward, lm, run, pairs, held_out),
+        ),
+        (
+            "reward_gap",
+            cfg.rm_batch * 2 * (improve + 2 * y),
+            partial(reward.train_gap_reward, lm, run, pairs, held_out),
+        ),
+        ("policy_rl", cfg.rl_batch * y, partial(curriculum.train_policy_rl, lm, run, pairs)),
+        ("pit_rl0", cfg.rl_batch * y, partial(round_of, "pit_rl0", "annotated", "pit_sft", steps)),
+        # the policy writes y_ref first
+        ("pit_rl1", 2 * cfg.rl_batch * y, partial(round_of, "pit_rl1", "policy", "pit_rl0", steps)),
+    ]
+
+
+def print_plan(estimate):
+    """The plan's memory as a table: a row per kind of work, a column per part."""
+    parts = list(dict.fromkeys(part for work in estimate.values() for part in work))
+    print("| planned GiB | " + " | ".join(parts) + " | together |")
+    print("|---|" + "---:|" * (len(parts) + 1))
+    for work, by_part in estimate.items():
+        numbers = [f"{by_part[part]:.2f}" if part in by_part else "" for part in parts]
+        print(f"| {work} | " + " | ".join(numbers) + f" | {sum(by_part.values()):.2f} |")
+
+
+def resident(what):
+    """VmRSS, the memory in use, or VmHWM, the most since the last reset, in GiB; Linux only."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith(what)]
+    return kib[0] * 1024 / GIB if kib else float("nan")
+
+
+def forget_peak():
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(empty):
+    """Most memory since `forget_peak`, in GiB: on a GPU allocated, else resident above `empty`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resident("VmHWM") - empty
+
+
+@app.command()
+def make(folder: Path):
+    """A model of Qwen2-0.5B's shape with random weights, and the tokenizer of the built-in base."""
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        dtype="bfloat16",
+    )
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,42 +1,47 @@
-"""The curves of one RL stage in several runs, side by side.
+"""The curves of one RL stage in several runs, in one figure.
 
-python tests/compare.py runs/tiny runs/kl0 runs/collapse --stage policy_rl --plot compare.png
+python tools/compare.py runs/tiny runs/kl0 runs/collapse --stage policy_rl --plot compare.png
 """
 
-import sys
+import json
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matplotlib.pyplot as plt
 import typer
 
-import report  # sets the style of all figures
-from run import Run
-
 PANELS = {
     "score": "mean reward",
-    "kl": "KL to the SFT model (nats an answer)",
+    "kl": "KL to the SFT model (nats per answer)",
     "length": "length of answers (tokens)",
     "explained_variance": "variance explained by the critic",
 }
 
 
 def main(runs: list[Path], stage: str = "policy_rl", plot: Path = Path("compare.png")):
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(16, 3.6))
+    """Draw reward, KL, length and the critic's explained variance of each run."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(16, 3.6), layout="constrained")
+    for run in runs:
+        lines = lines_of(run, stage)
+        iterations = [line["step"] + 1 for line in lines]
+        for ax, name in zip(axes, PANELS):
+            ax.plot(iterations, [line[name] for line in lines], label=run.name)
     for ax, (name, title) in zip(axes, PANELS.items()):
-        for run in runs:
-            lines = [line for line in Run(run).metrics() if line["stage"] == stage]
-            ax.plot(
-                [line["step"] + 1 for line in lines], [line[name] for line in lines], label=run.name
-            )
         ax.set(title=title, xlabel=f"PPO iteration of {stage}")
-        report.whole_numbers(ax)
-        ax.set_yscale("symlog" if name == "kl" else "linear")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        # a collapse is a hundred times a healthy KL, and an awful critic far below zero
+        if name == "kl":
+            ax.set_yscale("symlog")
         if name == "explained_variance":
             ax.set_ylim(-2, 1)
     axes[0].legend()
     figure.savefig(plot)
+
+
+def lines_of(run, stage):
+    """The lines of a run's metrics.jsonl that belong to the stage."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [line for line in lines if line["stage"] == stage]
 
 
 if __name__ == "__main__":
