@@ -6,8 +6,9 @@ round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0   
 
 Why rounds: answers of M_P^RL are already good, and improving them is hard to learn from scratch;
 the annotated answers leave more to improve. A curriculum is a list of sources of y_ref:
-"annotated" (y_w and y_l), "policy" (M_P^RL) or "sft" (M_P^SFT). That a round starts where the
-last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
+"annotated" (y_w and y_l), "policy" (M_P^RL), "sft" (M_P^SFT), or "given" (the column `response` of
+the data, by any other writer). That a round starts where the last one ended, and is held to
+M_PIT^SFT all along, is our reading of the paper.
 
 Run: python pit.py rl --run runs/tiny (a run that `all` has begun), a minute and a half. On
 held-out prompts the mean R_P rises from -2.5 to -1.2, and the mean gap over the policy's answers
@@ -22,8 +23,7 @@ from ppo import train
 from reward import encode_written, gap
 from run import shuffled_batch
 
-# Table 2 of the paper, and two more; all start from M_PIT^SFT and share the same number of PPO
-# iterations
+# Table 2 of the paper, and two more. All start from M_PIT^SFT, with the same number of iterations.
 CURRICULA = [
     "annotated",
     "policy",
@@ -31,7 +31,8 @@ CURRICULA = [
     "policy,annotated",
     "annotated,sft,policy",
 ]
-SOURCES = {"annotated": None, "policy": "policy_rl", "sft": "policy_sft"}  # who writes y_ref
+WRITERS = {"policy": "policy_rl", "sft": "policy_sft"}  # roles that write y_ref
+SOURCES = ("annotated", "given", *WRITERS)
 
 
 def parse(curriculum):
@@ -45,12 +46,19 @@ def parse(curriculum):
     return sources
 
 
+def check_given(sources, pairs):
+    """Fail early where a round needs answers that the data does not have."""
+    if "given" in sources and any(pair.given is None for pair in pairs):
+        raise UserError("--rounds given: every row of --data needs a column `response`.")
+
+
 def rounds(sources, total, prefix):
     """Share out `total` PPO iterations, one round per source.
 
     -> [(role, source, start, iterations)]; start is the role that a round starts from.
     """
     plan, start = [], "pit_sft"
+    # whole numbers whose sum is `total`: where round k ends, round k + 1 begins
     for number, source in enumerate(sources):
         role = f"{prefix}{number}"
         first = total * number // len(sources)
@@ -67,6 +75,7 @@ def train_policy_rl(lm, run, pairs):
     cfg = run.config
 
     def problem(step):
+        # Eq. 3: the score is R_P(x, y), from the states that the critic reads, too
         rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
         prompts = [lm.encode_prompt(pairs[row].prompt) for row in rows]
         return prompts, partial(lm.scores_from_states, "reward_policy")
@@ -84,6 +93,22 @@ def train_policy_rl(lm, run, pairs):
         )
 
 
+def draw_references(lm, pairs, source, step, cfg):
+    """The x and y_ref of one PPO iteration -> rl_batch chats, and as many texts."""
+    if source == "annotated":
+        # Eq. 4: each triple twice, once from its worse, once from its better answer
+        rows = shuffled_batch(len(pairs), cfg.rl_batch // 2, step, cfg.seed)
+        triples = [pairs[row] for row in rows]
+        chats = [pair.prompt for pair in triples] * 2
+        return chats, [pair.rejected for pair in triples] + [pair.chosen for pair in triples]
+    rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
+    chats = [pairs[row].prompt for row in rows]
+    if source == "given":
+        return chats, [pairs[row].given for row in rows]
+    # Eq. 5: a model writes y_ref
+    return chats, lm.answer(WRITERS[source], chats, cfg)
+
+
 def train_pit_round(lm, run, pairs, role, source, start, steps):
     """One round of PIT (Eqs. 4 and 5) -> adapter `role`.
 
@@ -94,18 +119,7 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
     cfg = run.config
 
     def problem(step):
-        # x and y_ref of this iteration
-        if source == "annotated":
-            # Eq. 4: each triple twice, once from its worse, once from its better answer
-            rows = shuffled_batch(len(pairs), cfg.rl_batch // 2, step, cfg.seed)
-            triples = [pairs[row] for row in rows]
-            chats = [pair.prompt for pair in triples] * 2
-            references = [pair.rejected for pair in triples] + [pair.chosen for pair in triples]
-        else:
-            # Eq. 5: a model writes y_ref
-            rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
-            chats = [pairs[row].prompt for row in rows]
-            references = lm.answer(SOURCES[source], chats, cfg)
+        chats, references = draw_references(lm, pairs, source, step, cfg)
         prompts = [
             lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
         ]
