@@ -101,6 +101,7 @@ def missing_eos(tokens, eos):
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """(B,) scores -> (B, R) rewards: a KL penalty on each token, the score on the last real one."""
     rewards = -beta * k1(logprobs, ref_logprobs) * mask
+    # where the EOS is, or the token at which the answer was cut off
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
     return rewards.scatter_add(1, last, scores.unsqueeze(1))
 
@@ -115,6 +116,7 @@ def gae(rewards, values, mask):
     After the last real token both v and A are 0.
     """
     values = values * mask
+    # from the last token back to the first
     advantages = torch.zeros_like(values)
     next_advantage = next_value = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.shape[1])):
@@ -198,6 +200,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, beta, decay, c
     history = defaultdict(list)  # each metric: one value per minibatch
     lm.activate(policy, train=True)
     for rows in minibatches(len(mask), cfg.minibatch, cfg.epochs):
+        # the policy, unless it has moved too far already
         loss, kl, clip_fraction = policy_gradient(lm, sample, advantages, rows, cfg)
         if kl > STOP_KL:
             policy_optimizer.zero_grad()  # drop this gradient, too
@@ -207,6 +210,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, beta, decay, c
         history["clip_fraction"].append(clip_fraction)
         history["grad_norm"].append(torch.tensor(norm))
 
+        # the critic
         values = critic(sample.states[rows]).squeeze(-1)
         per_token = value_loss(values, sample.values[rows], returns[rows])
         loss = masked_mean(per_token, mask[rows])
@@ -304,8 +308,9 @@ def train(
     # what later iterations need besides the parameters: it goes into the checkpoints
     state = {"beta": cfg.kl, "shift": shift, "scale": None}
     for step in run.steps(steps, optimizers, state):
+        # what to answer, and how to score it; the seed is the same however many draws that took
         prompts, score = problem(step)
-        seed_all(cfg.seed, run.name, step, "sample")  # whatever randomness the prompts took
+        seed_all(cfg.seed, run.name, step, "sample")
         tokens = lm.generate(role, prompts, cfg.max_response, cfg.temperature)
         models = dict(policy=role, reference=reference, reward_role=reward_role, critic=critic)
         sample = rate(lm, tokens, score, cfg=cfg, **models)
@@ -319,6 +324,7 @@ def train(
         scores = normalise(sample.scores, state["shift"], state["scale"])
         scores = scores + penalty(tokens, lm.eos)
 
+        # update; the learning rate decays linearly to 0
         settings = dict(beta=state["beta"], decay=1 - step / steps, cfg=cfg, advantage=advantage)
         metrics = ppo_update(lm, role, critic, optimizers, sample, scores, **settings)
         measured = describe(sample, lm.eos)

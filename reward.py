@@ -112,6 +112,7 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
     for step in run.steps(cfg.rm_steps, [optimizer]):
         rows = shuffled_batch(len(pairs), cfg.rm_batch, step, cfg.seed)
         batch = [pairs[row] for row in rows]
+        # gradients add up over micro-batches
         lm.activate(role, train=True)
         total = torch.zeros((), device=lm.device)
         right = torch.zeros((), device=lm.device)
@@ -189,6 +190,7 @@ def score_batch(lm, role, contexts_of, pairs):
     One context, x: the rows are w, l. Two, (x, y_w) and (x, y_l): ww, lw, wl, ll, the candidate
     first.
     """
+    # both answers of a pair share a row with their context where the model allows it
     contexts = [contexts_of(lm, pair) for pair in pairs]
     candidates = [
         [lm.encode_response(pair.chosen), lm.encode_response(pair.rejected)] for pair in pairs
@@ -232,6 +234,7 @@ def scores(lm, role, prompts, responses, micro_batch):
 
     prompts, responses: lists of B lists of token ids.
     """
+    # similar lengths together: see in_parts
     lm.activate(role)
     tokens = lm.collate(prompts, responses)
     return in_parts(lambda part: lm.scores(role, part), tokens, micro_batch)

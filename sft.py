@@ -44,9 +44,12 @@ def train_pit(lm, run, pairs):
         return
     with run.stage("pit_sft", "learn to improve, from both answers (x, y_l -> y_w)"):
         beta, gamma = run.config.keep_better, run.config.unlikelihood
+        # improve the worse
         terms = [(1.0, log_likelihood, pit_examples(lm, pairs, "rejected", "chosen"))]
+        # keep the better
         if beta > 0:
             terms.append((beta, log_likelihood, pit_examples(lm, pairs, "chosen", "chosen")))
+        # never make it worse
         if gamma > 0:
             terms.append((gamma, log_unlikelihood, pit_examples(lm, pairs, "chosen", "rejected")))
         train(lm, run, "pit_sft", terms)
@@ -77,6 +80,7 @@ def train(lm, run, role, terms):
     for step in run.steps(cfg.sft_steps, [optimizer]):
         n_pairs = len(terms[0][2])
         rows = shuffled_batch(n_pairs, cfg.sft_batch, step, cfg.seed)
+        # gradients add up over the terms of the loss and over micro-batches
         lm.activate(role, train=True)
         loss = torch.zeros((), device=lm.device)
         for weight, objective, examples in terms:

@@ -70,8 +70,10 @@ def quality(prompt, answer):
     """
     perfect = solve(read(prompt))
     told = read(answer)
+    # one requirement: nothing that was not asked for
     is_clean = bool(told) and all(name in perfect for name in told) and answer == tell(told)
     met = int(is_clean)
+    # two per person
     for name, (end, way) in perfect.items():
         told_end, told_way = told.get(name, ("", []))
         met += int(told_end == end) + int(told_way == way)
@@ -99,6 +101,7 @@ def spoil(lines, flaws, rng, kinds=FLAWS):
         wrong = rng.choice(LOOKS)
         end, way = lines[name]
         at = rng.randrange(len(way))
+        # sometimes the wrong look is the right one, and nothing changes
         if kind == "end":
             lines[name] = (wrong, way)
         elif kind == "turn":

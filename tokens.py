@@ -38,6 +38,7 @@ class Tokens:
 
     def trim(self):
         """Without the columns at both ends that hold nothing but padding."""
+        # prompts end, and responses begin, in column P
         P = self.ids.shape[1] - self.response_mask.shape[1]
         longest_prompt = int(self.mask[:, :P].sum(1).max())
         longest_response = int(self.response_mask.sum(1).max())
@@ -58,6 +59,7 @@ def mask_after_eos(responses, eos):
     minus       0   0   0   1   1   -> real where this is 0
     """
     is_eos = (responses == eos).long()
+    # EOS tokens strictly before each token: none before a real one
     return ((is_eos.cumsum(1) - is_eos) == 0).long()
 
 
@@ -77,6 +79,7 @@ def one_row_each(prompts, candidates):
         part = [0] * len(prompt)
         position = list(range(len(prompt)))
         ends = []
+        # each response goes on where the prompt ends: the same positions, another part
         for number, response in enumerate(responses, 1):
             ids += response
             part += [number] * len(response)
@@ -103,16 +106,18 @@ def in_parts(function, tokens, size):
     Rows of similar length go together, trimmed; in the results, zeros stand for the missing
     padding.
     """
+    # short rows first
     order = tokens.mask.sum(1).argsort()
     R = tokens.response_mask.shape[1]
     results = []
     for rows in order.split(size):
         part = tokens[rows].trim()
         result = function(part)  # (b,), or (b, R of this part, maybe + 1, ...)
+        # parts differ in R: pad each to the R of all
         if result.dim() > 1:
             missing = R - part.response_mask.shape[1]
             padding = result.new_zeros(len(rows), missing, *result.shape[2:])
             result = torch.cat([result, padding], 1)
         results.append(result)
-    back = order.argsort()  # undoes the sorting
-    return torch.cat(results)[back]
+    # back to the order of `tokens`
+    return torch.cat(results)[order.argsort()]
