@@ -1,9 +1,9 @@
-"""Preference pairs: made or loaded, filtered by length, dealt out; and how (x, y_ref) becomes a prompt.
+"""Preference pairs: made or loaded, filtered by length, split; and how (x, y_ref) becomes a prompt.
 
-A *pair* is (prompt, chosen, rejected): a list of chat messages, the better answer, the worse answer. It is all that PIT
-ever learns from: nobody writes down *why* one answer is better.
+A *pair* is (prompt, chosen, rejected): a list of chat messages, the better answer, the worse one.
+PIT learns from nothing else: nobody writes down *why* one answer is better.
 
-This file knows nothing of models.
+This file needs no model but to count tokens.
 """
 
 import hashlib
@@ -11,26 +11,30 @@ import json
 import random
 import re
 from bisect import bisect_left
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 
 import task
 from errors import UserError
-from files import BadRow, read_row, rows_of_file, rows_of_hub
+from files import (
+    FORMS,
+    BadRow,
+    TeachesNothing,
+    find_form,
+    form_of_columns,
+    read_columns,
+    read_pair,
+    rows_of,
+)
 
-IMPROVE = "Please improve your answer."  # our wording, the paper's is not known: a natural turn, without any rubric in words
-PARTS = {
-    "held_out": 0.10,
-    "judge": 0.15,
-    "sft": 0.25,
-    "rm": 0.25,
-    "rl": 0.25,
-}  # equal thirds, after the parts that judge
+# Our wording, as the paper does not give its own: a natural turn, without any rubric in words.
+IMPROVE = "Please improve your answer."
+# Equal thirds for the stages, after what is set aside for judging.
+PARTS = {"held_out": 0.10, "judge": 0.15, "sft": 0.25, "rm": 0.25, "rl": 0.25}
 
 
 def improve_prompt(prompt, reference):
-    """(x, y_ref) as chat messages. M_PIT writes y after them, and R_PIT(x, y, y_ref) scores the very same tokens."""
+    """(x, y_ref) as chat messages: M_PIT continues them, and R_PIT(x, y, y_ref) scores them."""
     return [
         *prompt,
         {"role": "assistant", "content": reference},
@@ -40,9 +44,8 @@ def improve_prompt(prompt, reference):
 
 def max_length(cfg):
     """Tokens of the longest sequence in training: x, y_ref, "Please improve your answer.", y."""
-    return (
-        cfg.max_prompt + 2 * cfg.max_response + 16
-    )  # the words of IMPROVE, and the template's tokens around its turn
+    improve = 16  # the words of IMPROVE, and the template's tokens around its turn
+    return cfg.max_prompt + 2 * cfg.max_response + improve
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,21 @@ class Pair:
     prompt: list  # chat messages, the last one by the user
     chosen: str  # y_w
     rejected: str  # y_l
+    given: str | None = None  # an answer by any other model, a y_ref for `--rounds given`
 
     def key(self):
         return json.dumps([self.prompt, self.chosen, self.rejected])
 
+    def row(self):
+        """Its columns, without an empty `given`."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
 
 def synthetic_pairs(n, seed):
-    """n pairs: a chosen answer with few flaws, and a rejected one with more put into it.
+    """n pairs of the built-in task: an answer with few flaws, and a copy with more put in.
 
-    The chosen one meets at least one requirement more. That the two are versions of one text, as drafts are, is what lets
-    M_PIT^SFT see that improving means keeping most of y_ref.
+    The chosen one meets at least one requirement more. The two are versions of one text, as drafts
+    are: so M_PIT^SFT sees that improving an answer means keeping most of it.
     """
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
@@ -72,95 +80,116 @@ def synthetic_pairs(n, seed):
     return pairs
 
 
-def load_pairs(source, n, seed, skip_bad=False):
-    """At most n pairs from "synthetic", a file or a hub data set -> pairs, and a count of what was read and dropped.
+def load_pairs(source, n, seed, skip_bad=False, columns=""):
+    """At most n pairs of "synthetic", a file, a folder or a hub data set; prints what was read.
 
-    A row that teaches nothing (equal or empty answers, seen before) is dropped and counted. A row that is no pair raises
-    UserError with file and line, unless skip_bad. Of more than n, the seed draws n: many sets are in order of topic.
+    Of more than n, the seed draws n: many data sets are in order of topic.
     """
     if source == "synthetic":
-        return synthetic_pairs(n, seed), Counter()
-    notes, kept = Counter(), {}
-    rows = rows_of_file(Path(source)) if Path(source).exists() else rows_of_hub(source)
-    for place, row in rows:
-        try:
-            columns, pair = read_row(row)
-        except BadRow as error:
-            if not skip_bad:
-                raise UserError(
-                    f"{source}, {place}: {error}. To go on without such rows: --skip-bad"
-                ) from None
-            columns, pair = "another form", "not a pair"
-        notes[f"rows of {columns}"] += 1
-        if isinstance(pair, str):
-            notes[f"dropped ({pair})"] += 1
-        elif kept.setdefault((pair := Pair(*pair)).key(), pair) is not pair:
-            notes["dropped (seen before)"] += 1
-    if not kept:
-        raise UserError(
-            f"--data {source} holds no pair to learn from: {describe(notes) or 'it is empty'}."
-        )
-    pairs = list(kept.values())
+        return synthetic_pairs(n, seed)
+    pairs, notes = read_pairs(source, skip_bad, columns)
     if len(pairs) > n:
         notes["left out (more than --pairs)"] = len(pairs) - n
         pairs = random.Random(seed).sample(pairs, n)
-    return pairs, notes
+    print(f"{source}: {describe(notes) or 'it is empty'}")
+    if not pairs:
+        raise UserError(f"--data {source} holds no pair to learn from.")
+    return pairs
+
+
+def read_pairs(source, skip_bad=False, columns=""):
+    """All pairs of a source, and counts of what was read and dropped.
+
+    A row that teaches nothing (equal or empty answers, seen before) is dropped and counted. A row
+    that is no pair is an error, unless skip_bad.
+    """
+    forms = [form_of_columns(columns)] if columns else FORMS
+    read, dropped, kept = Counter(), Counter(), {}
+    for place, row in rows_of(source):
+        form = "no known form"
+        try:
+            row = read_columns(row)
+            form = find_form(row, forms)
+            pair = Pair(*read_pair(row, form))
+            if pair.key() in kept:
+                raise TeachesNothing("seen before")
+            kept[pair.key()] = pair
+        except TeachesNothing as reason:
+            dropped[f"dropped ({reason})"] += 1
+        except BadRow as error:
+            if not skip_bad:
+                hint = " To go on without such rows: --skip-bad" if kept else error.help
+                raise UserError(f"{source}, {place}: {error}.{hint}") from None
+            dropped["dropped (no pair)"] += 1
+        read[f"rows of {form}"] += 1
+    return list(kept.values()), read + dropped
 
 
 def describe(notes):
     return ", ".join(f"{number:,} {what}" for what, number in notes.items() if number)
 
 
-def filter_by_length(pairs, count_prompt, count_answer, max_prompt, max_response, notes):
-    """The pairs within two lengths, in tokens as the functions count them; what is cut and dropped is added to `notes`.
+def filter_by_length(pairs, lm, cfg):
+    """The pairs within --max-prompt and --max-response; prints what was cut and dropped.
 
-    A prompt loses its oldest turns, then the oldest words of its last one. An answer is never cut: without its end it would
-    teach not to stop, with an end put in, to stop in mid-sentence; and people's verdict was on the whole of it.
+    A prompt loses its oldest turns, then the oldest words of its last one. An answer is never cut:
+    truncated, it would teach the model not to stop; with an EOS added, to stop mid-sentence.
     """
-    kept = {}
-    for pair in pairs:
-        prompt = shorten(pair.prompt, count_prompt, max_prompt)
-        if max(count_answer(pair.chosen), count_answer(pair.rejected)) > max_response:
-            notes[f"dropped (an answer over {max_response} tokens)"] += 1
-        elif prompt is None:
-            notes[f"dropped (a prompt that no cut brings to {max_prompt} tokens)"] += 1
-        elif (cut := Pair(prompt, pair.chosen, pair.rejected)).key() in kept:
+    notes, kept = Counter(), {}
+    lengths = [longest_answer(pair, lm) for pair in pairs]
+    fitting = [pair for pair, length in zip(pairs, lengths) if length <= cfg.max_response]
+    notes[f"dropped (an answer over {cfg.max_response} tokens)"] = len(pairs) - len(fitting)
+    for pair in fitting:
+        prompt = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
+        if prompt is None:
+            notes[f"dropped (a prompt that no cut brings to {cfg.max_prompt} tokens)"] += 1
+            continue
+        if prompt != pair.prompt:
+            notes[f"prompts cut to {cfg.max_prompt} tokens"] += 1
+            pair = replace(pair, prompt=prompt)
+        if pair.key() in kept:
             notes["dropped (seen before, once cut)"] += 1
-        else:
-            notes[f"prompts cut to {max_prompt} tokens"] += prompt != pair.prompt
-            kept[cut.key()] = cut
+        kept.setdefault(pair.key(), pair)
+    notes["pairs kept"] = len(kept)
+    print(f"{cfg.data}: {describe(notes)}")
+    if len(fitting) < len(pairs) / 2:
+        enough = sorted(lengths)[int(0.9 * len(pairs))]
+        print(f"Most pairs have a longer answer: --max-response {enough} would keep 90% of them.")
     return list(kept.values())
 
 
+def longest_answer(pair, lm):
+    answers = (pair.chosen, pair.rejected, pair.given or "")
+    return max(len(lm.encode_response(answer)) for answer in answers)
+
+
 def shorten(prompt, count, longest):
-    """The longest end of `prompt` within `longest` tokens, its system message kept -> messages, or None."""
-    if count(prompt) <= longest:
-        return prompt
+    """The longest end of `prompt` within `longest` tokens, its system message kept; or None."""
     system = [turn for turn in prompt if turn["role"] == "system"]
-    starts = [
-        (i, 0) for i, turn in enumerate(prompt) if turn["role"] == "user"
-    ]  # (turn, character)
-    starts += [
-        (len(prompt) - 1, space.end()) for space in re.finditer(r"\s+", prompt[-1]["content"])
-    ]
+    last = prompt[-1]
 
-    def from_start(start):
-        turn, character = start
-        return [
-            *system,
-            prompt[turn] | {"content": prompt[turn]["content"][character:]},
-            *prompt[turn + 1 :],
-        ]
+    # drop the oldest turns: it begins with a turn of the user
+    for i, turn in enumerate(prompt):
+        if turn["role"] == "user" and count([*system, *prompt[i:]]) <= longest:
+            return [*system, *prompt[i:]]
 
-    first = bisect_left(starts, True, key=lambda start: count(from_start(start)) <= longest)
-    return from_start(starts[first]) if first < len(starts) else None
+    # then the oldest words of the last turn: the first start that fits, by bisection
+    def from_character(start):
+        return [*system, last | {"content": last["content"][start:]}]
+
+    starts = [space.end() for space in re.finditer(r"\s+", last["content"])]
+    first = bisect_left(starts, True, key=lambda start: count(from_character(start)) <= longest)
+    return from_character(starts[first]) if first < len(starts) else None
 
 
-def split(pairs, seed, notes=None):
-    """Deal the pairs out by prompt, so that no prompt is in two parts -> {part: [Pair]}, the same on every machine."""
-    by_prompt = {}
+def split(pairs, seed):
+    """Split the pairs by prompt, so that no prompt is in two parts -> {part: [Pair]}.
+
+    The parts depend on neither the order of the pairs nor the machine.
+    """
+    by_prompt = defaultdict(list)
     for pair in pairs:
-        by_prompt.setdefault(json.dumps(pair.prompt), []).append(pair)
+        by_prompt[json.dumps(pair.prompt)].append(pair)
     groups = [by_prompt[key] for key in sorted(by_prompt)]
     random.Random(seed).shuffle(groups)
     parts, start = {}, 0.0
@@ -169,32 +198,21 @@ def split(pairs, seed, notes=None):
         parts[name] = [pair for group in chosen for pair in group]
         start += share
         if len(parts[name]) < 8:
-            few = f"{len(pairs)} pairs of {len(groups)} prompts are too few: the part {name!r} would get {len(parts[name])}"
             raise UserError(
-                f"{few}, and needs 8." + (f"\nThe data: {describe(notes)}" if notes else "")
+                f"{len(pairs)} pairs of {len(groups)} prompts are too few: {name} would get "
+                f"{len(parts[name])}, and needs 8.\n"
+                "Give more --data, or raise --pairs, --max-prompt or --max-response."
             )
     return parts
 
 
-def load_parts(cfg, lm, pairs, notes):
-    """The pairs that fit the run's lengths, dealt out -> {part: [Pair]}; prints what was kept and what was not."""
-    pairs = filter_by_length(
-        pairs,
-        lambda turns: len(lm.encode_prompt(turns)),
-        lambda text: len(lm.encode_response(text)),
-        cfg.max_prompt,
-        cfg.max_response,
-        notes,
-    )
-    print(
-        f"{cfg.data}: {', '.join(filter(None, [describe(notes), f'{len(pairs):,} pairs kept']))}",
-        end="; ",
-    )
-    parts = split(pairs, cfg.seed)
-    print(", ".join(f"{name} {len(part):,}" for name, part in parts.items()))
+def load_parts(cfg, lm, pairs):
+    """The pairs that fit the lengths of the run, split -> {part: [Pair]}."""
+    parts = split(filter_by_length(pairs, lm, cfg), cfg.seed)
+    print(", ".join(f"{len(part):,} for {name}" for name, part in parts.items()))
     return parts
 
 
 def fingerprint(pairs):
     """A hash of the pairs, by which a run knows that its data is still the same."""
-    return hashlib.sha256(json.dumps([vars(pair) for pair in pairs]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([pair.row() for pair in pairs]).encode()).hexdigest()

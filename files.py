@@ -1,82 +1,214 @@
 """Every form in which people keep preference pairs, and rows to improve.
 
-FILE                 .json, .jsonl, .csv or .parquet, in any of the forms listed below
-hh, tldr, a hub id   the same forms, through the library `datasets`
+FILE                 .json, .jsonl, .csv, .tsv or .parquet, plain or gzipped
+FOLDER               with one such file, or written by `save_to_disk` of the library `datasets`
+hh, tldr, a hub id   through the same library; hh:test names a split other than train
+
+To read one more form, add a line to TABLE. The tests run down the table.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import os
 import re
-import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
-from pyarrow import ArrowException, parquet
+from pyarrow import parquet
 
 from errors import UserError, first_line
 
-#
-#   prompt, chosen, rejected                     text or chat messages (TRL's forms; chosen may hold the prompt as well)
-#   chosen, rejected                             transcripts that begin alike and part at the last answer (Anthropic's)
-#   instruction (, input), chosen, rejected      or `question` in place of `instruction`
-#   question, response_0, response_1, label      the label (or better_response_id) is the number of the better answer
+# A dot leads to a field within a column. The prompt may have several parts (+), of which the first
+# must be there; "-" means transcripts, which hold the prompt. `chosen` is the better answer, unless
+# there is a label: `low` prefers `chosen`, `high` prefers `rejected`, halfway neither is better.
+# The last lines have no second answer: they are here to be refused by name.
+TABLE = """
+form            prompt              chosen           rejected             label             low high
+TRL             prompt              chosen           rejected
+Alpaca          instruction+input   chosen           rejected
+Orca            question            chosen           rejected
+Argilla-Orca    input               chosen           rejected
+ShareGPT        conversations       chosen           rejected
+Anthropic       -                   chosen           rejected
+Argilla         prompt              chosen_response  rejected_response
+UltraFeedback   instruction+input   chosen_response  rejected_response
+Alpaca-outputs  instruction+input   output.0         output.1
+OpenAI          input.messages      preferred_output non_preferred_output
+labelled        prompt              response_0       response_1           label              0 1
+PKU-SafeRLHF    prompt              response_0       response_1           better_response_id 0 1
+labelled        question            response_0       response_1           label              0 1
+labelled        question            response_0       response_1           better_response_id 0 1
+Stanford-SHP    history             human_ref_B      human_ref_A          labels             0 1
+WebGPT          question.full_text  answer_0         answer_1             score_1           -1 1
+HelpSteer3      context             response1        response2            overall_preference -3 3
+Summaries       info.title+info.post+info.article  summaries.0.text  summaries.1.text  choice 0 1
+KTO             prompt              completion       -                    label
+SFT             prompt              completion       -
+SFT             prompt              response         -
+SFT             instruction         output           -
+SFT             messages            -                -
+SFT             conversations       -                -
+SFT             text                -                -
+"""
 
 HUB = {"hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
-FILES = ".json, .jsonl, .csv or .parquet (.gz)"
-TRANSCRIPT = re.compile(r"\s*Human:")
+KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+FILES = f"{', '.join(KINDS)} (or one of them with .gz)"
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 
 class BadRow(ValueError):
-    """A row that is not a pair, and why."""
+    """A row that is no pair, and why."""
+
+    help = ""
+
+
+class NoForm(BadRow):
+    """A row whose columns fit no form."""
+
+    help = (
+        f"\nThe forms that are read:{TABLE}"
+        "For other columns: --columns prompt=...,chosen=...,rejected=..."
+    )
+
+
+class TeachesNothing(ValueError):
+    """A pair that does not say what is better, and why."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A line of the table."""
+
+    name: str
+    prompt: str
+    chosen: str
+    rejected: str
+    label: str = ""
+    low: str = "0"
+    high: str = "1"
+
+    def columns(self):
+        """What a row of this form must have."""
+        first_of_prompt = self.prompt.split("+")[0]
+        names = (first_of_prompt, self.chosen, self.rejected, self.label)
+        return [name for name in names if name not in ("", "-")]
+
+    def fits(self, row):
+        return all(find(row, name) is not None for name in self.columns())
+
+    def __str__(self):
+        return f"{', '.join(self.columns())} ({self.name})"
+
+
+FORMS = [Form(*line.split()) for line in TABLE.strip().splitlines()[1:]]
+
+
+# From a source to its rows
+
+
+def rows_of(source):
+    """Yield (place, row) of a file, a folder or a hub data set; a row may be a line in bytes."""
+    path = Path(os.path.expanduser(source))
+    place = "the start"
+    try:
+        if path.is_dir():
+            rows = rows_of_folder(path)
+        elif path.exists():
+            rows = rows_of_file(path)
+        elif kind_of(path) in KINDS or source.startswith(("/", ".", "~")):
+            raise UserError(f"{source}: there is no such file.")
+        else:
+            rows = rows_of_hub(source)
+        for place, row in rows:
+            yield place, row
+    except UserError:
+        raise
+    except Exception as error:  # each library has errors of its own for damaged files
+        raise UserError(f"{source}: it cannot be read after {place}: {first_line(error)}") from None
+
+
+def kind_of(path):
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def numbered(rows):
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+def rows_of_hub(source):
+    from datasets import load_dataset  # takes a second, and few runs need it
+
+    name, _, part = source.partition(":")
+    name = HUB.get(name, name)
+    print(f"{name}: looking for it in the download cache and on the hub", flush=True)
+    try:
+        return numbered(load_dataset(name, split=part or "train"))
+    except Exception as error:  # anything: no network, no such id, no such split, a loading script
+        raise UserError(
+            f"{source}: there is no such file, and the hub does not give it: {first_line(error)}\n"
+            f"Give a file, {FILES}; a hub id, or id:split; or synthetic, the built-in task."
+        ) from None
+
+
+def rows_of_folder(path):
+    """Rows of a folder of `save_to_disk`, or of the only file of data in any other folder."""
+    if (path / "train").is_dir():
+        path = path / "train"
+    if (path / "state.json").exists():
+        from datasets import load_from_disk
+
+        return numbered(load_from_disk(path))
+    files = [file for file in path.iterdir() if kind_of(file) in KINDS]
+    if len(files) != 1:
+        found = ", ".join(sorted(file.name for file in files)) or "no file of data"
+        raise UserError(f"{path} is a folder with {found[:300]}. Give one file.")
+    return rows_of_file(files[0])
 
 
 def rows_of_file(path):
-    """Yield (place, row) for each row of a file; a row of a .jsonl file is its line, in bytes."""
-    kind, place, unit = Path(path.name.removesuffix(".gz")).suffix, "the start", "row"
+    kind = kind_of(path)
+    if kind not in KINDS:
+        raise UserError(f"{path}: the ending must be {FILES}.")
+    # the first bytes say how a file is written, its name may not
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16").encode()
+    if kind == ".parquet":
+        return numbered(parquet.read_table(io.BytesIO(content)).to_pylist())
+    return rows_of_table(content) if kind in (".csv", ".tsv") else rows_of_json(content)
+
+
+def rows_of_table(content):
+    """Rows between commas, semicolons or tabs; the place of a row is its last line."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if kind == ".parquet":
-                rows = enumerate(parquet.read_table(io.BytesIO(file.read())).to_pylist(), 1)
-            elif kind == ".csv":
-                csv.field_size_limit(2**31 - 1)
-                table, unit = (
-                    csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True),
-                    "line",
-                )
-                rows = (
-                    (table.line_num, {name: read_cell(text) for name, text in row.items()})
-                    for row in table
-                )
-            elif kind == ".json" and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(
-                b"["
-            ):  # one list of rows
-                rows = enumerate(json.loads(file.read().decode("utf-8-sig")), 1)
-            elif kind in (".json", ".jsonl"):
-                rows, unit = (
-                    ((number, line) for number, line in enumerate(file, 1) if line.strip()),
-                    "line",
-                )
-            else:
-                raise UserError(f"{path}: the ending must be {FILES}.")
-            for number, row in rows:
-                place = f"{unit} {number}"
-                yield place, row
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RecursionError,
-        ArrowException,
-        csv.Error,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{path}: it cannot be read after {place}: {first_line(error)}") from None
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError('it is not in UTF-8. In Excel, save it as "CSV UTF-8"') from None
+    header = text.partition("\n")[0]
+    separator = max("\t;,", key=header.count)
+    csv.field_size_limit(2**31 - 1)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    for row in table:
+        yield f"line {table.line_num}", {name: read_cell(cell) for name, cell in row.items()}
 
 
 def read_cell(text):
-    """A cell of a .csv file: messages where it holds them as JSON, else its text."""
-    if isinstance(text, str) and re.match(r'\[\{"(role|content)"', text):
+    """A cell of a table: messages if it holds them as JSON, else its text."""
+    if isinstance(text, str) and re.match(r'\[?\{"(role|content|from|value)"', text):
         try:
             return json.loads(text)
         except ValueError:
@@ -84,30 +216,38 @@ def read_cell(text):
     return text
 
 
-def rows_of_hub(source):
-    """Yield (place, row) of a hub data set; "id:split" names a split other than train."""
-    if source.endswith((".json", ".jsonl", ".csv", ".parquet", ".gz")):
-        raise UserError(
-            f"--data {source}: there is no such file. Give {FILES}, or: hh, tldr, a hub id, synthetic"
-        )
-    from datasets import load_dataset
-
-    name, _, part = HUB.get(source, source).partition(":")
-    print(f"{name}: looking for it where downloads are kept, and on the hub", flush=True)
+def rows_of_json(content):
+    """Rows of one JSON value that holds them all, or one per line."""
     try:
-        for number, row in enumerate(load_dataset(name, split=part or "train"), 1):
-            yield f"row {number}", row
-    except (
-        Exception
-    ) as error:  # of many kinds: no network, no such id, no such split, a loading script
-        raise UserError(
-            f"--data {source}: there is no such file, and the hub does not give it: {first_line(error)}\n"
-            f"Give a local file, {FILES}, or the built-in task: --data synthetic"
-        ) from None
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):  # one list of rows, and a broken one
+            raise
+        lines = enumerate(io.BytesIO(content), 1)
+        return ((f"line {number}", line) for number, line in lines if line.strip())
+    if isinstance(value, dict):
+        value = rows_of_object(value)
+    return numbered(value if isinstance(value, list) else [value])
+
+
+def rows_of_object(table):
+    """Rows of an object that holds a list of them, or columns, or is the only row itself."""
+    for name in ("train", "data"):
+        if isinstance(table.get(name), list):
+            return table[name]
+    # a column is [cell, ...] or, as pandas writes it, {"0": cell, ...}; a list of dicts is messages
+    firsts = [find(cells, "0") for cells in table.values()]
+    if None in firsts or all(isinstance(cell, dict) for cell in firsts):
+        return [table]
+    columns = [cells.values() if isinstance(cells, dict) else cells for cells in table.values()]
+    return [dict(zip(table, cells)) for cells in zip(*columns, strict=True)]
+
+
+# From a row to a pair
 
 
 def read_columns(row):
-    """A line of JSON, or what is to be a dict already -> {column: value}, without the empty ones."""
+    """A line of JSON, or what should be a dict already -> {column: value}, without empty ones."""
     try:
         row = json.loads(row.decode("utf-8-sig")) if isinstance(row, bytes) else row
     except (ValueError, RecursionError):
@@ -119,125 +259,164 @@ def read_columns(row):
     return {name: value for name, value in row.items() if value is not None}
 
 
-def read_row(row):
-    """A row in any of the forms above -> the columns used, and a Pair, or why it teaches nothing. Raises BadRow."""
-    row = read_columns(row)
-    asked = [name for name in ("prompt", "instruction", "question") if name in row][:1]
-    more = ["input"] if asked == ["instruction"] and row.get("input") else []
-    answers, label = ["chosen", "rejected"], []
-    if row.keys().isdisjoint(answers) and not row.keys().isdisjoint(("response_0", "response_1")):
-        answers = ["response_0", "response_1"]
-        label = ["better_response_id" if "better_response_id" in row else "label"]
-    columns = [*asked, *more, *answers, *label]
-    for name in columns:
-        if name not in row:
-            raise BadRow(f"there is no `{name}`")
-    prompt = read_turns(row[asked[0]], asked[0]) if asked else []
-    if more:
-        prompt = read_turns([*prompt, {"role": "user", "content": row["input"]}], "input")
-    (before, chosen), (also_before, rejected) = (
-        read_answer(row[name], name, prompt, asked) for name in answers
-    )
-    better = str(row[label[0]]).strip().lower().removesuffix(".0") if label else "0"
-    better = {"false": "0", "true": "1"}.get(better, better)
-    if better not in ("0", "1"):
+def find(row, path):
+    """The value of a column, or of a field within it; None if it is not there."""
+    value = row
+    for key in path.split("."):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return value
+
+
+def form_of_columns(text):
+    """--columns prompt=...,chosen=...,rejected=... -> its form."""
+    try:
+        return Form("--columns", **dict(part.split("=") for part in text.split(",")))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"--columns {text}: name your columns: prompt=...,chosen=...,rejected=...\n"
+            "A dot leads to a field within a column: answers.0.text. For transcripts: prompt=-"
+        ) from None
+
+
+def find_form(row, forms):
+    """The first of `forms` that fits a row."""
+    form = next((form for form in forms if form.fits(row)), None)
+    if form and form.rejected != "-":
+        return form
+    why = f"it has one answer ({form.name}), and a pair has two" if form else "it fits no form"
+    raise NoForm(f"{why}; its columns: {', '.join(row)[:200]}. The row: {str(row)[:90]}")
+
+
+def read_pair(row, form):
+    """A row of a form -> prompt (messages), chosen, rejected, another model's answer or None."""
+    prompt = []
+    for name in form.prompt.split("+"):
+        prompt += read_turns(find(row, name) or "", name)
+    prompt = join_turns(prompt)
+    # each answer, and the turns that it follows
+    before, chosen = read_answer(row, form.chosen, prompt)
+    also_before, rejected = read_answer(row, form.rejected, prompt)
+    if form.label and label_is_high(row, form):
+        chosen, rejected = rejected, chosen
+    if chosen == rejected:
+        raise TeachesNothing("equal answers")
+    if before != also_before:
+        raise TeachesNothing("transcripts that part too early")
+    if not before:
+        raise TeachesNothing("no prompt")
+    # the system message may stand in the conversation or in a column of its own
+    if before[0]["role"] != "system":
+        before = read_turns(row.get("system", ""), "system", "system") + before
+    if not is_prompt(before):
         raise BadRow(
-            f"`{label[0]}` must be 0 or 1, the number of the better answer, and is {better[:20]!r}"
+            "the prompt must be turns of user and assistant, the user's first and last; "
+            "a system message may come before them"
         )
-    pair = (before, chosen, rejected) if better == "0" else (before, rejected, chosen)
-    if not chosen or not rejected:
-        pair = "an empty answer"
-    elif chosen == rejected:
-        pair = "equal answers"
-    elif before != also_before:
-        pair = "transcripts that part too early"
-    elif not before:
-        pair = "an empty prompt"
-    elif not is_prompt(before):
-        raise BadRow(
-            "the prompt must be turns of user and assistant, the user's first and last (system: before all)"
-        )
-    return ", ".join(columns), pair
+    given = row.get("response")
+    given = real_text(given, "response") if isinstance(given, str) else ""
+    return before, chosen, rejected, given or None
 
 
 def is_prompt(turns):
-    """Whether user and assistant take turns, the user first (after the system, if that speaks) and last: templates insist."""
-    speakers = [turn["role"] for turn in turns]
-    speakers = speakers[speakers[:1] == ["system"] :]
-    return (
-        len(speakers) % 2 == 1
-        and speakers == (["user", "assistant"] * len(speakers))[: len(speakers)]
-    )
+    """Whether user and assistant take turns, the user first and last: chat templates insist."""
+    speakers = " ".join(turn["role"] for turn in turns)
+    return bool(re.fullmatch("(system )?(user assistant )*user", speakers))
 
 
-def read_answer(value, column, prompt, asked):
-    """An answer after the turns of `prompt`, or a transcript that ends in it -> (all turns before the answer, the answer)."""
-    if isinstance(value, str) and not TRANSCRIPT.match(value) and not asked:
-        raise BadRow(f"there is no `prompt`, and `{column}` is no transcript")
-    turns = read_turns(value, column, "assistant")
+def read_answer(row, column, prompt):
+    """An answer, or a conversation that ends in it -> (all turns before the answer, the answer)."""
+    turns = read_turns(find(row, column), column, "assistant")
     if not turns or turns[-1]["role"] != "assistant":
-        return turns, ""
-    *before, last = turns
-    n = len(prompt)  # the prompt may be all of what comes before, its beginning, or its end
-    return before if prompt in (before[:n], before[-n:]) else prompt + before, last["content"]
+        raise TeachesNothing("an empty answer")
+    before, answer = turns[:-1], turns[-1]["content"]
+    # the conversation may repeat the prompt: as a whole, as its beginning or as its end
+    length = len(prompt)
+    repeated = prompt in (before[:length], before[-length:])
+    return before if repeated else prompt + before, answer
+
+
+def label_is_high(row, form):
+    """Whether the label prefers `form.rejected`. Files write it as 1, 1.0, "1" or true."""
+    text = str(find(row, form.label)).strip().lower()
+    try:
+        low, high, label = float(form.low), float(form.high), float(json.loads(text))
+        if not low <= label <= high:
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
+        raise BadRow(
+            f"`{form.label}` must be a number from {form.low} to {form.high}, not {text[:20]!r}"
+        ) from None
+    if label == (low + high) / 2:
+        raise TeachesNothing("no preference")
+    return label > (low + high) / 2
 
 
 def read_turns(value, column, speaker="user"):
-    """Text or chat messages -> messages, empty ones left out and neighbours by one speaker joined: many templates insist."""
-    turns = []
-    messages = dialogue(value, speaker) if isinstance(value, str) else value
-    if not isinstance(messages, list):
-        messages = [None]
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadRow(
-                f"`{column}` must be text, or a list of messages with `role` and `content`"
-            )
-        role, said = message["role"], real_text(message["content"], column)
-        if role not in ("system", "user", "assistant") or role == "system" and turns:
-            raise BadRow(
-                f"`{column}`: the roles are user and assistant, and system for the first message alone"
-            )
-        if said and turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + said
-        elif said:
-            turns.append({"role": role, "content": said})
-    return turns
+    """Text, a message or a list of messages -> messages by speakers in turn, no empty ones."""
+    if isinstance(value, str):
+        value = read_transcript(value) or {"role": speaker, "content": value}
+    messages = value if isinstance(value, list) else [value]
+    return join_turns([read_message(message, column) for message in messages])
+
+
+def read_transcript(text):
+    r"""The turns of "\n\nHuman: ... \n\nAssistant: ...", or none if the text does not begin so."""
+    text = text.lstrip()
+    if not text.startswith("Human:"):
+        return []
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)[1:]
+    return [{"role": who, "content": said} for who, said in zip(parts[::2], parts[1::2])]
+
+
+def read_message(message, column):
+    """A message as OpenAI or ShareGPT write it -> {"role": ..., "content": ...}."""
+    if not isinstance(message, dict):
+        raise BadRow(f"`{column}` must be text, or messages with `role` and `content`")
+    speaker = str(message.get("role", message.get("from"))).lower()
+    if speaker not in ROLES or message.get("tool_calls"):
+        raise BadRow(
+            f"`{column}` has a message by {speaker[:20]!r} or a call of a tool: "
+            "only turns of system, user and assistant are read"
+        )
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):  # parts, such as {"type": "text", "text": ...}
+        content = "\n\n".join(real_text(find(part, "text"), column) for part in content)
+    return {"role": ROLES[speaker], "content": real_text(content, column)}
+
+
+def join_turns(turns):
+    """Leave out empty turns, and join neighbours by one speaker: many chat templates insist."""
+    joined = []
+    for turn in turns:
+        if turn["content"] and joined and joined[-1]["role"] == turn["role"]:
+            joined[-1]["content"] += "\n\n" + turn["content"]
+        elif turn["content"]:
+            joined.append(turn)
+    return joined
 
 
 def real_text(value, column):
     if not isinstance(value, str):
-        raise BadRow(f"`{column}` must be text")
+        raise BadRow(f"`{column}` must be text, and nothing else")
     if re.search("[\ud800-\udfff]", value):
         raise BadRow(f"`{column}` holds half a character (a lone surrogate)")
     return value.strip()
 
 
-def dialogue(text, speaker="user"):
-    """Text -> chat messages: the turns of Anthropic's "\\n\\nHuman: ... \\n\\nAssistant:" form, or one message by `speaker`."""
-    if not TRANSCRIPT.match(text):
-        return [{"role": speaker, "content": text.strip()}]
-    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])
-    ]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
-
-
-def read_rows(path):
-    """Rows with a `prompt` (text or messages), maybe a `response` -> [(row, messages, response or None, file and line)]."""
+def read_rows(source):
+    """Rows to improve -> [(row, prompt as messages, response or None, file and line)]."""
     rows = []
-    for place, row in rows_of_file(path):
+    for place, row in rows_of(str(source)):
         try:
             row = read_columns(row)
-            if "prompt" not in row:
-                raise BadRow("there is no `prompt`")
-            prompt = read_turns(row["prompt"], "prompt")
-            response = real_text(row["response"], "response") if "response" in row else None
-            if not prompt or response == "":
-                raise BadRow("neither `prompt` nor `response` may be empty")
+            prompt = read_turns(row.get("prompt", ""), "prompt")
+            response = real_text(row.get("response", ""), "response")
+            if not prompt:
+                raise BadRow(f"it has no `prompt`; its columns: {', '.join(row)[:200]}")
         except BadRow as error:
-            raise UserError(f"{path}, {place}: {error}.") from None
-        rows.append((row, prompt, response, f"{path}, {place}"))
+            raise UserError(f"{source}, {place}: {error}.") from None
+        rows.append((row, prompt, response or None, f"{source}, {place}"))
     return rows

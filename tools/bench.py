@@ -136,7 +136,7 @@ def ppo_iteration(lm, critic, optimizers, prompts, cfg, seconds):
 
 def some_prompts(lm, data, n, longest):
     """n prompts of a data set, cut to `longest` tokens -> lists of token ids."""
-    pairs, _ = load_pairs(data, 10_000, seed=0, skip_bad=True)
+    pairs = load_pairs(data, 10_000, seed=0, skip_bad=True)
     prompts = []
     for pair in pairs:
         short = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), longest)
