@@ -167,7 +167,8 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     lm.activate(reward_role)
     states = in_parts(lm.hidden, tokens, cfg.micro_batch).float()  # (B, R + 1, D)
     # The policy's log-probs are not the sampler's, but those of the same pass as in training, so
-    # that the first ratio is 1 up to rounding.
+    # that the first ratio is 1 up to rounding. With a base in bf16 that is coarse: |ratio - 1| was
+    # 0.02 on average, and about 1% of tokens began outside the clip range.
     lm.activate(policy)
     policy_logprobs = in_parts(logprobs, tokens, cfg.micro_batch)
     lm.activate(reference)
@@ -236,7 +237,8 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
     """Add the policy's gradient on one minibatch.
 
     -> (3,): its loss, its KL to the policy that sampled, its share of clipped tokens. All sums are
-    divided by the minibatch's tokens, so that the micro-batch size does not change the gradient.
+    divided by the minibatch's tokens, so that the micro-batch size does not change the gradient, up
+    to rounding: in 4-bit, whose products are in bf16, that was 4 to 5% of it.
     """
     n_tokens = sample.tokens.response_mask[rows].sum()
     totals = torch.zeros(3, device=lm.device)
