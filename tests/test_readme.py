@@ -1,54 +1,61 @@
-"""What README.md and docs/tutorial.md say of the code is true: lines, files, commands and options.
+"""What the pages say of the code is true: names, files, sections, commands and options.
 
-A link to a line is written [`reward.py:16`](reward.py#L16) `bradley_terry`: the name is that of a function or a class, or any
-text that only one line of the file holds, and the number must be that line's. After an edit of the code has moved the lines,
-`python tests/test_readme.py` writes the new numbers into the pages.
+A link to code is written [`reward.py`](reward.py) `gap`: a file, and then names. Each name must be
+defined in that file. There are no line numbers, so an inserted line breaks nothing.
 """
 
+import ast
 import re
 import shlex
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-LINE_LINK = re.compile(r"\[`([\w/]+\.py):\d+`\]\(([\w./]+)#L\d+\)( ?)`([^`]+)`")
-LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+CODE_LINK = re.compile(r"\[`([\w/]+\.py)`\]\(([\w./]+)\)((?:(?:,| and)? ?`\w+`)*)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
-COMMAND = re.compile(r"python pit\.py ([a-z]+[^`\n#]*)")
+MEMBER = re.compile(r"(\w+)\.(\w+)")
+FILE = re.compile(r"[\w./-]+\.(py|sh|md|png|txt|toml|yml)")
+COMMAND = re.compile(r"python ((?:\w+/)*\w+\.py) ?([^`\n#|]*)")
+TEST = re.compile(r"\btest_\w+\b(?!\.py)")
+OF_A_RUN = re.compile(r"(curves|result|fig\d|rounds|stops)\.png|(samples|report)\.md")
 
 
-def line_of(name, file):
-    """The number of the line where `name` is defined, or of the only line that holds it as text."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    plain = re.escape(name)
-    for pattern in (rf"\s*(def|class) {plain}\b", rf"{plain}\b.* = ", rf".*{plain}"):
-        found = [number for number, line in enumerate(lines, 1) if re.match(pattern, line)]
-        if found:
-            break
-    if len(found) != 1:
-        raise LookupError(
-            f"`{name}` stands on {len(found)} lines of {file.name}: a link needs exactly one. {found}"
-        )
-    return found[0]
+def names_in(file):
+    """Every function, class, method and constant that a Python file defines."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
 
 
-def with_lines(page):
-    """The text of a page with the right number in each link to a line."""
+def wrong_names(text, folder):
+    """What a page's links to code get wrong -> list of words; a link is relative to `folder`."""
+    wrong = []
+    for file, target, names in CODE_LINK.findall(text):
+        path = ROOT / file
+        if not path.exists() or (folder / target).resolve() != path.resolve():
+            wrong.append(f"{file} links to {target}")
+            continue
+        for name in CODE.findall(names):
+            if name not in names_in(path):
+                wrong.append(f"{file} has no {name}")
+    return wrong
 
-    def right(link):
-        file, target, space, name = link.groups()
-        assert (page.parent / target).resolve() == ROOT / file, (
-            f"{page.name}: `{file}` links to {target}"
-        )
-        number = line_of(name, ROOT / file)
-        return f"[`{file}:{number}`]({target}#L{number}){space}`{name}`"
 
-    return LINE_LINK.sub(right, page.read_text(encoding="utf-8"))
+def sections_of(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.name)
@@ -56,67 +63,103 @@ def page(request):
     return request.param
 
 
-def test_links_name_the_line_where_the_code_is(page):
-    for said, true in zip(
-        page.read_text(encoding="utf-8").splitlines(), with_lines(page).splitlines()
-    ):
-        assert said == true, "lines have moved: run `python tests/test_readme.py`"
-
-
-def test_every_link_to_a_line_has_the_form_that_is_checked(page):
+def test_links_to_code_name_what_the_file_defines(page):
     text = page.read_text(encoding="utf-8")
-    assert text.count("#L") == len(LINE_LINK.findall(text)) > 0
+    assert wrong_names(text, page.parent) == []
+    assert ".py#L" not in text, "link to the file, and name the function beside the link"
 
 
-def test_a_moved_line_is_noticed_and_mended(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    (tmp_path / "code.py").write_text("X = 1\n\n\ndef f():\n    return X + 1\n")
-    page = tmp_path / "page.md"
-    page.write_text(
-        "[`code.py:9`](code.py#L9) `f`, [`code.py:9`](code.py#L9) `X`, [`code.py:9`](code.py#L9) `X + 1`"
-    )
-    assert (
-        with_lines(page)
-        == "[`code.py:4`](code.py#L4) `f`, [`code.py:1`](code.py#L1) `X`, [`code.py:5`](code.py#L5) `X + 1`"
-    )
-    for name in ("nowhere", "1"):  # on no line, on two
-        with pytest.raises(LookupError, match=name):
-            line_of(name, tmp_path / "code.py")
+def test_a_renamed_function_is_noticed():
+    right = "[`reward.py`](reward.py) `gap`, `bradley_terry` and `CENTRE`; [`ppo.py`](ppo.py)"
+    assert wrong_names(right, ROOT) == []
+    assert wrong_names(right.replace("terry", "berry"), ROOT) == ["reward.py has no bradley_berry"]
+    assert wrong_names("[`reward.py`](ppo.py) `gap`", ROOT) == ["reward.py links to ppo.py"]
+    assert wrong_names("[`gone.py`](gone.py)", ROOT) == ["gone.py links to gone.py"]
 
 
-def test_every_file_that_is_named_exists(page):
-    from run import FILES
-
+def test_every_file_and_section_exists(page):
     text = page.read_text(encoding="utf-8")
     for target in LINK.findall(text):
-        assert ":" in target or (page.parent / target).exists(), target
+        if ":" in target:  # an address on the web
+            continue
+        name, _, section = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not section or section in sections_of(file), target
     for name in CODE.findall(text):
-        if re.fullmatch(r"[\w./-]+\.(py|md|png|json|jsonl|toml|txt)", name):
-            assert (ROOT / name).exists() or name in FILES.split(), (
-                name
-            )  # FILES: what a run leaves in its folder
+        if FILE.fullmatch(name) and not OF_A_RUN.fullmatch(name):
+            assert (ROOT / name).exists(), name
 
 
-def test_every_command_parses_and_every_option_exists(page):
+def test_members_of_modules_exist(page):
+    for code in CODE.findall(page.read_text(encoding="utf-8")):
+        member = MEMBER.fullmatch(code)
+        if member and (ROOT / f"{member[1]}.py").exists() and member[2] != "py":
+            assert member[2] in names_in(ROOT / f"{member[1]}.py"), code
+
+
+def test_tests_exist(page):
+    tests = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        tests |= names_in(file)
+    for name in TEST.findall(page.read_text(encoding="utf-8")):
+        assert name in tests
+
+
+def test_imports_in_snippets_exist(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").exists():
+                for alias in node.names:
+                    assert alias.name in names_in(ROOT / f"{node.module}.py"), node.module
+
+
+def test_commands_of_pit_parse(page):
     import typer
 
     import pit
 
     commands = typer.main.get_command(pit.app).commands
     text = page.read_text(encoding="utf-8")
-    found = COMMAND.findall(text)
-    assert found
-    for line in found:
-        name, *words = shlex.split(line.replace("[", "").replace("]", ""))
-        commands[name].make_context(
-            name, [word for word in words if word != "--help"]
-        )  # reads the words, runs nothing
-    options = {option for command in commands.values() for p in command.params for option in p.opts}
+    for script, words in COMMAND.findall(text):
+        if script == "pit.py" and words:
+            words = words.replace("[", "").replace("]", "").replace(" FILE", f" {page}")
+            name, *words = shlex.split(words)
+            words = [word for word in words if word != "--help"]
+            commands[name].make_context(name, words)  # reads the words, runs nothing
+
+
+def test_options_and_scripts_exist(page):
+    import typer
+
+    import pit
+
+    commands = typer.main.get_command(pit.app).commands
+    ours = {option for command in commands.values() for p in command.params for option in p.opts}
+    text = page.read_text(encoding="utf-8")
+    elsewhere = set()  # options of other scripts
+    for script, words in COMMAND.findall(text):
+        assert (ROOT / script).exists(), script
+        if script != "pit.py":
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for option in re.findall(r"--[\w-]+", words):
+                known = option in source or re.search(
+                    rf"\b{option[2:].replace('-', '_')}\b", source
+                )
+                assert known, f"{script} {option}"
+                elsewhere.add(option)
     for code in CODE.findall(text):
         if code.startswith("--"):
-            assert code.split()[0] in options | {"--help"}, code
+            assert code.split()[0] in ours | elsewhere | {"--help"}, code
 
 
-if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(with_lines(page), encoding="utf-8")
+def test_the_requirements_are_those_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+    def names(lines):
+        return {re.match(r"[\w-]+", line)[0] for line in lines if line[:1] not in ("#", "-", "")}
+
+    pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pinned_dev = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    assert names(pinned) == names(project["project"]["dependencies"])
+    assert names(pinned_dev) == names(project["dependency-groups"]["dev"])
