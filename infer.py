@@ -26,8 +26,9 @@ from run import progress, seed_all, write_text
 POLICY = "policy_rl"  # writes the original answer
 STOPS = ("gap", "same", "time", "rounds")  # what ends the rounds, see `after_round`
 BEGIN = b'{"improved": '  # how each line of an output begins: so half a line is known to be ours
-OTHER_TASK = """Note: this run knows one kind of question only; expect nonsense elsewhere. Try:
-Where does each look in the end? Ann north: left left back. Ben west: right left right."""
+OTHER_TASK = """Note: this run knows one kind of question only. To others it answers nonsense. Try:
+Where does each look in the end? Ann north: left left back. Ben west: right left right. Eva south:
+left back right."""
 
 
 @dataclass
@@ -139,9 +140,13 @@ def fit_prompts(lm, cfg, rows):
 
 def answer(lm, cfg, settings, turns, response=None):
     """Answer one prompt, or take `response`, and show each improvement -> the last text."""
+    if cfg.data == "synthetic":
+        # a prompt from samples.md may come with the line breaks that it has there
+        question = " ".join(turns[-1]["content"].split())
+        turns = [{"role": "user", "content": question}]
+        if is_other_task(question, response):
+            print(OTHER_TASK)
     (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])
-    if cfg.data == "synthetic" and is_other_task(turns[-1]["content"], response):
-        print(OTHER_TASK)
     steps = iterate(lm, cfg, settings, prompt, response)
     text, _ = next(steps)
     print(f"\noriginal\n{text}", flush=True)

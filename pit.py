@@ -25,6 +25,8 @@ from errors import UserError, explain
 
 TINY = Path(__file__).parent / "tiny"
 Stage = Literal["sft", "reward", "rl", "eval"]
+PresetInt = int | None  # None: from PRESETS
+PresetFloat = float | None
 NOT_STORED = {
     "run",
     "smoke",
@@ -78,7 +80,7 @@ PRESETS = {
     # less than 6 GiB of GPU memory: shorter texts, fewer at a time
     "small": dict(max_prompt=256, max_response=96, rl_batch=32, micro_batch=4),
     # the fewest steps in which every stage logs, saves and shows something
-    "smoke": dict(
+    "smoke tiny": dict(
         pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16
     ),
     # a step of a real model takes seconds on a CPU: few, short texts; a checkpoint after each step
@@ -87,11 +89,15 @@ PRESETS = {
         max_prompt=64,
         max_response=32,
         save_every=1,
+        eval_n=8,
+        sft_steps=2,
         sft_batch=4,
+        rm_steps=2,
         rm_batch=4,
+        rl_steps=2,
         rl_batch=4,
         minibatch=2,
-        eval_n=8,
+        micro_batch=4,
     ),
 }
 
@@ -103,8 +109,9 @@ app = typer.Typer(
 )
 
 
-def option(panel, text, *names, **kwargs):
-    return typer.Option(*names, help=text, rich_help_panel=panel, **kwargs)
+def option(panel, text, *names, min=1, max=None):
+    """An option of `all`; numbers are at least 1 unless said otherwise."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, min=min, max=max)
 
 
 @app.command(name="all")
@@ -120,7 +127,7 @@ def run_all(
         Path | None, option("Run", "Take over what this run has trained alike.", "--from")
     ] = None,
     until: Annotated[Stage, option("Run", "The last stage to run.")] = "eval",
-    save_every: Annotated[int | None, option("Run", "Steps between checkpoints.", min=1)] = None,
+    save_every: Annotated[PresetInt, option("Run", "Steps between checkpoints.")] = None,
     seed: Annotated[
         int, option("Run", "Seed of data, sampling, initialisation.", min=0, max=2**63 - 1)
     ] = 0,
@@ -130,13 +137,11 @@ def run_all(
     bits: Annotated[
         Literal[4, 16], option("Model", "4: NF4 by bitsandbytes. 16: not quantised.")
     ] = 4,
-    lora_r: Annotated[int, option("Model", "Rank of each adapter.", min=1, max=512)] = 16,
-    lora_alpha: Annotated[
-        int, option("Model", "Scale of each adapter: alpha / r.", min=1, max=4096)
-    ] = 32,
+    lora_r: Annotated[int, option("Model", "Rank of each adapter.", max=512)] = 16,
+    lora_alpha: Annotated[int, option("Model", "Scale of each adapter: alpha / r.", max=4096)] = 32,
     vram: Annotated[
         float | None,
-        option("Model", "GPU memory in GiB [dim](default: what is free)[/dim].", min=1, max=4096),
+        option("Model", "GPU memory in GiB [dim](default: what is free)[/dim].", max=4096),
     ] = None,
     target_modules: Annotated[
         str, option("Model", "Layers with adapters: all-linear, or a pattern.")
@@ -148,55 +153,51 @@ def run_all(
         str | None, option("Data", "Names in the data: prompt=A,chosen=B.C,rejected=D.")
     ] = None,
     pairs: Annotated[
-        int | None, option("Data", "Use at most this many pairs.", min=80, max=10**7)
+        PresetInt, option("Data", "Use at most this many pairs.", min=80, max=10**7)
     ] = None,
     skip_bad: Annotated[bool, option("Data", "Leave out rows that are not pairs.")] = False,
     max_prompt: Annotated[
-        int | None, option("Data", "Longest prompt in tokens; older turns are cut.", min=8)
+        PresetInt, option("Data", "Longest prompt in tokens; older turns are cut.", min=8)
     ] = None,
     max_response: Annotated[
-        int | None, option("Data", "Longest answer in tokens; pairs with longer ones go.", min=4)
+        PresetInt, option("Data", "Longest answer in tokens; pairs with longer ones go.", min=4)
     ] = None,
-    sft_steps: Annotated[int | None, option("SFT", "Steps of each SFT stage.", min=1)] = None,
-    sft_lr: Annotated[float | None, option("SFT", "Learning rate.", min=0, max=1)] = None,
-    sft_batch: Annotated[int | None, option("SFT", "Pairs per step.", min=1)] = None,
+    sft_steps: Annotated[PresetInt, option("SFT", "Steps of each SFT stage.")] = None,
+    sft_lr: Annotated[PresetFloat, option("SFT", "Learning rate.", min=0, max=1)] = None,
+    sft_batch: Annotated[PresetInt, option("SFT", "Pairs per step.")] = None,
     keep_better: Annotated[
         float, option("SFT", "Weight beta of -log M(y_w | x, y_w).", min=0, max=100)
     ] = 0.0,
     unlikelihood: Annotated[
         float, option("SFT", "Weight gamma of -log(1 - M(y_l | x, y_w)).", min=0, max=100)
     ] = 0.0,
-    rm_steps: Annotated[
-        int | None, option("Reward models", "Steps of each reward model.", min=1)
-    ] = None,
-    rm_lr: Annotated[float | None, option("Reward models", "Learning rate.", min=0, max=1)] = None,
-    rm_batch: Annotated[int | None, option("Reward models", "Pairs per step.", min=1)] = None,
+    rm_steps: Annotated[PresetInt, option("Reward models", "Steps of each reward model.")] = None,
+    rm_lr: Annotated[PresetFloat, option("Reward models", "Learning rate.", min=0, max=1)] = None,
+    rm_batch: Annotated[PresetInt, option("Reward models", "Pairs per step.")] = None,
     rounds: Annotated[
         str, option("RL", "Who writes y_ref, round by round: annotated, policy, sft, given.")
     ] = "annotated,policy",
-    rl_steps: Annotated[int | None, option("RL", "PPO iterations of each RL stage.", min=1)] = None,
-    rl_batch: Annotated[int | None, option("RL", "Answers per iteration.", min=2)] = None,
+    rl_steps: Annotated[PresetInt, option("RL", "PPO iterations of each RL stage.")] = None,
+    rl_batch: Annotated[PresetInt, option("RL", "Answers per iteration.", min=2)] = None,
     rl_lr: Annotated[
-        float | None, option("RL", "Learning rate of the policy.", min=0, max=1)
+        PresetFloat, option("RL", "Learning rate of the policy.", min=0, max=1)
     ] = None,
     critic_lr: Annotated[
-        float | None, option("RL", "Learning rate of the critic.", min=0, max=1)
+        PresetFloat, option("RL", "Learning rate of the critic.", min=0, max=1)
     ] = None,
     kl: Annotated[
-        float | None, option("RL", "Weight beta of the KL penalty.", min=0, max=1000)
+        PresetFloat, option("RL", "Weight beta of the KL penalty.", min=0, max=1000)
     ] = None,
     target_kl: Annotated[
         float, option("RL", "Adapt beta to this KL, in nats per answer; 0: off.", min=0, max=1000)
     ] = 0.0,
-    epochs: Annotated[int, option("RL", "Passes over each iteration's answers.", min=1)] = 2,
-    minibatch: Annotated[int | None, option("RL", "Answers per update.", min=1)] = None,
-    micro_batch: Annotated[
-        int | None, option("RL", "Sequences in memory at a time.", min=1)
-    ] = None,
+    epochs: Annotated[int, option("RL", "Passes over each iteration's answers.")] = 2,
+    minibatch: Annotated[PresetInt, option("RL", "Answers per update.")] = None,
+    micro_batch: Annotated[PresetInt, option("RL", "Sequences in memory at a time.")] = None,
     temperature: Annotated[
         float, option("RL", "Sampling temperature, also of log-probs.", min=0.01, max=2)
     ] = 1.0,
-    eval_n: Annotated[int | None, option("Evaluation", "Held-out prompts.", min=8)] = None,
+    eval_n: Annotated[PresetInt, option("Evaluation", "Held-out prompts.", min=8)] = None,
 ):
     """Run every stage of PIT, or continue a run where it stopped.
 
@@ -205,12 +206,14 @@ def run_all(
     options = {name: value for name, value in locals().items() if name not in NOT_STORED}
     if Path(model).resolve() == TINY:
         options["model"] = "tiny"
-    fill_in(options, smoke)
-    folder = run or Path("runs") / (Path(model).resolve().name + ("-smoke" if smoke else ""))
+    options = fill_in(options, smoke)
+    name = Path(model).resolve().name + ("-smoke" if smoke else "")
+    folder = run or Path("runs") / name
 
-    # fail early, in the order a person thinks: options, model, data; then the base
+    # fail early, in the order a person thinks: options, model, data (in Session); then the base
     import curriculum
     import models
+    import plan
     from run import Run
 
     curriculum.parse(rounds)
@@ -220,28 +223,27 @@ def run_all(
     if is_finished(started):
         print(f"{folder} is finished. Its report: {folder / 'report.md'}")
         return
+
     session = Session(started)
+    started.begin()  # model and data are good: only now may an old run move aside
+    started.plan = plan.make_plan(session.lm, started, session.parts)
     stages = {"sft": sft_stage, "reward": reward_stage, "rl": rl_stage, "eval": eval_stage}
     for name, stage in stages.items():
         stage(session)
         if name == until:
-            break
-    seconds = sum(started.results()["time_s"].values())
-    print(f"\nAll stages together: {seconds / 60:.1f} minutes.")
+            return
 
 
 def fill_in(options, smoke):
-    """Give each option of `all` that is None its value, from the first preset that has one."""
+    """The options of `all`, each None filled in from PRESETS."""
     kind = "tiny" if options["model"] == "tiny" else "real"
-    presets = [kind]
-    if kind == "real" and options["vram"] and options["vram"] < 6:
-        presets.insert(0, "small")
+    preset = PRESETS[kind]
+    if kind == "real" and (options["vram"] or 6) < 6:
+        preset = preset | PRESETS["small"]
     if smoke:
-        presets = [f"smoke {kind}", "smoke", *presets]
-    for preset in presets:
-        for name, value in PRESETS.get(preset, {}).items():
-            if options[name] is None:
-                options[name] = value
+        preset = preset | PRESETS[f"smoke {kind}"]
+    given = {name: value for name, value in options.items() if value is not None}
+    return options | preset | given
 
 
 def is_finished(run):
@@ -288,15 +290,16 @@ class Session:
 
         self.run, cfg = run, run.config
         run.lock()
-        pairs, notes = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad)
+        pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
         run.pin("data fingerprint", data.fingerprint(pairs))
-        data.split(pairs, cfg.seed, notes)  # fail early: are there enough pairs?
+        data.split(pairs, cfg.seed)  # fail early: are there enough pairs?
+        self.rounds = curriculum.parse(cfg.rounds)
+        curriculum.check_given(self.rounds, pairs)
         self.lm = load_base(cfg)
         print(f"{cfg.model}: {self.lm.describe()}")
         if cfg.model != "tiny":
             plan.plan_memory(self.lm, cfg)
-        self.parts = data.load_parts(cfg, self.lm, pairs, notes)
-        self.rounds = curriculum.parse(cfg.rounds)
+        self.parts = data.load_parts(cfg, self.lm, pairs)
         self.last = trained_by(cfg)["rl"][-1]
         self.iterations = cfg.rl_steps * len(self.rounds)  # of PPO for PIT, in all rounds together
 
@@ -384,10 +387,8 @@ def open_run(path):
 
     opened = Run(path)
     options = inspect.signature(run_all).parameters.keys() - NOT_STORED
-    missing = options - vars(opened.config).keys()
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise UserError(f"{path} is a run of another version, without {names}. Start a new --run.")
+    if not options <= vars(opened.config).keys():
+        raise UserError(f"{path} is a run of another version. Start a new --run.")
     return opened
 
 
@@ -483,6 +484,52 @@ def ablate(run: StageRun, judge: Judges = None):
     eval_stage(session, judges)
 
 
+@app.command(name="judge")
+def judge_command(
+    run: StageRun,
+    by: Annotated[str, typer.Option(help="me, or the address of an OpenAI-compatible server.")],
+    llm: Annotated[str | None, typer.Option(help="The model's name at that address.")] = None,
+    n: Annotated[int, typer.Option(help="Held-out prompts to ask about.", min=1)] = 128,
+):
+    """Let a person, or a language model, compare a run's answers, blind.
+
+    Example: python pit.py judge --run runs/tiny --by me
+    """
+    import evaluate
+    import report
+    import votes
+
+    opened = open_run(run)
+    if by == "me":
+        votes.ask_person(opened, n)
+    elif llm:
+        votes.ask_llm(opened, by, llm, n)
+    else:
+        raise UserError(f"--by {by}: which model there? Give its name with --llm.")
+    evaluate.add_votes(opened)
+    report.write_report(opened)
+
+
+@app.command(name="runs")
+def runs_command(
+    folder: Annotated[Path, typer.Argument(help="Where to look.", file_okay=False)] = Path("runs"),
+):
+    """List all runs: model, data, seed, the last stage, and delta of PIT over the original.
+
+    Example: python pit.py runs
+    """
+    from run import list_runs
+
+    rows = list_runs(folder)
+    if not rows:
+        raise UserError(f"There are no runs in {folder}. Start one with: python pit.py all")
+    for row in rows:
+        if row["delta"] is not None:
+            row["delta"] = f"{100 * row['delta']:+.1f}"
+    for cells in (rows[0].keys(), *(row.values() for row in rows)):
+        print("".join(f"{cell!s:15} " for cell in cells))
+
+
 # ---- using a run -------------------------------------------------------------------------------
 
 
@@ -526,9 +573,6 @@ def infer_command(
     from files import read_rows, read_turns
     from run import seed_all
 
-    turns = prompt and read_turns(read_text(prompt, "the prompt"), "prompt")
-    if response is not None:
-        response = read_text(response, "--response")
     opened = open_run(run)
     cfg = opened.config
     settings = infer.Settings(
@@ -539,24 +583,27 @@ def infer_command(
         seconds=seconds,
         seed=seed,
     )
-    roles = (infer.POLICY, settings.pit, "reward_gap")
+    roles = [infer.POLICY, settings.pit, "reward_gap"]
     for role in roles:
         opened.need(role, "all")
-    if input:
-        rows = read_rows(input)
-        print(
-            f"{input}: {len(rows):,} rows, {infer.rows_done(output, rows, rounds):,} of them done"
-        )
+    rows = read_rows(input) if input else []
+    if output:
+        done = infer.rows_done(output, rows, rounds)
+        print(f"{input}: {len(rows):,} rows, {done:,} of them are in {output} already")
+    turns = prompt and read_turns(read_text(prompt, "the prompt"), "prompt")
+    if response is not None:
+        response = read_text(response, "--response")
+
     lm = load_base(cfg)
     for role in roles:
-        opened.load_trained(lm, role)
-    if input:
+        opened.load(lm, role)
+    if output:
         infer.improve_file(lm, cfg, settings, rows, output)
-    elif prompt is None:
-        infer.converse(lm, cfg, settings)
-    else:
+    elif prompt:
         seed_all(seed, "infer")
         infer.answer(lm, cfg, settings, turns, response)
+    else:
+        infer.converse(lm, cfg, settings)
 
 
 def check_request(prompt, response, input, output, stop):
@@ -618,6 +665,7 @@ def export_command(
     lm = load_base(opened.config, bits=16)  # merging into 4-bit weights would move the logits
     with new_folder(to) as folder:
         export(lm, adapter, opened.adapter(adapter), folder, merge)
+        write_card(lm, opened, adapter, folder, merge)
     print(f"{to}: {adapter} of {run}, as {'a whole model' if merge else 'an adapter for peft'}")
 
 
@@ -633,17 +681,84 @@ def check_export(run, role, folder, merge):
         raise UserError(f"{role} is a reward model, which does not write: leave out --merge.")
 
 
+CARD = """---
+base_model: {base}
+license: {licence}
+library_name: {library}
+---
+
+# {role}
+
+Trained by PIT, implicit self-improvement (arXiv 2310.00898), on the base {base}.
+It {does} that comes after these turns, in the tokenizer's chat template:
+
+```
+{turns}
+```
+
+An answer ends with {eos} and has at most {cfg.max_response} tokens. What comes before an answer to
+be improved has at most {cfg.max_prompt} tokens.
+
+- PIT over the policy's own answers, wins less losses in points: {worth}
+- Licence of the base, which binds this too: {licence}
+"""
+
+
+def write_card(lm, run, role, folder, merge):
+    """README.md of an export: how to prompt it, the base's licence, the run's numbers."""
+    from data import improve_prompt
+    from models import find_model
+    from report import points
+
+    does = "writes the answer"
+    if role in lm.heads:
+        does = "scores the answer (head.safetensors, on the last hidden state)"
+    turns = [{"role": "user", "content": "THE QUESTION"}]
+    if not role.startswith(("policy", "reward_policy", "judge")):
+        turns = improve_prompt(turns, "THE ANSWER TO IMPROVE")
+    worth = "not measured"
+    table1 = run.results().get("table1", [])
+    for row in table1[::-1]:
+        if (row["a"], row["b"]) == ("pit", "original"):  # at last by the main judge, who is first
+            worth = f"{points(row)}, {row['n']} prompts, judged by {row['judge']}"
+    base = str(find_model(run.config.model))
+    card = CARD.format(
+        base=base,
+        licence=licence_of(base),
+        library="transformers" if merge else "peft",
+        role=role,
+        does=does,
+        turns=lm.tokenizer.decode(lm.encode_prompt(turns)),
+        eos=lm.tokenizer.decode([lm.eos]),
+        cfg=run.config,
+        worth=worth,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def licence_of(base):
+    """The licence that the card of a base gives, in its folder or on the hub."""
+    from huggingface_hub import ModelCard
+
+    card = Path(base) / "README.md"
+    try:
+        return ModelCard.load(card if Path(base).exists() else base).data.license or "unknown"
+    except Exception:  # no card, no network, no valid header: of many kinds
+        return "unknown"
+
+
 # ---- the program -------------------------------------------------------------------------------
 
 
 def check_words(words):
     """Complain about empty words, which unset variables leave, and about broken UTF-8."""
     for before, word in zip(["pit.py", *words], words):
-        if not word.strip() or re.fullmatch(r"--[\w-]+=", word):
-            name = before if not word.strip() else word[:-1]
-            raise UserError(f"What stands after {name} is empty. Is a shell variable not set?")
+        if not word.strip() or (word.startswith("--") and word.endswith("=")):
+            raise UserError(f"Nothing stands after {before} {word}. Is a shell variable not set?")
         if re.search("[\ud800-\udfff]", word):
-            raise UserError(f"{word!r} is not valid UTF-8. In a C locale, set PYTHONUTF8=1.")
+            raise UserError(
+                f"{word!a} is not valid UTF-8. Rename it; in a C locale, set PYTHONUTF8=1."
+            )
 
 
 def mend_streams():

@@ -1,272 +1,319 @@
 """The command line, end to end at miniature size, and what it says to bad input."""
 
-import gc
+import inspect
 import io
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import curriculum
 import pit as command_line
-from run import signal
+from run import Run
 
 ROOT = Path(__file__).parent.parent
-MINI = "--pairs 120 --sft-steps 2 --sft-batch 4 --rm-steps 2 --rm-batch 4 --rl-steps 2 --rl-batch 8 --minibatch 4 --eval-n 8"
+MINI = """--bits 16 --pairs 100 --eval-n 8 --sft-steps 2 --sft-batch 4 --rm-steps 2 --rm-batch 4
+--rl-steps 2 --rl-batch 4 --minibatch 2""".split()
+ROLES = "policy_sft pit_sft reward_policy reward_gap judge policy_rl pit_rl0 pit_rl1".split()
+FIGURES = "curves.png result.png fig2.png fig3.png rounds.png stops.png".split()
+PROMPT = "Where does each look in the end? Ann north: left back."
 
 
-def pit(*words):
-    """What `python pit.py WORDS` does, without a process of its own -> (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    out.reconfigure = lambda **how: None
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+def pit(*words, stdin=""):
+    """What `python pit.py WORDS` does, in this process -> (exit code, stdout, stderr)."""
+    streams = {name: io.TextIOWrapper(io.BytesIO()) for name in ("stdout", "stderr")}
+    streams["stdin"] = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+    runs, init = [], Run.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        runs.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pit.py", *map(str, words)])
         patch.setattr(signal, "signal", lambda number, handler: None)
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(Run, "__init__", remember)
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
         with pytest.raises(SystemExit) as end:
             command_line.main()
-        code = end.value.code or 0
-    del end
-    gc.collect()  # the lock ends with the run that held it, as with its process
-    return code, out.getvalue(), err.getvalue()
+    for run in runs:
+        run.close()  # the lock of a run ends with its process
+    texts = []
+    for name in ("stdout", "stderr"):
+        streams[name].flush()
+        texts.append(streams[name].buffer.getvalue().decode())
+    return end.value.code or 0, *texts
+
+
+def works(*words, stdin=""):
+    """The same, for what must work -> stdout."""
+    code, out, err = pit(*words, stdin=stdin)
+    assert code == 0, out + err
+    return out
 
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
+    """A whole run in miniature -> its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "mini"
-    words = [
-        sys.executable,
-        "pit.py",
-        "all",
-        "--run",
-        folder,
-        *MINI.split(),
-    ]  # a real process: the other runs must equal it
-    done = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, works("all", "--run", folder, *MINI)
 
 
-FIGURES = ["curves.png", "result.png", "fig2.png", "fig3.png", "rounds.png", "stops.png"]
-ROLES = [
-    "policy_sft",
-    "pit_sft",
-    "reward_policy",
-    "reward_gap",
-    "judge",
-    "policy_rl",
-    "pit_rl0",
-    "pit_rl1",
-]
+# ---- whole runs --------------------------------------------------------------------------------
 
 
 def test_every_stage_runs_and_leaves_its_files(mini):
     folder, out = mini
     for role in ROLES:
+        scores = role.startswith("reward") or role == "judge"
         assert (folder / "adapters" / role / "adapter_model.safetensors").is_file()
-        assert (folder / "adapters" / role / "head.safetensors").is_file() == (
-            role.startswith("reward") or role == "judge"
-        )
+        assert (folder / "adapters" / role / "head.safetensors").is_file() == scores
         assert role in out
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["step"]) for line in lines] == [
-        (role, step) for role in ROLES for step in (0, 1)
-    ]
-    results = json.loads((folder / "results.json").read_text())
-    assert {row["judge"] for row in results["table1"]} == {"quality", "judge"}
-    assert all(abs(row["win"] + row["lose"] + row["tie"] - 1) < 1e-9 for row in results["table1"])
-    assert set(results["time_s"]) == {*ROLES, "eval"}
-    assert all((folder / figure).stat().st_size > 10_000 for figure in FIGURES)
-    assert all(f"]({figure})" in (folder / "report.md").read_text() for figure in FIGURES)
-    assert {line["verdict"] for line in results["scorecard"]} <= {
-        "holds",
-        "does not hold",
-        "cannot tell",
-    }
-    assert (folder / "report.md").read_text().index("## Scorecard") < (
-        folder / "report.md"
-    ).read_text().index("## Table 1")
-    assert "| quality | pit " in (folder / "report.md").read_text()
+    steps = [(line["stage"], line["step"]) for line in lines]
+    assert steps == [(role, step) for role in ROLES for step in (0, 1)]
+    assert set(json.loads((folder / "results.json").read_text())["time_s"]) == {*ROLES, "eval"}
+    report = (folder / "report.md").read_text()
+    for figure in FIGURES:
+        assert (folder / figure).stat().st_size > 10_000
+        assert f"]({figure})" in report
     assert (folder / "samples.md").read_text().count("## after") == 5
 
 
-def test_the_console_fits_100_columns(mini):
+def test_the_console_and_the_samples_fit_80_columns(mini):
     folder, out = mini
-    assert (
-        "| pit " in out
-        and [
-            line
-            for line in out.replace("\r", "\n").split("\n")
-            if len(line) > 100 and str(folder) not in line
-        ]
-        == []
-    )
+    for text in (out, (folder / "samples.md").read_text()):
+        wide = [line for line in text.splitlines() if len(line) > 80 and str(folder) not in line]
+        assert wide == []
 
 
-def test_the_same_seed_gives_the_same_run(mini, tmp_path):
-    code, _, err = pit("all", "--run", tmp_path / "mini", *MINI.split())
-    assert code == 0, err
-    for role in ROLES:
+def test_a_finished_run_says_so_and_is_left_alone(mini):
+    folder, _ = mini
+    before = (folder / "metrics.jsonl").read_text()
+    out = works("all", "--run", folder, *MINI)
+    assert out.splitlines() == [f"{folder} is finished. Its report: {folder / 'report.md'}"]
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
+    folder, _ = mini
+    words = "--from", folder, "--run", tmp_path / "new", *MINI
+    out = works("all", *words, "--rl-lr", 0.002, "--until", "reward")
+    assert "\npolicy_sft:" not in out and not (tmp_path / "new" / "adapters" / "policy_rl").exists()
+    for role in ROLES[:5]:
         file = Path("adapters") / role / "adapter_model.safetensors"
-        assert (mini[0] / file).read_bytes() == (tmp_path / "mini" / file).read_bytes()
-    assert (mini[0] / "metrics.jsonl").read_text() == (
-        tmp_path / "mini" / "metrics.jsonl"
-    ).read_text()
+        assert (folder / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
 
 
-def test_a_finished_run_is_not_trained_again(mini):
-    before = (mini[0] / "metrics.jsonl").read_text()
-    for command in ("sft", "reward", "rl"):
-        code, out, err = pit(command, "--run", mini[0])
-        assert code == 0, err
-    assert (mini[0] / "metrics.jsonl").read_text() == before
+def test_ablate_compares_every_curriculum_and_eval_takes_one_more_judge(mini):
+    folder, _ = mini
+    works("ablate", "--run", folder)
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["curriculum"] for row in results["table2"]] == curriculum.CURRICULA
+    assert {"reward_gap2", "reward_gap3"} <= {row["model"] for row in results["eq2"]}
+    assert (folder / "fig4.png").stat().st_size > 10_000
+    works("eval", "--run", folder, "--judge", "judge", "--judge-base", "tiny")
+    results = json.loads((folder / "results.json").read_text())
+    assert {row["judge"] for row in results["table1"]} == {"judge", "judge_tiny"}
+    # an evaluation without those judges still has Table 2
+    assert "](fig4.png)" in (folder / "report.md").read_text()
 
 
-def test_infer_shows_the_original_and_each_round(mini):
-    code, out, err = pit(
-        "infer",
-        "--run",
-        mini[0],
-        "Where does each look in the end? Ann north: left back.",
-        *"--rounds 2 --stop rounds".split(),
-    )
-    assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["original", "round", "round"]
-    code, out, err = pit(
-        "infer",
-        "--run",
-        mini[0],
-        "Where?",
-        "--response",
-        "Now Ann west: west",
-        *"--rounds 1 --stop rounds".split(),
-    )
-    assert code == 0 and "Now Ann west: west" in out
+def test_runs_are_listed(mini):
+    folder, _ = mini
+    out = works("runs", folder.parent)
+    assert str(folder) in out and "synthetic" in out
 
 
-def test_a_file_is_improved_and_an_adapter_exported(mini, tmp_path):
-    (tmp_path / "in.jsonl").write_text(
-        '{"prompt": "Who looks where? Ann north: left."}\n{"prompt": "List.", "response": "tea"}\n'
-    )
-    words = "--run", mini[0], "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
-    code, out, err = pit("infer", *words, "--rounds", 1)
-    assert code == 0 and "2 rows, 0 of them" in out, err
-    assert [
-        json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
-    ][1] == "List."
-    code, out, err = pit(
-        "export", "--run", mini[0], "--adapter", "pit_rl1", "--to", tmp_path / "whole", "--merge"
-    )
-    assert code == 0 and (tmp_path / "whole" / "model.safetensors").is_file(), err
-    code, out, err = pit(
-        "export", "--run", mini[0], "--adapter", "pit_rl1", "--to", tmp_path / "whole"
-    )
+# ---- using a run -------------------------------------------------------------------------------
+
+
+def test_infer_shows_the_original_and_each_round_with_its_gap(mini, tmp_path):
+    folder, _ = mini
+    words = "infer", "--run", folder, "--rounds", 2, "--stop", "rounds"
+    out = works(*words, PROMPT)
+    for label in ("original\n", "round 1, gap ", "round 2, gap "):
+        assert label in out
+    assert "nonsense" not in out
+    draft = "Now Ann west: west east."
+    (tmp_path / "draft.txt").write_text(draft + "\n")
+    assert draft in works(*words, PROMPT, "--response", f"@{tmp_path / 'draft.txt'}")
+    assert draft in works(*words, PROMPT, "--response", "-", stdin=draft)
+    assert "nonsense" in works(*words, PROMPT, "--response", "<|end|>")
+    assert "nonsense" in works(*words, "What is the capital of France?")
+
+
+def test_infer_without_a_prompt_is_a_conversation(mini):
+    folder, _ = mini
+    out = works("infer", "--run", folder, "--rounds", 1, stdin=f"{PROMPT}\nAnd then?\n")
+    assert out.count("you: ") == 3 and out.count("original\n") == 2
+
+
+def test_a_file_is_improved(mini, tmp_path):
+    folder, _ = mini
+    rows = [{"prompt": PROMPT}, {"prompt": "List.", "response": "tea"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "out.jsonl"
+    words = "--input", tmp_path / "in.jsonl", "--output", output, "--rounds", 1
+    out = works("infer", "--run", folder, *words)
+    assert "2 rows, 0 of them" in out and f"Wrote 2 rows to {output}." in out
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()][1] == "List."
+
+
+def test_an_export_carries_a_card(mini, tmp_path):
+    folder, _ = mini
+    words = "export", "--run", folder, "--adapter", "pit_rl1", "--to", tmp_path / "whole"
+    works(*words, "--merge")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "Please improve your answer." in card and "8 prompts, judged by quality" in card
+    code, _, err = pit(*words)
     assert code == 2 and "there already" in err
+
+
+# ---- what people are told ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["infer", "--run", "{mini}"], "either a prompt"),
-        (
-            ["infer", "--run", "{mini}", "--input", "nowhere.jsonl", "--output", "x.jsonl"],
-            "nowhere.jsonl",
-        ),
-        (
-            ["export", "--run", "{mini}", "--adapter", "reward_gap", "--to", "{tmp}/x", "--merge"],
-            "leave out --merge",
-        ),
-        (["export", "--run", "{mini}", "--adapter", "nonesuch", "--to", "{tmp}/x"], "no nonesuch"),
-        (
-            ["export", "--run", "{mini}", "--adapter", "../adapters/pit_rl1", "--to", "{tmp}/x"],
-            "not a path",
-        ),
-        (["export", "--run", "{mini}", "--adapter", "..", "--to", "{tmp}/x"], "not a path"),
-        (["infer", "--run", "{mini}", "  "], "prompt is empty"),
-        (["infer", "--run", "{mini}", "half \ud800"], "lone surrogate"),
-        (["infer", "--run", "{mini}", "Human: a\n\nAssistant: b"], "turns of user"),
-        (["infer", "--run", "{mini}", "Human:"], "turns of user"),
-        (["infer", "--run", "{mini}", "Where?", "--response", "north " * 50], "response is longer"),
-        (["all", "--run", "{tmp}"], "holds files, but not the settings"),
-        (
-            ["all", "--run", "{tmp}/new", "--pairs", "100", "--target-modules", "*_proj"],
-            "Cannot load the model",
-        ),
-        (
-            [
-                "infer",
-                "--run",
-                "{mini}",
-                "--input",
-                "{tmp}/in.jsonl",
-                "--output",
-                "{tmp}/in.jsonl/x.jsonl",
-            ],
-            "in.jsonl",
-        ),
-        (["eval", "--run", "{tmp}", "--judge", "no/such-judge"], "no run in"),
-        (["infer", "--run", "{mini}", "hello", "--response", ""], "--response is empty"),
-        (["infer", "--run", "{mini}", "hello", "--temperature", "-1"], "--temperature"),
-        (["infer", "--run", "{mini}", "hello", "--stop", "never"], "--stop never"),
-        (["eval", "--run", "{mini}", "--judge", "no/such-judge"], "no/such-judge"),
-        (["rl", "--run", "runs/nowhere"], "no run in"),
-        (
-            ["all", "--run", "{tmp}/new", "--model", "no/such-model", "--data", "synthetic"],
-            "no/such-model",
-        ),
-        (["all", "--run", "{tmp}/new", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
-        (["all", "--run", "{tmp}/new", "--rounds", "annotated,magic"], "magic"),
-        (["all", "--run", "{tmp}/new", "--bits", "7"], "--bits 7"),
-        (["all", "--run", "{mini}", "--seed", "5"], "other settings"),
+        # options
+        ("all --bits 7", "--bits"),
+        ("all --sft-lr inf", "--sft-lr"),
+        ("all --kl nan", "--kl"),
+        ("all --lora-r 100000", "--lora-r"),
+        ("all --until lunch", "--until"),
+        ("all --rounds annotated,magic", "magic"),
+        ("infer --run {mini} hello --temperature 1e30", "--temperature"),
+        ("infer --run {mini} hello --stop never", "--stop never"),
+        # empty values
+        ("all --run ''", "after --run"),
+        ("all --data=", "--data="),
+        ("infer --run {mini} '  '", "variable"),
+        ("infer --run {mini} hello --response ''", "after --response"),
+        # runs
+        ("infer --run {root}/tiny", "no run in"),
+        ("rl --run nowhere", "no run in"),
+        ("runs {tmp}", "no runs in"),
+        ("all --run {tmp}", "no config.json of a run"),
+        ("all --run {mini} --seed 5", "other settings"),
+        ("all --run {tmp}/new --from {tmp}/nowhere", "no run in"),
+        # models
+        ("all --run {tmp}/new --model {mini}", "not a model"),
+        ("all --run {tmp}/new --model ./nowhere", "no such folder"),
+        ("all --run {tmp}/new --model {mini}/adapters/pit_rl1", "PEFT adapter"),
+        ("all --run {tmp}/new --model no/such-model --data synthetic", "no/such-model"),
+        ("all --run {tmp}/new --pairs 100 --target-modules *_proj", "--target-modules"),
+        ("eval --run {mini} --judge no/such-judge", "no/such-judge"),
+        ("judge --run {mini} --by http://127.0.0.1:9", "--llm"),
+        # data
+        ("all --run {tmp}/new --data no-such-file.jsonl", "no-such-file.jsonl"),
+        # prompts, files, exports
+        ("infer --run {mini} 'Human: a\n\nAssistant: b'", "take turns"),
+        ("infer --run {mini} 'Where?' --response 'north {long}'", "response is longer"),
+        ("infer --run {mini} Where? --response @nowhere.txt", "nowhere.txt"),
+        ("infer --run {mini} --response x", "the prompt too"),
+        ("infer --run {mini} --input {tmp}/in.jsonl", "give both"),
+        ("infer --run {mini} hello --input {tmp}/in.jsonl --output {tmp}/o", "not both"),
+        ("infer --run {mini} --input /nowhere --output {tmp}/o", "does not exist"),
+        ("infer --run {mini} --input {tmp}/in.jsonl --output /dev/null", "plain .jsonl"),
+        ("infer --run {mini} --input {tmp}/in.jsonl --output {tmp}/o.gz", "plain .jsonl"),
+        ("infer --run {mini} --input {tmp}/in.jsonl --output {tmp}/o --stop time", "--stop time"),
+        ("export --run {mini} --adapter policy --to {tmp}/x", "policy_rl, policy_sft"),
+        ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
+        ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
     ],
 )
-def test_bad_input_gets_two_lines_and_exit_code_2(mini, tmp_path, words, said):
+def test_bad_input_gets_a_line_or_two_and_exit_code_2(mini, tmp_path, words, said):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}')
-    (tmp_path / "config.json").write_text("// notes of mine")
-    code, out, err = pit(*(word.format(mini=mini[0], tmp=tmp_path) for word in words))
+    (tmp_path / "metrics.jsonl").write_text("notes of mine")
+    words = words.format(mini=mini[0], tmp=tmp_path, root=ROOT, long="north " * 50)
+    code, out, err = pit(*shlex.split(words))
     assert code == 2, out + err
     assert said in err and "Traceback" not in err
     if err.startswith("Error"):
         assert len(err.splitlines()) <= 3
+    assert not (tmp_path / "new" / "config.json").exists()
 
 
-def test_options_given_beside_smoke_hold(monkeypatch, tmp_path):
-    monkeypatch.setattr(command_line, "Session", lambda run: sys.exit(run.config.minibatch))
-    assert pit("all", "--smoke", "--run", tmp_path / "a")[0] == 8
-    assert pit("all", "--smoke", "--minibatch", 4, "--run", tmp_path / "b")[0] == 4
+def python(code, **options):
+    """A process of its own, which may close or change its streams."""
+    words = [sys.executable, *code]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_nothing_heavy_is_imported_for_help_and_typos():
+    code = "import pit, sys; print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
+    assert python(["-c", code]).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "command", sorted(command_line.typer.main.get_command(command_line.app).commands)
+)
+def test_every_command_shows_an_example(command):
+    assert f"Example: python pit.py {command}" in " ".join(works(command, "--help").split())
+
+
+@pytest.mark.parametrize("redirect", ["<&-", ">&-", "<&- >&- 2>&-", "2>&-"])
+def test_closed_streams_end_without_a_traceback(redirect):
+    done = python(["-c", f"import os; os.system('{sys.executable} pit.py all --kl x {redirect}')"])
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_path_that_is_not_utf8_is_refused():
+    command = [sys.executable, "pit.py", "all", "--run", b"/tmp/\xff"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | {"LC_ALL": "C"})
+    assert done.returncode == 2 and b"UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
+# ---- the configuration -------------------------------------------------------------------------
+
+
+def options(**given):
+    """The options of `all` as they are stored."""
+    parameters = inspect.signature(command_line.run_all).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.name not in command_line.NOT_STORED}
+    return defaults | given
+
+
+@pytest.mark.parametrize("model", ["tiny", "Qwen2-0.5B"])
+@pytest.mark.parametrize("smoke", [False, True])
+def test_presets_fill_in_every_number_and_what_is_given_holds(model, smoke):
+    filled = command_line.fill_in(options(model=model, minibatch=3), smoke)
+    assert filled["minibatch"] == 3
+    assert {name for name, value in filled.items() if value is None} == {"vram", "columns"}
+
+
+def test_a_small_card_gets_shorter_texts():
+    small = command_line.fill_in(options(model="Qwen2-0.5B", vram=4), False)
+    large = command_line.fill_in(options(model="Qwen2-0.5B", vram=8), False)
+    assert small["max_prompt"] < large["max_prompt"] and small["micro_batch"] < large["micro_batch"]
 
 
 def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    (folder / "config.json").write_text((mini[0] / "config.json").read_text())
-    for command, missing in (("rl", "python pit.py sft"), ("eval", "python pit.py sft")):
-        code, _, err = pit(command, "--run", folder)
-        assert code == 2 and missing in err
+    (tmp_path / "config.json").write_text((mini[0] / "config.json").read_text())
+    for command in ("rl", "eval", "ablate"):
+        code, _, err = pit(command, "--run", tmp_path)
+        assert code == 2 and f"python pit.py sft --run {tmp_path}" in err
 
 
-def test_a_run_of_an_older_version_gets_one_line(mini, tmp_path):
+def test_a_run_of_another_version_gets_one_line(mini, tmp_path):
     config = json.loads((mini[0] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k not in ("critic_lr", "vram")})
-    )
+    for name in ("critic_lr", "checksum"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for words in (
         ["sft"],
-        ["rl"],
-        ["eval"],
         ["ablate"],
         ["infer", "Hello"],
         ["export", "--adapter", "x", "--to", "y"],
     ):
         code, _, err = pit(*words, "--run", tmp_path)
-        assert code == 2 and len(err.splitlines()) == 1 and "critic_lr, vram" in err
-
-
-def test_every_command_shows_an_example():
-    for command in ("all", "sft", "reward", "rl", "eval", "ablate", "infer", "export"):
-        code, out, _ = pit(command, "--help")
-        assert code == 0 and f"Example: python pit.py {command}" in " ".join(out.split())
+        assert code == 2 and len(err.splitlines()) == 1 and "another version" in err
