@@ -1,0 +1,87 @@
+"""What did PIT learn? The words, endings and lengths that set its answers apart from the originals.
+
+A reward model can fall for a single word, and PIT then learns to write that word everywhere. The
+scores rise, and no table of scores shows why. So we count the words on both sides, find those that
+PIT adds, and see whether the annotators' better answers have them too. Then the judge reads the
+answers again with such a word deleted from both sides: what Delta loses, the word alone had won.
+"""
+
+import re
+from collections import Counter
+from functools import partial
+from itertools import chain
+from math import log, sqrt
+
+import evaluate
+
+CLEAR = 2  # a smaller z is chance: without any difference, 1 word in 40 exceeds it
+LINES = 10  # of each kind, at most
+
+
+def words_of(text):
+    return set(re.findall(r"\w+(?:['’]\w+)*", text.lower()))
+
+
+def shape_of(text):
+    """How a text ends, and how long it is."""
+    mark = re.search(r"\W?$", text)[0] or "no mark"
+    tens = len(text.split()) // 10
+    return [f"ends with {mark}", f"{tens}0 to {tens}9 words"]
+
+
+def log_odds(a, b, background):
+    """Counts of two groups, and of all texts around them -> {feature: z}, above 0: a has more.
+
+    Log-odds with an informative Dirichlet prior over their standard error, as in Monroe, Colaresi
+    and Quinn (2008), "Fightin' Words". The prior has the shares of the background, and as much
+    weight as `b`: it keeps rare words from coming first.
+    """
+    scale = b.total() / background.total()
+    total_a, total_b = a.total() + b.total(), 2 * b.total()  # with the prior
+    z = {}
+    for feature in a | b:
+        prior = scale * background[feature]
+        in_a, in_b = a[feature] + prior, b[feature] + prior
+        difference = log(in_a / (total_a - in_a)) - log(in_b / (total_b - in_b))
+        z[feature] = difference / sqrt(1 / in_a + 1 / in_b)
+    return z
+
+
+def standing_out(features, sides):
+    """What PIT's answers have above the originals: z, and how many texts of each side have it."""
+    counts = {}
+    for side, texts in sides.items():
+        counts[side] = Counter(chain.from_iterable(map(features, texts)))
+    z = log_odds(counts["pit"], counts["original"], sum(counts.values(), Counter()))
+    rows = []
+    for feature in sorted(z, key=z.get, reverse=True)[:LINES]:
+        if z[feature] > CLEAR:
+            texts = {side: count[feature] for side, count in counts.items()}
+            rows.append({"feature": feature, "z": z[feature], "texts": texts})
+    return rows
+
+
+def without(word, text):
+    """The text with every `word` deleted, and a comma that would then begin it."""
+    pattern = rf"\s*(?<![\w'’]){word}(?![\w'’])"
+    return re.sub(pattern, "", text, flags=re.IGNORECASE).strip(" ,")
+
+
+def measure(pairs, prompts, originals, improved, judge):
+    """What PIT's answers (`improved`) have above the originals -> results["words"].
+
+    pairs: those of the training. Words also get Delta with that word deleted from both sides.
+    """
+    sides = {"pit": improved, "original": originals}
+    sides["y_w"] = [pair.chosen for pair in pairs]
+    sides["y_l"] = [pair.rejected for pair in pairs]
+
+    def delta(edit):
+        new, old = (judge.score(prompts, list(map(edit, side))) for side in (improved, originals))
+        return evaluate.compare(new, old, judge.margin)
+
+    words = standing_out(words_of, sides)
+    for row in words:
+        row["without"] = delta(partial(without, row["feature"]))
+    rows = words + standing_out(shape_of, sides)
+    return {"answers": len(prompts), "pairs": len(pairs), "delta": delta(str), "rows": rows}
