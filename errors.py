@@ -1,16 +1,29 @@
-"""What people are told when something goes wrong: one or two lines that say what and where, and what to do about it."""
+"""What people are told when something goes wrong: in a line or two, what, where, and what to do."""
 
 import errno
 import math
 import shlex
 import sys
+from pathlib import Path
 
-OUT_OF_MEMORY = """Repeat `all` with half the --micro-batch, which all commands then use: results change by rounding alone, and
-what is done is kept. If that is 1 already, start a new --run with a lower --max-prompt, --max-response or --rl-batch."""
+OUT_OF_MEMORY = """Repeat `all` with half the --micro-batch: results change by rounding alone, and
+finished work is kept. If it is 1 already, start a new --run with a lower --max-prompt,
+--max-response or --rl-batch."""
 
 
 class UserError(Exception):
-    """Something the user can mend. pit.py prints it as one or two lines, without a traceback, and exits with code 2."""
+    """An error that the user can fix. pit.py prints its text without a traceback; exit code 2."""
+
+
+def checked_path(text, option):
+    """The path that was typed for an option -> Path; UserError where there is none to speak of."""
+    if not text.strip():
+        raise UserError(f"{option} is empty (an unset variable?). Give a path, or leave it out.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {text!a} is not valid UTF-8. Give another path.") from None
+    return Path(text).expanduser()
 
 
 def first_line(error):
@@ -18,12 +31,12 @@ def first_line(error):
 
 
 def same_command():
-    """What the user typed, to type again."""
+    """What the user typed, to be typed again."""
     return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
 
 
 def finite(cause="The learning rate may be too high, or an input is broken.", **values):
-    """Numbers by name, as they are, or FloatingPointError for the first that is NaN or infinite."""
+    """The numbers given by name; FloatingPointError for the first that is NaN or infinite."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {float(value)}. {cause}")
@@ -31,30 +44,28 @@ def finite(cause="The learning rate may be too high, or an input is broken.", **
 
 
 def out_of_memory(error):
-    texts = (
-        "out of memory",
-        "not enough memory",
-        "can't allocate memory",
-    )  # each device and system has its own words
+    # each device and each system has its own words
+    texts = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
+def disk_full(error):
+    # libraries in Rust have exceptions of their own, with the system's number in the text
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in first_line(error)
+
+
 def explain(error):
-    """What to tell the user about an exception, or None where it is a mistake of ours, whose traceback is worth seeing."""
+    """What to tell the user; None for a mistake of ours, whose traceback is worth seeing."""
     said = first_line(error)
-    from_system = (
-        isinstance(error, OSError) or "os error" in said
-    )  # so say libraries in Rust, by exceptions of their own
     if isinstance(error, UserError):
         return str(error)
-    if (
-        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        or from_system
-        and "os error 28" in said
-    ):
-        return f"The disk is full. Free some space, then go on with: {same_command()}"
-    if from_system:
-        return f"{said}. Mend that, then go on with: {same_command()}"
+    if isinstance(error, BrokenPipeError):
+        return f"Nobody reads the output any more. To continue: {same_command()}"
+    if disk_full(error):
+        return f"The disk is full. Free some space, then continue: {same_command()}"
+    if isinstance(error, OSError) or "(os error" in said:
+        return f"{said}. Once that is fixed, continue: {same_command()}"
     if out_of_memory(error):
-        return f"The memory is full: {said[:100]}\n{OUT_OF_MEMORY}"
+        return f"Out of memory: {said[:100]}\n{OUT_OF_MEMORY}"
     return None

@@ -1,106 +1,310 @@
-"""How much memory a run takes, by arithmetic: said before any training, and the reason to checkpoint layers or not.
+"""What a run will cost, said before it starts: passes, tokens, memory and time of each stage.
 
-README.md has the table for Qwen2-0.5B's shape; tests/bench.py --memory measures beside it.
+Memory is arithmetic on the shape of the model, held against what the device has free. Time is the
+tokens of a stage, at the speed that the first steps of the run measure. From then on each stage
+corrects what is expected of the later ones of its kind.
+
+Run: python plan.py (the default job on a laptop RTX 4060 and on a T4, by assumed speeds)
 """
 
+from dataclasses import dataclass
+from statistics import mean
+from types import SimpleNamespace
+
+import psutil
+import torch
+from tqdm import tqdm
+
 from curriculum import parse
-from data import max_length
+from data import PARTS, max_length
 from errors import UserError
 from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
+
+GIB = 2**30
+DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
+TURN = 12  # tokens of IMPROVE and of the template around it: 8 in the built-in base, 16 in Qwen2
+EVAL_TEXTS = 20  # texts that the evaluation writes per prompt; twice as many with Self-Refine
+# the kinds of work in `estimate_memory` that a kind of stage does
+WORK = {
+    "SFT": ["SFT, PPO update"],
+    "reward models": ["reward models"],
+    "RL": ["SFT, PPO update", "sampling"],
+    "evaluation": ["sampling"],
+}
+# time to read and to write a token, as shares of training one: the first of all measured on the
+# built-in base and on SmolLM2, on a CPU, the second assumed for a laptop GPU too
+READING = 0.4
+WRITING = 2.5
+# for `python plan.py`, not measured: tokens per second that Qwen2-0.5B trains in 4-bit (a T4 has no
+# bf16, and computes in fp32), and mean tokens of a prompt and of an answer in HH
+ASSUMED_SPEED = {"laptop RTX 4060": 2600, "T4": 1250}
+ASSUMED_LENGTHS = (150, 65)
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def free_memory():
+    """Memory that the device has free, in GiB; without a GPU, the machine's."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free / GIB
+    if torch.backends.mps.is_available():
+        return (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()) / GIB
+    return psutil.virtual_memory().available / GIB
 
 
 def estimate_memory(lm, cfg):
     """Peak memory by arithmetic -> {kind of work: {part: GiB}}.
 
-    N layers of width D, a feed-forward of W, size bytes a number; LoRA and its optimiser are in fp32. For the backward pass a
-    layer keeps, of each token: its input and what the second norm reads, both normed, q, k and v, the attention's output and a
-    copy, a spare (10 D); gate, silu(gate), up and their product (4 W). Writing reads PREFILL tokens of each prompt
-    at a time, and keeps of each no more than 5 D and 2 W, and 2 W in LoRA's fp32.
+    At all times there are the weights, the adapters of all roles, and for the one in training its
+    gradients and AdamW's two moments; adapters are in fp32. What each kind of work adds:
+
+    training   what the backward pass needs, for each token of a micro-batch. In one layer of width
+               D that is ten vectors of D (the input, two normed copies, q, k, v, the attention's
+               output twice, the second norm's input, a spare) and four of the feed-forward's width
+               W, and the inputs of the LoRA matrices once more in fp32. With checkpointing, only
+               the layers' inputs are kept, and one layer at a time is in full.
+    logits     of LOGIT_CHUNK tokens: themselves, their log-softmax, its gradient, in fp32.
+    sampling   PREFILL tokens of each prompt at a time, in one layer; keys and values of all tokens.
     """
-    base, size = lm.peft.get_base_model(), lm.lm_head.weight.element_size()
-    c = base.config.get_text_config()  # the model itself, where it only writes
-    D, N, W = (
-        c.hidden_size,
-        c.num_hidden_layers,
-        getattr(c, "intermediate_size", None) or 4 * c.hidden_size,
-    )
-    for_lora = (
-        4 * (6 * D + W) if size < 4 else 0
-    )  # the inputs of the seven matrices once more, in LoRA's fp32
-    cache = (
-        2
-        * size
-        * N
-        * D
-        * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
-        // c.num_attention_heads
-    )
-    length = max_length(cfg)
-    rows = max(cfg.rl_batch, rows_at_a_time(cfg))
-    lora = sum(p.numel() for name, p in lm.peft.named_parameters() if ".blank." in name)
+    base = lm.peft.get_base_model()
+    shape = base.config.get_text_config()
+    size = lm.lm_head.weight.element_size()  # bytes per number
+    D, layers = shape.hidden_size, shape.num_hidden_layers
+    W = getattr(shape, "intermediate_size", None) or 4 * D
+    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    length, rows = max_length(cfg), max(cfg.rl_batch, rows_at_a_time(cfg))
 
-    def activations(tokens):
-        layer = tokens * (size * (10 * D + 4 * W) + for_lora)
-        return tokens * N * D * size + layer if base.is_gradient_checkpointing else N * layer
+    weights = lora = 0
+    for name, p in lm.peft.named_parameters():
+        if ".blank." in name:
+            lora += 4 * p.numel()
+        elif "lora" not in name:
+            weights += p.numel() * p.element_size()
+    # blank, two of SFT, three reward models, policy_rl, and PIT's rounds
+    roles = 7 + len(parse(cfg.rounds))
+    always = {"weights": weights, "adapters": roles * lora, "optimiser, gradients": 3 * lora}
 
-    always = {
-        "weights": sum(
-            p.numel() * p.element_size()
-            for name, p in lm.peft.named_parameters()
-            if "lora" not in name
-        ),
-        "adapters": (7 + len(parse(cfg.rounds)))
-        * 4
-        * lora,  # blank, two of SFT, three reward models, policy_rl; PIT's rounds
-        "optimiser, gradients": 3 * 4 * lora,
-    }
+    layer = size * (10 * D + 4 * W)  # bytes that one layer keeps of one token
+    if size < 4:
+        layer += 4 * (6 * D + W)
+    kept = layers * layer
+    if base.is_gradient_checkpointing:
+        kept = layers * D * size + layer
+    # R_PIT reads (x, y_w) and (x, y_l), each with both answers, in one row or in two
+    pair = 2 * (length + cfg.max_response) if lm.shared_row else 4 * length
+    read_ahead = min(PREFILL, length - cfg.max_response)
+    cache = 2 * size * layers * D * kv_heads // shape.num_attention_heads
     work = {
-        "SFT, PPO update": {  # in logits: themselves, their log-softmax, its gradient, in fp32
-            "activations": activations(cfg.micro_batch * length),
-            "logits": 3 * 4 * LOGIT_CHUNK * c.vocab_size,
+        "SFT, PPO update": {
+            "activations": cfg.micro_batch * length * kept,
+            "logits": 3 * 4 * LOGIT_CHUNK * shape.vocab_size,
         },
-        # both contexts of R_PIT, (x, y_w) and (x, y_l), each with both answers, in one row or in two
-        "reward models": {
-            "activations": activations(
-                2 * cfg.micro_batch * (length + cfg.max_response if lm.shared_row else 2 * length)
-            )
-        },
+        "reward models": {"activations": cfg.micro_batch * pair * kept},
         "sampling": {
-            "activations": rows
-            * min(PREFILL, length - cfg.max_response)
-            * (size * (5 * D + 2 * W) + 2 * 4 * W),
+            "activations": rows * read_ahead * (size * (5 * D + 2 * W) + 2 * 4 * W),
             "keys and values": rows * length * cache,
         },
     }
-    return {
-        name: {part: number / 2**30 for part, number in (always | parts).items()}
-        for name, parts in work.items()
-    }
+    for kind, parts in work.items():
+        work[kind] = {part: number / GIB for part, number in (always | parts).items()}
+    return work
 
 
 def plan_memory(lm, cfg):
-    """Say what training will take, and checkpoint the layers where --vram, less what a desktop needs, would not hold it."""
-
-    def most():
-        return max(estimate_memory(lm, cfg).items(), key=lambda work: sum(work[1].values()))
-
-    if sum(most()[1].values()) > cfg.vram - 0.75:
+    """Say what training will take, and recompute layers in the backward pass if memory is short."""
+    work = estimate_memory(lm, cfg)
+    # the weights are there already
+    room = cfg.vram or free_memory() + work["sampling"]["weights"]
+    if max(sum(parts.values()) for parts in work.values()) > room - DESKTOP:
         lm.checkpoint_layers()
-    name, parts = most()
-    print(
-        f"memory: about {sum(parts.values()):.1f} GiB, in {name}: "
-        + ", ".join(f"{k} {v:.2f}" for k, v in parts.items())
-    )
-    if sum(parts.values()) > cfg.vram:
-        rl_batch = max(
-            1, rows_at_a_time(cfg) // 8
-        )  # half of the rows: a run writes up to four batches at one time
-        print(
-            f"  That is above --vram {cfg.vram:g}. Lower --micro-batch; in sampling, --rl-batch to {rl_batch}."
-        )
-    context = getattr(
-        lm.peft.get_base_model().config.get_text_config(), "max_position_embeddings", None
-    )
+        work = estimate_memory(lm, cfg)
+    most, kind = max((sum(parts.values()), kind) for kind, parts in work.items())
+    parts = ", ".join(f"{part} {number:.2f}" for part, number in work[kind].items())
+    print(f"memory: about {most:.1f} of {room:.1f} GiB at most, in {kind}: {parts}")
+    if most > room:
+        # half of the rows: up to four batches are written at a time
+        rl_batch = max(1, rows_at_a_time(cfg) // 8)
+        print(f"  That is too much. Lower --micro-batch; in sampling, --rl-batch to {rl_batch}.")
+    shape = lm.peft.get_base_model().config.get_text_config()
+    context = getattr(shape, "max_position_embeddings", None)
     if context and max_length(cfg) > context:
-        needs = f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}"
-        raise UserError(f"{needs}: lower --max-prompt or --max-response.")
+        raise UserError(
+            f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}: lower "
+            "--max-prompt or --max-response."
+        )
+
+
+# ---- work --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """What a stage has to do, in passes over its part of the data, and in tokens."""
+
+    name: str
+    kind: str
+    passes: float
+    trained: float  # read, with a backward pass
+    read: float = 0  # scored, or held out
+    written: float = 0  # sampled, padding included
+    memory: str = ""
+
+    def work(self):
+        """Its tokens, in the time that training one takes."""
+        return self.trained + READING * self.read + WRITING * self.written
+
+
+def plan_stages(cfg, x, y, pairs):
+    """The stages of a run -> [Stage].
+
+    x, y: mean tokens of a prompt and of an answer. pairs: how many there are in each part.
+    """
+    sft = cfg.sft_steps * cfg.sft_batch
+    rm = cfg.rm_steps * cfg.rm_batch
+    rl = cfg.rl_steps * cfg.rl_batch
+    texts = cfg.eval_n * EVAL_TEXTS
+    prompt = x + y + TURN  # (x, y_ref)
+    both = x + 2 * y  # x with both answers, as R_P reads a pair
+    four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
+    answers = rl * cfg.max_response
+    stages = [
+        Stage("policy_sft", "SFT", sft / pairs["sft"], trained=sft * (x + y)),
+        Stage("pit_sft", "SFT", sft / pairs["sft"], trained=sft * (prompt + y)),
+    ]
+    for name, part, tokens in (
+        ("reward_policy", "rm", both),
+        ("reward_gap", "rm", four),
+        ("judge", "judge", both),
+    ):
+        held_out = pairs["held_out"] * tokens
+        stages.append(Stage(name, "reward models", rm / pairs[part], rm * tokens, held_out))
+    # read by the reward model, the policy and the reference; with R_PIT, "no change" as well
+    stages.append(
+        Stage(
+            "policy_rl",
+            "RL",
+            rl / pairs["rl"],
+            rl * cfg.epochs * (x + y),
+            3 * rl * (x + y),
+            answers,
+        )
+    )
+    for number, source in enumerate(parse(cfg.rounds)):
+        passes, written = rl / pairs["rl"], 2 * answers
+        if source == "annotated":  # each pair serves twice, and y_ref is there
+            passes, written = passes / 2, answers
+        read = rl * (prompt + y)
+        stages.append(Stage(f"pit_rl{number}", "RL", passes, cfg.epochs * read, 4 * read, written))
+    # judged by a model of answers, and by R_PIT
+    read = texts * (both + prompt)
+    stages.append(Stage("eval", "evaluation", 0, 0, read, texts * cfg.max_response))
+    return stages
+
+
+# ---- time --------------------------------------------------------------------------------------
+
+
+class Plan:
+    """The stages of a run, and how long they take by what has been measured so far."""
+
+    def __init__(self, stages, seconds):
+        """seconds: of the stages that are done, by name."""
+        self.stages = stages
+        self.seconds = dict(seconds)  # measured, or what the present stage's steps come to
+        self.steps = []  # seconds of each step of the present stage
+
+    def number(self, name):
+        """ "[3 of 9] " for a stage that begins, or nothing if it is not in the plan."""
+        self.steps = []
+        self.seconds.pop(name, None)
+        for number, stage in enumerate(self.stages, 1):
+            if stage.name == name:
+                return f"[{number} of {len(self.stages)}] "
+        return ""
+
+    def expect(self, stage):
+        """Seconds that a stage takes: measured, or at the speed of its kind, or else of all."""
+        known = [other for other in self.stages if other.name in self.seconds]
+        alike = [other for other in known if other.kind == stage.kind] or known
+        measured = sum(self.seconds[other.name] for other in alike)
+        per_token = measured / sum(other.work() for other in alike)
+        return self.seconds.get(stage.name, per_token * stage.work())
+
+    def left(self):
+        """Seconds for all stages of which nothing has been measured."""
+        return sum(self.expect(stage) for stage in self.stages if stage.name not in self.seconds)
+
+    def end_step(self, name, done, total, seconds):
+        """Learn from a step of stage `name` -> the time left for all stages, in words."""
+        first = not self.seconds
+        self.steps.append(seconds)
+        if len(self.steps) == 1:  # slower than the others: caches are cold
+            return ""
+        per_step = mean(self.steps[1:])
+        self.seconds[name] = per_step * total
+        if first:
+            tqdm.write(self.table())
+        return f"all {clock(per_step * (total - done) + self.left())}"
+
+    def end_stage(self, name, seconds):
+        """Learn how long a stage took, and say what is left."""
+        self.seconds[name] = seconds
+        left = f"all that is left: about {clock(self.left())}"
+        if not self.left():
+            total = sum(self.expect(stage) for stage in self.stages)
+            left = f"all stages together: {clock(total)}"
+        print(f"  took {clock(seconds)}; {left}")
+
+    def table(self):
+        """The plan for people; with times as soon as something has been measured."""
+        lines = ["  stage          passes  trained     read  written     memory     time"]
+        for stage in self.stages:
+            tokens = (stage.trained, stage.read, stage.written)
+            tokens = "".join(f"{number / 1000:8,.0f}k" for number in tokens)
+            seconds = clock(self.expect(stage)) if self.seconds else ""
+            cost = f"{tokens}{stage.memory:>11}{seconds:>9}"
+            lines.append(f"  {stage.name:14}{stage.passes:7.1f}{cost}".rstrip())
+        if self.seconds:
+            total = sum(self.expect(stage) for stage in self.stages)
+            lines.append(f"  {'all':59}{clock(total):>9}")
+        return "\n".join(lines)
+
+
+def clock(seconds):
+    return tqdm.format_interval(seconds)
+
+
+def make_plan(lm, run, parts):
+    """Plan a run whose model and data are loaded, and print the plan -> Plan."""
+    pairs = parts["rl"][:200]
+    x = mean(len(lm.encode_prompt(pair.prompt)) for pair in pairs)
+    y = mean(len(lm.encode_response(pair.chosen)) for pair in pairs)
+    stages = plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()})
+    work = estimate_memory(lm, run.config)
+    for stage in stages:
+        gib = max(sum(work[kind].values()) for kind in WORK[stage.kind])
+        stage.memory = f"{gib:.1f} GiB"
+    plan = Plan(stages, run.results().get("time_s", {}))
+    print(plan.table())
+    return plan
+
+
+def main():
+    """The default job on two kinds of GPU, by assumed speeds."""
+    import inspect
+
+    import pit
+
+    options = {name: p.default for name, p in inspect.signature(pit.run_all).parameters.items()}
+    cfg = SimpleNamespace(**options | pit.PRESETS["real"])
+    pairs = {name: share * cfg.pairs for name, share in PARTS.items()}
+    stages = plan_stages(cfg, *ASSUMED_LENGTHS, pairs)
+    for device, speed in ASSUMED_SPEED.items():
+        print(f"{device}, {speed:,} tokens trained per second:")
+        print(Plan(stages, {"policy_sft": stages[0].work() / speed}).table())
+
+
+if __name__ == "__main__":
+    main()

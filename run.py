@@ -1,19 +1,20 @@
-"""A run's folder: what was asked, what was measured, what was learned. Nothing here knows how anything is learned.
+"""A run's folder: its options, what was measured, what was learned.
 
-runs/NAME/config.json          everything needed to repeat the run
-runs/NAME/adapters/ROLE/       one trained role; the folder exists only when it is complete
-runs/NAME/checkpoints/STAGE/N  the stage in progress after N steps: what is in training, and all that its next step depends on
+runs/NAME/config.json          the options: all that is needed to repeat the run
+runs/NAME/adapters/ROLE/       one trained role; the folder exists only once it is complete
+runs/NAME/checkpoints/ROLE/N   the stage in progress after N steps: all that its next step needs
 runs/NAME/metrics.jsonl        one line per optimiser step or PPO iteration
-runs/NAME/samples.md           the same few prompts, answered after every stage that trains a writer
-runs/NAME/answers.json         the texts that the evaluation has sampled, kept until their writer changes
-runs/NAME/results.json         every number of the report; report.md and the figures are drawn from it
+runs/NAME/samples.md           the same few prompts, answered after each stage that trains a writer
+runs/NAME/results.json         every number of the report; report.md and figures are drawn from it
 
-Nothing is lost, whenever the process dies: files and folders are written beside their place and renamed, so that the old state
-or the new one is there, never half of one. Folders carry the SHA-256 of their files, so that damage is noticed later. A stage
-starts again from its newest whole checkpoint, and goes on to the very numbers that it would have reached without the stop.
+Nothing is lost, whenever the process dies. Files and folders are written beside their place and
+then renamed: the old state is there, or the new one, never half of one. Folders carry the SHA-256
+of their files, so that damage is noticed. A stage resumes from its newest intact checkpoint and
+ends in the very numbers that it would have reached without the stop.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -29,122 +30,222 @@ from types import SimpleNamespace
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load, save
 from tqdm import tqdm
 
-from errors import UserError, finite, same_command
+from errors import UserError, finite, first_line, out_of_memory, same_command
 
-FILES = """adapters checkpoints metrics.jsonl samples.md .answers.json.copy answers.json report.md curves.png result.png
-fig2.png fig3.png fig4.png rounds.png stops.png .results.json.copy results.json .config.json.copy config.json"""
-FREE = (
-    "save_every",
-    "micro_batch",
-    "vram",
-)  # may change within a run: results do not depend on them, but for rounding
-WAYS_OUT = (
-    "Repeat the old ones to continue it, give a new --run, or --overwrite to start this one anew."
-)
+# all that a run writes: nothing else in its folder is ever moved or deleted
+RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
+results.json report.md curves.png result.png fig2.png fig3.png fig4.png rounds.png stops.png
+config.json"""
+# options that may change within a run: results do not depend on them, except for rounding
+FREE = ("save_every", "micro_batch", "vram")
+# what config.json holds besides the options
+FACTS = ("versions", "replaces", "checksum")
+WAYS_OUT = "Repeat the old ones to continue it, or give a new --run, or --overwrite to replace it."
+
+# options that only some adapters depend on, in groups; all adapters depend on all others
+GROUPS = {
+    "sft": "sft_steps sft_lr sft_batch",
+    "pit": "keep_better unlikelihood",
+    "reward": "rm_steps rm_lr rm_batch",
+    "rl": "rl_steps rl_batch rl_lr critic_lr kl target_kl epochs minibatch temperature",
+    "rounds": "rounds",
+    "eval": "eval_n",
+}
+# the groups that an adapter depends on, by how its name begins
+DEPENDS_ON = {
+    "policy_sft": "sft",
+    "pit_sft": "sft pit",
+    "reward": "reward",
+    "judge": "reward",
+    "policy_rl": "sft reward rl",
+    "pit_rl": "sft pit reward rl rounds",
+}
 
 
 class Run:
-    """An open run folder. `config` holds the options it was started with, as attributes."""
+    """An open run folder. `config` holds its options as attributes."""
 
-    def __init__(self, path, held=None):
+    plan = None  # a plan.Plan, where the time left is to be shown
+    lock_file = None
+    replace = False  # whether `begin` is to move an old run aside
+    source = None  # another run, whose adapters `begin` is to take over
+    in_step = False
+    stop_signal = None
+    time_left = ""
+
+    def __init__(self, path, config=None):
+        """Open the run in `path`. `start` gives the config of a run that has yet to begin."""
         self.path = Path(path)
-        options = read_json(self.path / "config.json")
-        if not options:
-            raise UserError(
-                f"There is no run in {self.path}. Start one with: python pit.py all --run {self.path}"
-            )
-        self.config = SimpleNamespace(**options)
-        self.in_step, self.stop_signal, self.held = False, 0, held
+        self.begun = config is None
+        config = config or read_config(self.path)
+        if config is None:
+            raise UserError(f"There is no run in {self.path}. For a list: python pit.py runs")
+        self.config = SimpleNamespace(**config)
+
+    # ---- start and end -------------------------------------------------------------------------
 
     @classmethod
-    def start(cls, path, options, overwrite=False):
-        """Open the run in `path` and keep others out. A new one gets `options`; one that has learned must have had them."""
-        path = Path(path)
-        held = hold(path)
-        old = read_json(path / "config.json")
-        if old and len(old.keys() & options.keys()) < len(options) / 2:
-            raise UserError(
-                f"{path / 'config.json'} belongs to something else than a run. Give another --run."
-            )
-        if overwrite:
-            for name in (
-                FILES.split()
-            ):  # what was learned first, so that it is never there without its settings
-                remove(path / name)
-        if not old and any(
-            (path / name).exists() for name in FILES.split()
-        ):  # a run's that lost them, or somebody else's
-            raise UserError(
-                f"{path} holds files, but not the settings of a run. Give a new --run, or --overwrite."
-            )
-        if (path / "adapters").exists() or (path / "checkpoints").exists():
-            differs = [
-                f"{k}={old.get(k)!r} (now {v!r})"
-                for k, v in options.items()
-                if k not in FREE and old.get(k) != v
-            ]
-            if differs:
-                raise UserError(
-                    f"{path} holds a run with other settings: {', '.join(differs)}.\n{WAYS_OUT}"
-                )
-            options = old | options
-        write_json(path / "config.json", options | {"versions": versions()})
-        return cls(path, held)
+    def start(cls, path, options, overwrite=False, source=None):
+        """Lock the folder `path` for a run with `options`: a new run, or the one there, continued.
 
-    def hold(self):
-        """Keep other processes from training in this folder, and let Ctrl-C and SIGTERM wait for the end of a step."""
-        self.held = self.held or hold(self.path)
+        overwrite: replace the run that is there. source: the folder of a run to take adapters from.
+        Nothing is written, moved or deleted before `begin`.
+        """
+        path = Path(path)
+        lock_file = lock_folder(path)
+        try:
+            config = options | {"versions": versions()}
+            old = read_config(path)
+            learned = (path / "adapters").exists() or (path / "checkpoints").exists()
+            continues = old is not None and learned and not overwrite
+            if old is None:
+                check_free(path)
+            else:
+                config["replaces"] = old.get("replaces")
+            if continues:
+                check_same(path, old, options)
+                config = old | config
+            run = cls(path, config)
+            run.source = source and Run(source)
+        except UserError:
+            lock_file.release()
+            raise
+        run.lock_file = lock_file
+        run.replace = old is not None and not continues
+        return run
+
+    def begin(self):
+        """Write config.json, now that options, model and data are known to be good."""
+        if self.begun:
+            return
+        self.begun = True
+        if self.replace:
+            self.move_aside()
+        self.write_config()
+        if self.source and not self.adapter("").exists():
+            take_over(self, self.source)
+        self.drop_replaced()
+
+    def lock(self):
+        """Keep other processes out, and let Ctrl-C and SIGTERM wait for the end of a step."""
+        self.lock_file = self.lock_file or lock_folder(self.path)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
+    def close(self):
+        """Let other processes in, as the end of this one does too."""
+        if self.lock_file:
+            self.lock_file.release()
+            self.lock_file = None
+
     def on_signal(self, number, frame):
-        """At the first signal the step in progress ends and is saved; outside a step, or at a second one, all ends here."""
+        """Stop after the step in progress; outside a step, or at a second signal, at once."""
         if self.in_step and not self.stop_signal:
             self.stop_signal = number
-            os.write(
-                2, b"\nStopping after this step, which may take a while. Once more: stop at once.\n"
-            )
+            say("\nStopping after this step, which may take a while. Again: stop at once.\n")
             return
-        os.write(2, f"\nStopped. To go on: {same_command()}\n".encode())
-        os._exit(
-            128 + number
-        )  # as harmless as a kill: whatever was being written is not in its place yet
+        say(f"\nStopped. To continue: {same_command()}\n")
+        # as harmless as a kill: whatever was being written is not in its place yet
+        os._exit(128 + number)
+
+    def move_aside(self):
+        """Move the run to be replaced to NAME.old, where it stays until there is a new adapter."""
+        aside = Path(f"{self.path.resolve()}.old")
+        if not self.config.replaces and aside.exists():
+            raise UserError(
+                f"--overwrite keeps the old run in {aside} for a while. Move that away."
+            )
+        aside.mkdir(exist_ok=True)
+        for name in RUN_FILES.split():
+            if self.config.replaces:
+                # this run has no adapter yet; the one that it replaces is worth more
+                remove(self.path / name)
+            elif (self.path / name).exists():
+                os.replace(self.path / name, aside / name)
+        self.config.replaces = str(aside)
+
+    def drop_replaced(self):
+        """Delete the run that this one replaces, once there is an adapter in its stead."""
+        replaces = getattr(self.config, "replaces", None)
+        if replaces and any(self.adapter("").glob("[!.]*")):
+            for name in RUN_FILES.split():
+                remove(Path(replaces) / name)
+            with suppress(OSError):  # somebody has put a file there
+                Path(replaces).rmdir()
+            self.config.replaces = None
+            self.write_config()
+
+    # ---- options and results -------------------------------------------------------------------
+
+    def write_config(self):
+        self.config.checksum = checksum(vars(self.config))
+        write_json(self.path / "config.json", vars(self.config))
 
     def pin(self, name, value):
-        """Note a fact about the run, such as a fingerprint of its data, or complain when it is not what it was."""
+        """Note a fact about the run, such as a fingerprint of its data; UserError if it changed."""
         if getattr(self.config, name, value) != value:
-            raise UserError(
-                f"{self.path}: the {name} is not what it was when this run was started.\n{WAYS_OUT}"
-            )
+            raise UserError(f"{self.path}: the {name} has changed since the start.\n{WAYS_OUT}")
         setattr(self.config, name, value)
-        write_json(self.path / "config.json", vars(self.config))
+        if self.begun:
+            self.write_config()
+
+    def results(self):
+        return read_json(self.path / "results.json", "Delete it, then evaluate again.")
+
+    def add_results(self, **parts):
+        write_json(self.path / "results.json", self.results() | parts)
+
+    def add_seconds(self):
+        seconds = round(time.perf_counter() - self.started, 1)
+        self.add_results(time_s=self.results().get("time_s", {}) | {self.name: seconds})
+        return seconds
+
+    # ---- adapters ------------------------------------------------------------------------------
 
     def adapter(self, role):
         return self.path / "adapters" / role
 
     def done(self, role):
-        """Whether `role` has been trained. A damaged one is named, and has not: training again gives the same adapter."""
-        folder = self.adapter(role)
-        return folder.is_dir() and is_whole(folder)
+        """Whether `role` has been trained. A damaged one is reported, and counts as untrained."""
+        problem = damage(self.adapter(role), role)
+        if problem and self.adapter(role).exists():
+            print(f"{self.adapter(role)} is damaged: {problem}.")
+        return not problem
 
     def need(self, role, command):
-        """Complain unless `role` has been trained; `command` trains it."""
+        """UserError unless `role` has been trained; `command` trains it."""
         if not self.done(role):
+            what = "damaged" if self.adapter(role).exists() else "not there yet"
             raise UserError(
-                f"{self.path} has no {role} yet. First run: python pit.py {command} --run {self.path}"
+                f"{self.adapter(role)} is {what}. First run: "
+                f"python pit.py {command} --run {self.path}"
             )
 
     def load_trained(self, lm, role):
-        """Whether this run has trained `role` already, or `lm` holds it; loads it into `lm` if need be."""
+        """Whether `role` has been trained already, or `lm` has it; loads it if need be."""
+        self.begin()
         if role in lm.roles:
             return True
         if not self.done(role):
             return False
-        lm.load(role, self.adapter(role))
+        self.load(lm, role)
         return True
+
+    def load(self, lm, role):
+        """Load the trained `role` into `lm`; UserError where it does not fit."""
+        try:
+            lm.load(role, self.adapter(role))
+            if (role in lm.heads) != role.startswith(("reward", "judge")):
+                raise ValueError("reward models have a head, others have none")
+        except Exception as error:  # files, names, shapes: all kinds
+            if out_of_memory(error):
+                raise
+            raise UserError(
+                f"{self.adapter(role)} does not fit: {first_line(error)}\n"
+                "Undo what was changed in this run, or delete the adapter to train it again."
+            ) from None
 
     def keep(self, lm, role):
         """Save the trained `role` as an adapter of this run."""
@@ -153,206 +254,322 @@ class Run:
 
     @contextmanager
     def new_adapter(self, role):
-        """A folder to write `role` into; it becomes the run's own in one step, when the block ends without an error."""
-        with new_folder(self.adapter(role)) as folder:
+        """A folder to write `role` into, which becomes the adapter when the block ends well."""
+        with new_folder(self.adapter(role), role) as folder:
             yield folder
-            self.add_seconds()  # before the folder has its name: what is trained always has its time
+            self.add_seconds()  # first, so that what is trained always has its time
         remove(self.path / "checkpoints" / role)
+        self.drop_replaced()
+
+    # ---- checkpoints ---------------------------------------------------------------------------
 
     def save(self, step, optimizers, numbers):
-        """Write the checkpoint after `step` steps. The one before it is kept, should this one turn out damaged."""
-        tensors = {}
-        for place, p, state in in_training(optimizers):
-            tensors |= {
-                f"{place} {name}": x.contiguous()
-                for name, x in {"value": p.detach(), **state}.items()
-            }
+        """Write the checkpoint after `step` steps. The one before it stays, in case of damage."""
+        state = {
+            "parameters": [p.detach() for p in in_training(optimizers)],
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "numbers": numbers,
+            "seconds": time.perf_counter() - self.started,
+        }
+        file = io.BytesIO()  # torch.save to a file would not say that a disk is full
+        torch.save(state, file)
         folder = self.path / "checkpoints" / self.name
-        with new_folder(folder / f"{step:06d}") as new:
-            (new / "training.safetensors").write_bytes(save(tensors))
-            write_text(
-                new / "numbers.json",
-                json.dumps({"numbers": numbers, "seconds": time.perf_counter() - self.started}),
-            )
+        with new_folder(folder / f"{step:06d}", self.name) as new:
+            (new / "state.pt").write_bytes(file.getbuffer())
         for old in sorted(folder.iterdir())[:-2]:
             remove(old)
 
     def restore(self, optimizers, numbers):
-        """Put back the newest whole checkpoint of this stage, in place -> the number of steps done; 0 where there is none."""
-        folders = sorted((self.path / "checkpoints" / self.name).glob("[0-9]*"), reverse=True)
-        folder = next(filter(is_whole, folders), None)
-        if folder is None:
-            return 0
-        tensors = load((folder / "training.safetensors").read_bytes())
-        for place, p, state in in_training(optimizers):
-            p.data.copy_(tensors[f"{place} value"])
-            for name in (
-                "step",
-                "exp_avg",
-                "exp_avg_sq",
-            ):  # AdamW's; it counts its steps on the CPU
-                if (
-                    f"{place} {name}" in tensors
-                ):  # it has none of a parameter that never had a gradient
-                    state[name] = tensors[f"{place} {name}"].to(
-                        "cpu" if name == "step" else p.device
-                    )
-        stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
-        numbers.update(stored["numbers"])
-        self.started -= stored["seconds"]
-        print(f"  going on after step {int(folder.name)}", flush=True)
-        return int(folder.name)
+        """Put back the newest intact checkpoint of this stage -> the number of steps done, or 0."""
+        files = (self.path / "checkpoints" / self.name).glob("[0-9]*/state.pt")
+        for file in sorted(files, reverse=True):
+            if problem := damage(file.parent, self.name):
+                print(f"{file.parent} is damaged: {problem}.")
+                continue
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            for p, value in zip(in_training(optimizers), state["parameters"]):
+                p.data.copy_(value)
+            for optimizer, its_state in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(its_state)
+            numbers.update(state["numbers"])
+            self.started -= state["seconds"]
+            print(f"  continuing after step {int(file.parent.name)}", flush=True)
+            return int(file.parent.name)
+        return 0
+
+    # ---- metrics -------------------------------------------------------------------------------
 
     def log(self, **metrics):
-        """Append one line to metrics.jsonl: the stage, the step within it, and numbers by name. The bar shows the first few."""
+        """Append a line to metrics.jsonl: stage, step, numbers by name. The bar shows the first."""
         metrics = {name: round(float(value), 6) for name, value in finite(**metrics).items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "step": self.step} | metrics) + "\n")
-        self.bar.set_postfix_str(
-            "  ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
-        )
+        shown = [f"{name} {value:.3g}" for name, value in list(metrics.items())[:3]]
+        self.bar.set_postfix_str("  ".join([*shown, self.time_left]))
 
     def metrics(self):
         """All lines of metrics.jsonl, a dict each, the oldest first."""
-        path, metrics = self.path / "metrics.jsonl", []
-        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        path, rows = self.path / "metrics.jsonl", []
+        content = path.read_bytes() if path.exists() else b""
+        # what follows the last line end was cut off by a kill: its step is done again
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-                row["stage"], int(row["step"])  # a damaged one has no such thing
-                metrics.append(row)
+                rows.append(row | {"stage": row["stage"], "step": int(row["step"])})
             except (ValueError, TypeError, KeyError):
-                print(f"{path}, line {number}: damaged, and left out.")
-        return metrics
+                raise UserError(
+                    f"{path}, line {number}: damaged. Delete this line; only the curves need it."
+                ) from None
+        return rows
 
     def forget(self, stage, step):
-        """Drop the lines of a stage that goes on at `step`, so that none is there twice; and a last line that was cut off."""
-        lines = [
-            json.dumps(line) + "\n"
-            for line in self.metrics()
-            if line["stage"] != stage or line["step"] < step
-        ]
-        write_text(self.path / "metrics.jsonl", "".join(lines))
+        """Drop a stage's lines from `step` on, where it continues: no step is to be there twice."""
+        rows = [row for row in self.metrics() if row["stage"] != stage or row["step"] < step]
+        write_lines(self.path / "metrics.jsonl", rows)
 
     def warn(self, text):
-        """Say once a stage that something looks wrong, and what to try."""
+        """Say, once a stage, that something looks wrong, and what to try."""
         if text not in self.warned:
             self.warned.add(text)
             tqdm.write(f"  Warning: {text}")
 
-    def results(self):
-        return read_json(self.path / "results.json")
-
-    def add_results(self, **parts):
-        write_json(self.path / "results.json", self.results() | parts)
-
-    def add_seconds(self):
-        seconds = round(time.perf_counter() - self.started, 1)
-        self.add_results(time_s=self.results().get("time_s", {}) | {self.name: seconds})
+    # ---- stages and steps ----------------------------------------------------------------------
 
     @contextmanager
     def stage(self, name, why):
-        """Announce a stage, and add the seconds it took to results.json when it is through."""
-        print(f"\n{name}: {why}", flush=True)
+        """Announce a stage; its seconds go to results.json at the end."""
+        self.begin()
+        number = self.plan.number(name) if self.plan else ""
+        print(f"\n{number}{name}: {why}", flush=True)
         self.name, self.step, self.warned, self.started = name, 0, set(), time.perf_counter()
         seed_all(self.config.seed, name, "start")
         try:
             yield
         except FloatingPointError as error:
-            again = "The last checkpoint is kept, but the same settings would end here again: take a new --run or --overwrite."
-            raise UserError(f"{name}, step {self.step}: {error}\n{again}") from None
-        self.add_seconds()
+            raise UserError(
+                f"{name}, step {self.step}: {error}\nThe last checkpoint is kept, but the same "
+                "options would end here again: give a new --run, or --overwrite."
+            ) from None
+        seconds = self.add_seconds()
+        if self.plan:
+            self.plan.end_stage(name, seconds)
 
     def steps(self, total, optimizers, numbers=None):
-        """The steps of the present stage that are still to do, up to total - 1, under a progress bar.
+        """Yield the steps of this stage that are still to do, under a progress bar.
 
-        A checkpoint holds the parameters in `optimizers`, AdamW's moments, and `numbers`, a dict. Nothing else has to be
-        stored: what a step draws, and its place in the data, follow from (seed, stage, step) alone.
+        A checkpoint holds the parameters in `optimizers`, the optimisers' state, and the dict
+        `numbers`. It needs no more: what a step draws, and its place in the data, follow from
+        (seed, stage, step) alone.
         """
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(self.name, first)
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
+            started = time.perf_counter()
             self.step = step
             seed_all(self.config.seed, self.name, step)
             self.in_step = True
             yield step
-            if (step + 1) % self.config.save_every == 0 or step + 1 == total or self.stop_signal:
-                self.save(step + 1, optimizers, numbers)
+            done = step + 1
+            if self.plan:
+                seconds = time.perf_counter() - started
+                self.time_left = self.plan.end_step(self.name, done, total, seconds)
+            if done % self.config.save_every == 0 or done == total or self.stop_signal:
+                self.save(done, optimizers, numbers)
+                if self.bar.disable:  # no terminal
+                    print(f"  step {done} of {total}  {self.bar.postfix}".rstrip(), flush=True)
             self.in_step = False
             if self.stop_signal:
                 self.bar.close()
-                print(
-                    f"Saved {self.name} after step {step + 1} of {total}. To go on: {same_command()}",
-                    file=sys.stderr,
-                )
+                say(f"Saved {self.name} after step {done} of {total}.\n")
+                say(f"To continue: {same_command()}\n")
                 sys.exit(128 + self.stop_signal)
 
 
 def in_training(optimizers):
-    """Every parameter that is being trained, as (its place, itself, what its optimiser keeps for it)."""
-    for k, optimizer in enumerate(optimizers):
-        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            yield f"{k} {i}", p, optimizer.state[p]
+    """Every parameter that is being trained."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
+# ---- other runs --------------------------------------------------------------------------------
+
+
+def take_over(run, source):
+    """Start a run with all adapters of the run `source` that its options would give, too."""
+    taken = []
+    for folder in sorted(source.adapter("").glob("[!.]*")):
+        differs = differing_options(folder.name, vars(source.config), vars(run.config))
+        if differs:
+            print(f"{folder} is not taken over: {', '.join(differs)} differ.")
+        elif source.done(folder.name):
+            print(f"{folder} is taken over.")
+            taken.append(folder)
+    # the numbers first: an adapter that is there has its curves, its accuracy and its time
+    roles = [folder.name for folder in taken]
+    rows = [row for row in source.metrics() if row["stage"] in roles]
+    write_lines(run.path / "metrics.jsonl", rows)
+    for part in ("reward", "time_s"):
+        measured = source.results().get(part, {})
+        run.add_results(**{part: {role: measured[role] for role in roles if role in measured}})
+    with new_folder(run.adapter("")) as new:
+        for folder in taken:
+            shutil.copytree(folder, new / folder.name)
+
+
+def differing_options(role, old, new):
+    """The options that differ between two configs and that adapter `role` depends on."""
+    skipped = [*FACTS, *FREE]
+    for start, groups in DEPENDS_ON.items():
+        if role.startswith(start):
+            for group, options in GROUPS.items():
+                skipped += options.split() if group not in groups.split() else []
+    return [name for name in new if name not in skipped and old.get(name) != new[name]]
+
+
+def list_runs(folder):
+    """The runs in `folder` -> dicts: run, model, data, seed, stage (the last that ended), delta.
+
+    delta: how often PIT beats the policy's own answers, less how often it loses; None: unknown.
+    """
+    rows = []
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        row = {"run": file.parent, "stage": "none yet", "delta": None}
+        try:
+            run = Run(file.parent)
+            row |= {name: getattr(run.config, name) for name in ("model", "data", "seed")}
+            for stage in run.results().get("time_s", {}):
+                row["stage"] = stage
+            for line in reversed(run.results().get("table1", [])):
+                if (line["a"], line["b"]) == ("pit", "original"):
+                    row["delta"] = line["delta"]  # at last that of the main judge, who is first
+        except UserError:
+            row["stage"] = "damaged"
+        rows.append(row)
+    return rows
+
+
+# ---- checks of a folder ------------------------------------------------------------------------
+
+
+def read_config(path):
+    """The config of the run in `path`; None where there is none, UserError where it is no run's."""
+    file = path / "config.json"
+    config = read_json(file, "Put back a copy of it, or give another --run.")
+    if not config:
+        return None
+    if "versions" not in config:
+        raise UserError(f"{file} is not of a run. Give another --run.")
+    if config.get("checksum", checksum(config)) != checksum(config):
+        raise UserError(
+            f"{file} was edited by hand. Undo that, or start a new --run.\n"
+            'Where a model or a data file has moved, edit its path and delete "checksum".'
+        )
+    return config
+
+
+def checksum(config):
+    """Of the options and of what was pinned."""
+    kept = [(name, config[name]) for name in sorted(config) if name not in FACTS]
+    return zlib.crc32(json.dumps(kept).encode())
+
+
+def check_free(path):
+    """UserError where a folder has no config.json, but files that look like a run's."""
+    for name in RUN_FILES.split():
+        if (path / name).exists():
+            raise UserError(
+                f"{path} holds {name}, but no config.json of a run. It may be somebody else's and "
+                "is left alone. Give a new --run."
+            )
+
+
+def check_same(path, old, options):
+    """UserError where a run that has learned something is to go on with other options."""
+    differs = []
+    for name, value in options.items():
+        if name not in FREE and old.get(name) != value:
+            differs.append(f"{name}={old.get(name)!r} (now {value!r})")
+    if differs:
+        differs = ", ".join(differs)
+        raise UserError(f"{path} holds a run with other settings: {differs}.\n{WAYS_OUT}")
 
 
 def versions():
-    """For the reader of config.json alone: other versions may end in other last digits, but a run goes on all the same."""
-    libraries = "torch transformers peft bitsandbytes".split()
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in libraries if util.find_spec(name)
-    }
+    """The versions of Python and some libraries, for people: a run goes on with others too."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        if util.find_spec(name):
+            found[name] = metadata.version(name)
+    return found
 
 
-def hold(path):
-    """Lock a run's folder for this process -> what keeps it. The lock ends with the process, even when that is killed."""
+# ---- files and folders, whole or absent --------------------------------------------------------
+
+
+def lock_folder(path):
+    """Lock a run's folder -> the lock, which ends with the process at the latest."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        return FileLock(path / ".lock").acquire(blocking=False)
+        lock_file = FileLock(path / ".lock")
+        lock_file.acquire(blocking=False)
+        return lock_file
     except Timeout:
-        raise UserError(
-            f"{path} is in use by another process. Wait for it to end, or give another --run."
-        ) from None
+        raise UserError(f"{path} is in use by another process. Give another --run.") from None
     except OSError as error:
-        raise UserError(f"Cannot write in {path}: {error.strerror}. Give another --run.") from None
+        raise UserError(f"Cannot write to {path}: {error.strerror}. Give another --run.") from None
 
 
 @contextmanager
-def new_folder(path):
-    """A folder to write files into, which gets its place at `path` in one step, with their checksums, when the block ends."""
+def new_folder(path, role=None):
+    """A folder to fill; when the block ends well, it gets its place at `path`, with checksums."""
     beside = path.with_name(f".{path.name}.part")
     remove(beside)
     beside.mkdir(parents=True)
     yield beside
-    write_text(beside / "sha256.json", json.dumps(checksums(beside)))
+    write_text(beside / "sha256.json", json.dumps(checksums(beside) | {"role": role}))
     for file in filter(Path.is_file, beside.iterdir()):
         with open(file, "rb+") as opened:
-            os.fsync(
-                opened.fileno()
-            )  # on the disk before the folder gets its name, or a power cut could leave it empty
+            # onto the disk before the folder gets its name: a power cut could leave it empty
+            os.fsync(opened.fileno())
     remove(path)
     os.replace(beside, path)
 
 
 def checksums(folder):
-    files = sorted(
-        file for file in folder.iterdir() if file.is_file() and file.name != "sha256.json"
-    )
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    """The SHA-256 of each file in `folder`, by name."""
+    sums = {}
+    for file in sorted(filter(Path.is_file, folder.iterdir())):
+        sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    sums.pop("sha256.json", None)
+    return sums
 
 
-def is_whole(folder):
-    """Whether a folder holds what `new_folder` was given, and maybe more (a .DS_Store); says so where it does not."""
-    with suppress(OSError, ValueError, AttributeError):
+def damage(folder, role):
+    """What is wrong with a folder that `new_folder` made for `role`, in words; None if nothing is.
+
+    Files beside its own (a .DS_Store) do no harm. Folders of older versions do not name their role.
+    """
+    try:
         stored = json.loads((folder / "sha256.json").read_bytes())
-        if stored and stored.items() <= checksums(folder).items():
-            return True
-    print(f"{folder} is damaged: it does not match its checksums. It is left out.")
-    return False
+        owner = stored.pop("role", role)
+        if not stored or not stored.items() <= checksums(folder).items():
+            return "its files do not match their checksums"
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "its checksums are missing"
+    if owner != role:
+        return f"it is {owner} under another name"
+    return None
 
 
-def remove(path):  # a file or a folder, whether it is there or not
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+def remove(path):
+    """Delete a file or a folder, whether it is there or not."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -361,45 +578,59 @@ def write_text(path, text):
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(
-            file.fileno()
-        )  # on the disk before it gets its name, or a power cut could leave an empty file there
+        # onto the disk before it gets its name: a power cut could leave an empty file
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
+def write_lines(path, rows):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_json(path, value):
-    """Write a small file, and its copy, which `read_json` turns to when the file is damaged."""
-    for place in (path, path.with_name(f".{path.name}.copy")):
-        write_text(place, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path):
-    """What `write_json` wrote, a dict; an empty one where there is no such file, or neither it nor its copy can be read."""
-    places = path, path.with_name(f".{path.name}.copy")
-    for place in places if any(place.exists() for place in places) else ():
-        try:
-            return dict(json.loads(place.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError):
-            print(f"{place} is damaged or missing.")
-    return {}
+def read_json(path, remedy="Delete it, and repeat the command."):
+    """What `write_json` wrote, a dict; an empty one where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}. {remedy}") from None
+
+
+# ---- order and chance --------------------------------------------------------------------------
 
 
 def seed_all(*key):
-    """Seed torch's sampling from any values, such as (seed, "pit_rl0", step): no draw depends on what ran before."""
+    """Seed torch from any values, such as (seed, "pit_rl0", step): no draw depends on others."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def shuffled_batch(n, size, step, seed):
-    """The indices of batch `step` when n things are visited in passes, each pass in its own order: `size` ints in [0, n)."""
-    first, end = step * size, (step + 1) * size
-    order = []  # of every pass that the batch has a part in, one after the other
-    for epoch in range(first // n, (end - 1) // n + 1):
-        generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, epoch)).encode()))
-        order += torch.randperm(n, generator=generator).tolist()
-    return order[first % n :][:size]
+    """The rows of batch `step` when n things are visited pass after pass -> `size` ints in [0, n).
+
+    The order of a pass depends on the seed and the number of the pass alone: all stages that train
+    on the same pairs see them in the same order.
+    """
+    orders, rows = {}, []
+    for visit in range(step * size, (step + 1) * size):
+        number, place = divmod(visit, n)
+        if number not in orders:
+            generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, number)).encode()))
+            orders[number] = torch.randperm(n, generator=generator).tolist()
+        rows.append(orders[number][place])
+    return rows
 
 
 def progress(steps, **kwargs):
-    """A progress bar over an iterable, with the time gone and the time left."""
-    form = "  {percentage:3.0f}% {bar:16} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
-    return tqdm(steps, ncols=100, bar_format=form, **kwargs)
+    """A progress bar over an iterable, with the time gone and the time left; none in a file."""
+    form = "  {percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+    return tqdm(steps, ncols=80, bar_format=form, disable=None, **kwargs)
+
+
+def say(text):
+    """Write to stderr, at once."""
+    os.write(2, text.encode(errors="surrogateescape"))
