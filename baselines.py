@@ -1,155 +1,211 @@
-"""All sides of a comparison, sampled once: PIT and its rounds, Self-Refine, best-of-n, a second sample."""
+"""All sides of a comparison: PIT and its rounds, Self-Refine, best-of-n, a second sample.
 
+A side is one answer to each held-out prompt: by what method, at what temperature, after how many
+rounds. Its texts are sampled once, and kept in runs/NAME/answers.json until the adapter that wrote
+them, or what it read, changes.
+"""
+
+import json
 import zlib
 from dataclasses import dataclass
-from itertools import cycle
+from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from data import improve_prompt
-from reward import rewards
-from run import read_json, seed_all, write_json
+from judges import adapter_judge
+from run import seed_all, write_text
 
-# Self-Refine (arXiv 2303.17651) asks the policy itself, in words: once for feedback, once for the refined answer.
-FEEDBACK = "What could be better in your answer? Name each flaw and say how to mend it. Do not write a new answer yet."
-REFINE = "Now write your answer again with these flaws mended. Write nothing but the new answer."
-FOLLOWS = 0.5  # Self-Refine applies where at least this share of the feedback is neither empty nor the answer once more
+# Self-Refine (arXiv 2303.17651) asks the policy itself: for feedback, then for a new answer
+FEEDBACK = (
+    "What could be better in your answer? List each flaw and how to fix it. "
+    "Do not write a new answer yet."
+)
+REFINE = "Rewrite your answer with these flaws fixed. Output only the new answer."
+# Self-Refine applies where at least this share of the feedback says anything but the answer again
+FOLLOWS = 0.5
 TEMPERATURES = (0.1, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)  # of Fig. 3
 ROUNDS = 5  # of Table 3
+SAMPLES = ("original", "second_sample", "third_sample")  # by the same policy
+BEST_OF = {"best_of_2": 2, "best_of_3": 3}  # how many of SAMPLES each chooses from
+
+
+class Key(NamedTuple):
+    """Which side: its method, by the name that Table 1 has for it, and how it was sampled."""
+
+    method: str
+    temperature: float = 1.0
+    round: int = 1
+
+    def __str__(self):
+        """The name of its texts in answers.json, which also seeds their sampling."""
+        if self.temperature != 1.0:
+            return f"{self.method}@{self.temperature}"
+        return f"{self.method}#{self.round}" if self.round > 1 else self.method
+
+
+ORIGINAL = Key("original")
+
+
+def round_keys(method):
+    """Table 3: the sides after one round of improvement, two, ..."""
+    return [Key(method, round=k) for k in range(1, ROUNDS + 1)]
+
+
+def all_keys(methods, last):
+    """Every side of the tables and figures, an improved text after the one that it improves.
+
+    methods: those of Fig. 3 and Table 3; last: the adapter of PIT's last round.
+    """
+    keys = [Key(name) for name in ("y_w", "y_l", "policy_sft", *SAMPLES, *BEST_OF, "pit_sft")]
+    if last != "pit_rl0":  # after one round alone, pit_rl0 is `pit` itself
+        keys.append(Key("pit_rl0"))
+    if "self_refine" in methods:
+        keys.append(Key("self_refine_sft"))
+    for method in methods:
+        keys += round_keys(method)
+        keys += [Key(method, temperature=T) for T in TEMPERATURES if T != 1.0]
+    return keys
+
+
+@dataclass
+class Side:
+    """One answer to each of N prompts, and what it took to write it."""
+
+    texts: list
+    lengths: np.ndarray  # (N,) tokens of each text, EOS included
+    spent: np.ndarray  # (N,) tokens generated on the way to it, its own included
+    generations: int  # texts written on the way to it, itself included
+
+
+NOTHING = Side([], lengths=0, spent=0, generations=0)
+
+
+class Answers:
+    """The sides of a run. When first asked for, each is read from answers.json, or written."""
+
+    def __init__(self, lm, run, pairs, last=None):
+        self.lm, self.run, self.pairs, self.last = lm, run, pairs, last
+        self.prompts = [pair.prompt for pair in pairs]
+        self.reward_policy = adapter_judge(lm, "reward_policy", run.config)
+        self.path = run.path / "answers.json"
+        self.kept = read_cache(self.path)
+        self.sides = {}
+
+    def side(self, key):
+        """The side with this key -> Side."""
+        if key not in self.sides:
+            self.sides[key] = self.make(key)
+        return self.sides[key]
+
+    def make(self, key):
+        method = key.method
+        # the annotators' answers
+        if method == "y_w":
+            return self.given([pair.chosen for pair in self.pairs])
+        if method == "y_l":
+            return self.given([pair.rejected for pair in self.pairs])
+        # the policy's own
+        if method == "policy_sft":
+            return self.write(key, "policy_sft", self.prompts)
+        if method in SAMPLES:
+            return self.write(key, "policy_rl", self.prompts)
+        if method in BEST_OF:
+            return self.best_of(BEST_OF[method])
+        # improvements
+        if method == "self_refine":
+            return self.self_refine(key, "policy_rl")
+        if method == "self_refine_sft":
+            return self.self_refine(key, "policy_sft")
+        return self.improve(key, self.last if method == "pit" else method)
+
+    def before(self, key):
+        """The side that an improvement starts from: the round before, or the original."""
+        return self.side(key._replace(round=key.round - 1) if key.round > 1 else ORIGINAL)
+
+    def given(self, texts):
+        """Texts that nobody had to write -> Side."""
+        lengths = self.lengths(texts)
+        return Side(texts, lengths, spent=0 * lengths, generations=0)
+
+    def lengths(self, texts):
+        return np.array([len(self.lm.encode_response(text)) for text in texts])
+
+    def write(self, key, role, chats, after=NOTHING):
+        """One answer by `role` to each chat -> Side; `after`: the side that stands in the chats."""
+        cfg, name = self.run.config, str(key)
+        # the texts stay the same while all that they depend on does
+        adapter = (self.run.adapter(role) / "adapter_model.safetensors").read_bytes()
+        inputs = (zlib.crc32(adapter), chats, key.temperature, cfg.max_response, cfg.seed)
+        made_of = zlib.crc32(repr(inputs).encode())
+        if not is_whole(self.kept.get(name), made_of, len(chats)):
+            seed_all(cfg.seed, "answers", name)
+            texts = self.lm.answer(role, chats, cfg, key.temperature)
+            self.kept[name] = {"made_of": made_of, "texts": texts}
+            write_text(self.path, json.dumps(self.kept))
+        texts = self.kept[name]["texts"]
+        lengths = self.lengths(texts)
+        return Side(texts, lengths, lengths + after.spent, after.generations + 1)
+
+    def improve(self, key, role):
+        """One improvement by the PIT model `role` -> Side."""
+        before = self.before(key)
+        chats = [improve_prompt(x, y_ref) for x, y_ref in zip(self.prompts, before.texts)]
+        return self.write(key, role, chats, before)
+
+    def feedback(self, key, role):
+        """What `role` says could be better in its own texts -> Side."""
+        before = self.before(key)
+        chats = [talk(x, y, FEEDBACK) for x, y in zip(self.prompts, before.texts)]
+        return self.write(key._replace(method=f"{key.method} feedback"), role, chats, before)
+
+    def self_refine(self, key, role):
+        """One improvement by `role` itself, after its own feedback -> Side."""
+        feedback = self.feedback(key, role)
+        chats = []
+        for x, y, said in zip(self.prompts, self.before(key).texts, feedback.texts):
+            chats.append(talk(x, y, FEEDBACK, said, REFINE))
+        return self.write(key, role, chats, feedback)
+
+    def self_refine_refusal(self):
+        """Why Self-Refine does not apply to this model, in words; None where it does."""
+        if self.run.config.model == "tiny":
+            return "the built-in base cannot follow such prompts"
+        feedback = self.feedback(Key("self_refine"), "policy_rl").texts
+        says = [bool(t) and t != y for t, y in zip(feedback, self.side(ORIGINAL).texts)]
+        if np.mean(says) >= FOLLOWS:
+            return None
+        return f"only {np.mean(says):.0%} of the policy's feedback says more than the answer again"
+
+    def best_of(self, n):
+        """Of n samples, the one that R_P scores highest, for each prompt -> Side."""
+        samples = [self.side(Key(method)) for method in SAMPLES[:n]]
+        scores = [self.reward_policy.score(self.prompts, sample.texts) for sample in samples]
+        best = np.argmax(scores, axis=0)  # (N,)
+        texts = [samples[k].texts[i] for i, k in enumerate(best)]
+        spent = sum(sample.spent for sample in samples)
+        return Side(texts, self.lengths(texts), spent, generations=n)
 
 
 def talk(prompt, *texts):
     """A chat that goes on after its prompt, the assistant and the user by turns."""
-    return [
-        *prompt,
-        *(
-            {"role": role, "content": text}
-            for role, text in zip(cycle(("assistant", "user")), texts)
-        ),
-    ]
+    chat = list(prompt)
+    for k, text in enumerate(texts):
+        chat.append({"role": "user" if k % 2 else "assistant", "content": text})
+    return chat
 
 
-def best_of_n(lm, prompts, candidates, cfg):
-    """The candidate that R_P scores highest for each prompt; candidates: n lists of texts."""
-    scores = torch.stack(
-        [rewards(lm, "reward_policy", prompts, texts, cfg) for texts in candidates]
-    )  # (n, N)
-    return [candidates[best][i] for i, best in enumerate(scores.argmax(0).tolist())]
+def read_cache(path):
+    """answers.json, or an empty dict where that is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
-@dataclass(eq=False)  # hashable: a side that goes by several names is judged once
-class Side:
-    """One final answer to each of N prompts; tokens written on the way to it, each EOS included (N,); generations."""
-
-    texts: list
-    tokens: list
-    generations: int
-
-
-class Answers:
-    """Texts are sampled once, and kept in runs/NAME/answers.json while their writer and what it reads stay the same."""
-
-    def __init__(self, lm, run, prompts):
-        self.lm, self.run, self.prompts, self.path = lm, run, prompts, run.path / "answers.json"
-        self.kept = read_json(self.path)
-
-    def write(self, name, role, chats, temperature=1.0, after=None):
-        """Let `role` answer each chat -> Side; `after`: the side whose texts stand in the chats, and whose cost counts too."""
-        cfg = self.run.config
-        writer = zlib.crc32((self.run.adapter(role) / "adapter_model.safetensors").read_bytes())
-        made_of = zlib.crc32(
-            repr((writer, chats, temperature, cfg.max_response, cfg.seed)).encode()
-        )
-        if self.kept.get(name, {}).get("made_of") != made_of:
-            print(f"\r  writing {name:30}", end="", flush=True)
-            seed_all(cfg.seed, "answers", name)
-            self.kept[name] = {
-                "made_of": made_of,
-                "texts": self.lm.answer(role, chats, cfg, temperature),
-            }
-            write_json(self.path, self.kept)
-        texts = self.kept[name]["texts"]
-        tokens = [len(self.lm.encode_response(text)) for text in texts]
-        after = after or Side([], [0] * len(texts), 0)
-        return Side(
-            texts, [new + old for new, old in zip(tokens, after.tokens)], after.generations + 1
-        )
-
-    def improve(self, name, role, side, temperature=1.0):
-        chats = [improve_prompt(x, y_ref) for x, y_ref in zip(self.prompts, side.texts)]
-        return self.write(name, role, chats, temperature, side)
-
-    def feedback(self, name, role, side, temperature=1.0):
-        chats = [talk(x, y, FEEDBACK) for x, y in zip(self.prompts, side.texts)]
-        return self.write(f"{name} feedback", role, chats, temperature, side)
-
-    def self_refine(self, name, role, side, temperature=1.0):
-        feedback = self.feedback(name, role, side, temperature)
-        chats = [
-            talk(x, y, FEEDBACK, said, REFINE)
-            for x, y, said in zip(self.prompts, side.texts, feedback.texts)
-        ]
-        return self.write(name, role, chats, temperature, feedback)
-
-    def best_of(self, sides):
-        texts = best_of_n(self.lm, self.prompts, [side.texts for side in sides], self.run.config)
-        return Side(
-            texts,
-            [sum(row) for row in zip(*(side.tokens for side in sides))],
-            sum(side.generations for side in sides),
-        )
-
-
-def write_sides(answers, pairs, last):
-    """All sides of Table 1, the temperatures (NAME@T) and the rounds (NAME#K) of PIT and Self-Refine, by name -> dict of Side.
-
-    `last` is the adapter of PIT's last round. Where Self-Refine does not apply, its sides are missing; the second result says
-    why, and is None otherwise.
-    """
-    sides = {"y_w": Side([pair.chosen for pair in pairs], [0] * len(pairs), 0)}
-    sides["policy_sft"] = answers.write("policy_sft", "policy_sft", answers.prompts)
-    samples = "original", "second_sample", "third_sample"
-    sides |= {name: answers.write(name, "policy_rl", answers.prompts) for name in samples}
-    original = sides["original"]
-    sides |= {
-        name: answers.improve(name, name, original)
-        for name in ("pit_sft", "pit_rl0")
-        if name != last
-    }
-    sides |= {
-        f"best_of_{n}": answers.best_of([sides[name] for name in samples[:n]]) for n in (2, 3)
-    }
-    methods = {"pit": lambda name, side, T=1.0: answers.improve(name, last, side, T)}
-    refusal = self_refine_refusal(answers, original)
-    if refusal is None:
-        methods["self_refine"] = lambda name, side, T=1.0: answers.self_refine(
-            name, "policy_rl", side, T
-        )
-        sides["self_refine_sft"] = answers.self_refine("self_refine_sft", "policy_sft", original)
-    for method, write_one in methods.items():
-        side = sides[method] = sides[f"{method}@1.0"] = sides[f"{method}#1"] = write_one(
-            method, original
-        )
-        sides |= {
-            f"{method}@{T}": write_one(f"{method}@{T}", original, T)
-            for T in TEMPERATURES
-            if T != 1.0
-        }
-        for k in range(2, ROUNDS + 1):
-            side = sides[f"{method}#{k}"] = write_one(f"{method}#{k}", side)
-    return sides, refusal
-
-
-def self_refine_refusal(answers, original):
-    """Why Self-Refine does not apply to this model, in words, or None where it does."""
-    if answers.run.config.model == "tiny":
-        return "the built-in base cannot follow such prompts"
-    texts = answers.feedback(
-        "self_refine", "policy_rl", original
-    ).texts  # kept, and used again by `self_refine`
-    follows = sum(bool(text) and text != y for text, y in zip(texts, original.texts)) / len(texts)
-    return (
-        None
-        if follows >= FOLLOWS
-        else f"only {follows:.0%} of the policy's feedback says anything but the answer again"
-    )
+def is_whole(entry, made_of, n):
+    """Whether an entry of answers.json holds the n texts that `made_of` stands for."""
+    match entry:
+        case {"made_of": stamp, "texts": [*texts]}:
+            return stamp == made_of and len(texts) == n and all(isinstance(t, str) for t in texts)
+    return False

@@ -1,25 +1,32 @@
-"""The paper's evidence for a run, measured: judges, win / lose / Delta with 95% intervals, rounds, stop rules, gap models.
+"""The paper's evidence for a run, measured: win, lose, delta with 95% intervals, all tables.
 
-An answer to each held-out prompt is sampled once for each side (baselines.write_sides), and every comparison looks at the same
-answers. Measuring needs the model, and its numbers go to results.json; drawing needs only those, and has a file of its own,
-report.py. Besides: the samples that are shown after each stage. Run: python pit.py eval --run runs/tiny, about a minute.
+Every side of a comparison answers the same held-out prompts once (baselines.py), and every judge
+scores each text once (judges.py). The tables are views of these texts and scores. Numbers go to
+results.json, which report.py draws; texts and scores go to answers.jsonl, for anybody.
+
+Run: python pit.py eval --run runs/tiny, under a minute
 """
 
-from functools import cache
+import json
+from collections import defaultdict
+from itertools import permutations
 
 import numpy as np
 
-import baselines
 import infer
 import reward
+from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair
 from judges import SAME
-from reward import gap_contexts, pair_gaps, score_pairs
+from reward import answer_contexts, gap_contexts, score_pairs
+from run import progress, write_text
+from votes import questions_about, read_answers, read_votes
 
 COMPARISONS = [
     ("original", "y_w"),
     ("original", "policy_sft"),
     ("pit", "original"),
+    ("pit", "y_w"),
     ("self_refine", "original"),
     ("self_refine_sft", "original"),
     ("pit_sft", "original"),
@@ -33,330 +40,443 @@ COMPARISONS = [
     ("pit", "pit_sft"),
     ("pit", "pit_rl0"),
 ]
-
-
-# ---- statistics ------------------------------------------------------------------------------------------------------------
-
-
-def interval(values, resamples=2000, seed=0):
-    """The 95% bootstrap interval of the mean of (N,) values, one a prompt or an iteration -> [low, high]."""
-    values = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(
-        len(values), size=(resamples, len(values))
-    )  # (resamples, N)
-    return np.quantile(values[draws].mean(1), [0.025, 0.975]).tolist()
-
-
-def compare(a, b, margin=SAME, **kwargs):
-    """Scores of two sides for the same n prompts -> n, win, lose, tie, delta = win - lose, its 95% interval.
-
-    The interval is a paired bootstrap: prompts are drawn with replacement, and both sides' scores go with their prompt.
-    """
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    outcome = np.where(np.abs(difference) < margin, 0, np.sign(difference))  # (n,) in {-1, 0, 1}
-    shares = {
-        name: (outcome == sign).mean().item()
-        for name, sign in (("win", 1), ("lose", -1), ("tie", 0))
-    }
-    return {
-        "n": len(outcome),
-        **shares,
-        "delta": outcome.mean().item(),
-        "ci95": interval(outcome, **kwargs),
-    }
-
-
-def elo(scores, margin=SAME, resamples=200, seed=0):
-    """Scores of K sides for the same N prompts, (K, N) -> Elo ratings (K,) and their 95% intervals (K, 2); side 0 has 1000.
-
-    A Bradley-Terry fit to all K (K - 1) / 2 comparisons at once, a tie being half a win for both; it has no order of games to
-    depend on. By Hunter's MM iterations (2004): p_i <- wins_i / sum_j games_ij / (p_i + p_j). Bootstrap over prompts.
-    """
-    scores = np.asarray(scores, dtype=float)
-    difference = scores[:, None] - scores[None]  # (K, K, N)
-    won = np.where(np.abs(difference) < margin, 0.5, difference > 0)  # (K, K, N)
-    n = scores.shape[1]
-    weights = np.vstack(
-        [np.ones(n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)]
-    )
-    # below (S, K, K) and (S, K), for S = 1 + resamples draws of prompts, the first one being the prompts themselves
-    wins = (
-        np.einsum("sn,ijn->sij", weights, won) + 0.25
-    )  # half a game drawn by each two keeps a side that never wins finite
-    wins *= 1 - np.eye(len(scores))
-    games, p = wins + wins.transpose(0, 2, 1), np.ones((len(weights), len(scores)))
-    for _ in range(500):  # far more than it takes
-        p = wins.sum(2) / (games / (p[:, :, None] + p[:, None])).sum(2)
-        p /= p[:, :1]
-    ratings = 1000 + 400 * np.log10(p)
-    return ratings[0].tolist(), np.quantile(ratings[1:], [0.025, 0.975], axis=0).T.tolist()
-
-
-def calibration(gaps, bins=10):
-    """(2, n) gaps, of better over worse and the reverse -> expected calibration error of sigma(gap) as a probability."""
-    p, better = 1 / (1 + np.exp(-np.concatenate(gaps))), np.repeat([1.0, 0.0], len(gaps[0]))
-    which = np.minimum((p * bins).astype(int), bins - 1)
-    return float(sum(abs((p - better)[which == k].sum()) for k in range(bins)) / len(p))
-
-
-# ---- judges ----------------------------------------------------------------------------------------------------------------
-
-
-def judge_accuracy(judges, pairs, length):
-    """How often each judge, and "the longer wins", agree with the annotators of held-out pairs; a tie is half right."""
-    both = [
-        ([pair.prompt for pair in pairs], [getattr(pair, which) for pair in pairs])
-        for which in ("chosen", "rejected")
-    ]
-    rows = {
-        name: compare(*(judge.score(*side) for side in both), judge.margin)
-        for name, judge in judges.items()
-    }
-    rows["the longer wins"] = compare(*([length(text) for text in texts] for _, texts in both))
-    return {
-        name: {
-            "accuracy": row["win"] + row["tie"] / 2,
-            "margin": judges[name].margin if name in judges else 0,
-        }
-        for name, row in rows.items()
-    }
-
-
-# ---- measuring: everything goes to results.json -----------------------------------------------------------------------------
-
-
-def evaluate(lm, run, pairs, last, judges):
-    """Write, judge and compare all sides on held-out pairs -> results.json. judges: Judge by name, the main one first."""
-    pairs = pairs[: run.config.eval_n]
-    prompts = [pair.prompt for pair in pairs]
-    sides, refusal = baselines.write_sides(baselines.Answers(lm, run, prompts), pairs, last)
-    print("\r" + " " * 50 + "\r", end="")
-    scored = {
-        j: {side: judge.score(prompts, side.texts) for side in set(sides.values())}
-        for j, judge in judges.items()
-    }
-    scores = {j: {name: scored[j][side] for name, side in sides.items()} for j in judges}
-    main, margin = next(iter(judges)), next(iter(judges.values())).margin
-    pit = {side: sides[side].texts for side in ("pit_sft", "pit_rl0", "pit") if side in sides}
-    gaps = {
-        side: reward.gaps(lm, prompts, texts, sides["original"].texts, run.config)
-        for side, texts in pit.items()
-    }
-
-    @cache
-    def length(text):
-        return len(lm.encode_response(text))
-
-    table1 = [
-        table1_row(a, b, j, scores[j], judge.margin, sides, length, refusal)
-        for j, judge in judges.items()
-        for a, b in COMPARISONS
-        if "pit_rl0" in sides or "pit_rl0" not in (a, b)  # of one round alone, it is `pit` itself
-    ]
-    methods = ["pit"] + ["self_refine"] * (refusal is None)
-    fig3 = [
-        {"method": m, "temperature": T}
-        | compare(scores[main][f"{m}@{T}"], scores[main]["original"], margin)
-        for m in methods
-        for T in baselines.TEMPERATURES
-    ]
-    run.add_results(
-        main=main,
-        judges=judge_accuracy(judges, pairs, length),
-        fig3=fig3,
-        table1=[r for r in table1 if "n" in r],
-        not_applicable=[r for r in table1 if "n" not in r],
-        mean_score={
-            j: {side: float(np.mean(x)) for side, x in by_side.items()}
-            for j, by_side in scores.items()
-        },
-        mean_tokens={
-            side: float(np.mean([length(text) for text in s.texts])) for side, s in sides.items()
-        },
-        cooler=compare(scores[main]["pit@0.4"], scores[main]["pit@1.0"], margin),
-        table3=rounds_table(methods, scores[main], margin),
-        rl=rl_table(lm, run.config, prompts, sides, gaps),
-        stops=stop_table(lm, run.config, prompts, sides, scores[main], gaps["pit"]),
-        **gap_evidence(lm, run.config, pairs, written_pairs(prompts, sides, scores[main], margin)),
-    )
-
-
-def table1_row(a, b, judge, scores, margin, sides, length, refusal):
-    """One line of Table 1: who wins, how long both sides' answers are, and what one final answer of `a` cost."""
-    if a not in sides or b not in sides:
-        return {"a": a, "b": b, "judge": judge, "not_applicable": refusal}
-    tokens = {
-        f"tokens_{x}": float(np.mean([length(text) for text in sides[side].texts]))
-        for x, side in (("a", a), ("b", b))
-    }
-    spent = {
-        "generated_tokens": float(np.mean(sides[a].tokens)),
-        "generations": sides[a].generations,
-    }
-    return {"a": a, "b": b, "judge": judge} | compare(scores[a], scores[b], margin) | tokens | spent
-
-
-def rounds_table(methods, scores, margin):
-    """Table 3: the original and every round of each method -> Elo, mean score, Delta over the original, all with intervals."""
-    players = ["original"] + [f"{m}#{k}" for m in methods for k in range(1, baselines.ROUNDS + 1)]
-    ratings, intervals = elo([scores[player] for player in players], margin)
-    rows = []
-    for player, rating, ends in zip(players, ratings, intervals):
-        method, _, k = player.partition("#")
-        rows.append(
-            {
-                "method": method,
-                "round": int(k or 0),
-                "elo": rating,
-                "elo_ci95": ends,
-                "mean": float(scores[player].mean()),
-                "mean_ci95": interval(scores[player]),
-                "over_original": compare(scores[player], scores["original"], margin),
-            }
-        )
-        if k and method == "pit" and f"self_refine#{k}" in scores:
-            rows[-1]["over_self_refine"] = compare(
-                scores[player], scores[f"self_refine#{k}"], margin
-            )
-    return rows
-
-
-def rl_table(lm, cfg, prompts, sides, gaps):
-    """What each RL stage did to its own reward: its mean on the held-out prompts before and after, and the rise's interval.
-
-    gaps: of the answers of PIT after SFT and after each round that has a side, over the original -> (N,) by side, in order.
-    """
-    rewards = {
-        s: reward.rewards(lm, "reward_policy", prompts, sides[s].texts, cfg)
-        for s in ("policy_sft", "original")
-    } | gaps
-    pit = list(gaps)
-    stages = [("policy_sft", "original", "R_P")] + [
-        (before, after, "gap by R_PIT") for before, after in zip(pit, pit[1:])
-    ]
-    return [
-        {
-            "before": before,
-            "after": after,
-            "by": by,
-            "start": float(rewards[before].mean()),
-            "end": float(rewards[after].mean()),
-            "ci95": interval(rewards[after] - rewards[before]),
-        }
-        for before, after, by in stages
-    ]
-
-
-def stop_table(lm, cfg, prompts, sides, scores, first_gaps):
-    """Each stop rule on the same five rounds of PIT, cut short at each limit -> mean score and tokens spent.
-
-    For "time" the limit is the time of that many average rounds; time goes with the tokens written, whatever the machine.
-    first_gaps: of the first round over the original, (N,).
-    """
-    names = ["original"] + [f"pit#{k}" for k in range(1, baselines.ROUNDS + 1)]
-    texts, tokens = (
-        [sides[name].texts for name in names],
-        np.array([sides[name].tokens for name in names]),
-    )  # (K + 1, N)
-    later = [reward.gaps(lm, prompts, new, old, cfg) for old, new in zip(texts[1:], texts[2:])]
-    gaps = [gap.numpy() for gap in (first_gaps, *later)]
-    a_round = float((tokens[-1] - tokens[0]).mean()) / baselines.ROUNDS
-    rows = []
-    for stop in infer.STOPS:
-        for limit in range(1, baselines.ROUNDS + 1):
-            final, spent = [], []
-            for i in range(len(prompts)):
-                versions = [
-                    text[i] for text in texts[: 1 + (baselines.ROUNDS if stop == "time" else limit)]
-                ]
-                seconds = tokens[:, i] - tokens[0, i]
-                answer, k = infer.end_of(
-                    stop, versions, [gap[i] for gap in gaps], seconds, limit * a_round
-                )
-                final.append(scores[names[answer]][i])
-                spent.append(tokens[k, i])
-            rows.append(
-                {
-                    "stop": stop,
-                    "limit": limit,
-                    "mean": float(np.mean(final)),
-                    "ci95": interval(final),
-                    "tokens": float(np.mean(spent)),
-                }
-            )
-    return rows
-
-
-def written_pairs(prompts, sides, scores, margin):
-    """PIT's answer and the original as preference pairs, by the main judge; ties are left out."""
-    rows = zip(
-        prompts, sides["pit"].texts, sides["original"].texts, scores["pit"] - scores["original"]
-    )
-    return [
-        Pair(x, a, b) if a_over_b > 0 else Pair(x, b, a)
-        for x, a, b, a_over_b in rows
-        if abs(a_over_b) >= margin
-    ]
-
-
 GAP_MODELS = {
     "reward_gap": "R_PIT, Eq. 2 centred",
     "reward_policy": "R_P(y) - R_P(y_ref)",
     "reward_gap2": "Eq. 2 as published",
     "reward_gap3": "Eq. 2, first three terms",
 }
+Z = 1.96  # standard deviations on either side in a 95% interval
+
+
+# ---- statistics --------------------------------------------------------------------------------
+
+
+def interval(values, bounds=None, resamples=2000, seed=0):
+    """The 95% bootstrap interval of the mean of N values, one per prompt -> [low, high].
+
+    Where all values are the same, resampling sees no doubt at all: [1, 1] for 5 wins of 5. With
+    `bounds`, the lowest and the highest possible value, the interval is then Wilson's for what has
+    not happened in N trials: a share of z^2 / (N + z^2) may lie at either bound.
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if bounds is not None and np.ptp(values) == 0:
+        unseen = Z**2 / (n + Z**2)
+        return [float(values[0] + unseen * (bound - values[0])) for bound in bounds]
+    draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    return np.quantile(values[draws].mean(1), [0.025, 0.975]).tolist()
+
+
+def outcomes(a, b, margin):
+    """1 where score a is above score b, -1 where it is below, 0 for a tie."""
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    return np.where(np.abs(difference) < margin, 0, np.sign(difference))
+
+
+def compare(a, b, margin=SAME, **options):
+    """Do the scores a beat b? Both (n,), for the same prompts -> n, win, lose, tie, delta, ci95.
+
+    delta = win - lose. Its interval is a paired bootstrap: a prompt is drawn with both its scores.
+    Where all n outcomes are the same, it is Wilson's instead (see `interval`).
+    """
+    outcome = outcomes(a, b, margin)  # (n,)
+    return {
+        "n": len(outcome),
+        "win": mean(outcome == 1),
+        "lose": mean(outcome == -1),
+        "tie": mean(outcome == 0),
+        "delta": mean(outcome),
+        "ci95": interval(outcome, bounds=(-1, 1), **options),
+    }
+
+
+def mean(numbers):
+    return float(np.mean(numbers))
+
+
+def elo(scores, margin=SAME, resamples=200, seed=0):
+    """Scores of K sides for the same N prompts, (K, N) -> Elo ratings (K,), 95% intervals (K, 2).
+
+    Side 0 has 1000. All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for
+    both, so there is no order of games to depend on. The interval is a bootstrap over prompts.
+    """
+    scores = np.asarray(scores, dtype=float)
+    K, N = scores.shape
+    # 1. what side i gets against side j on each prompt: 1, 0.5 or 0
+    difference = scores[:, None] - scores[None]  # (K, K, N)
+    points = np.where(np.abs(difference) < margin, 0.5, difference > 0)
+    # 2. how often each resample draws each prompt; the first one is the prompts themselves
+    drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=resamples)
+    times = np.vstack([np.ones(N), drawn])  # (S, N), S = 1 + resamples
+    # 3. points of i against j in each resample, and half a drawn game more, which keeps the rating
+    #    of a side that never wins finite
+    wins = np.einsum("sn,ijn->sij", times, points) + 0.25
+    wins[:, range(K), range(K)] = 0  # nobody plays himself
+    # 4. ratings
+    ratings = 1000 + 400 * np.log10(bradley_terry(wins))  # (S, K)
+    return ratings[0].tolist(), np.quantile(ratings[1:], [0.025, 0.975], axis=0).T.tolist()
+
+
+def bradley_terry(wins, tolerance=1e-9):
+    """S fits to `wins` of i over j, (S, K, K), of P(i beats j) = p_i / (p_i + p_j) -> p, (S, K).
+
+    Hunter's MM iteration (2004), p_i <- wins_i / sum_j games_ij / (p_i + p_j), until no p changes,
+    which takes thousands of steps where a side hardly ever loses. p_0 = 1.
+    """
+    games = wins + wins.transpose(0, 2, 1)  # (S, K, K)
+    strength = np.ones(wins.shape[:2])  # (S, K)
+    change = np.inf
+    while change > tolerance:
+        before = strength
+        expected = games / (before[:, :, None] + before[:, None])  # (S, K, K), per unit of strength
+        strength = wins.sum(2) / expected.sum(2)
+        strength = strength / strength[:, :1]
+        change = np.abs(strength / before - 1).max()
+    return strength
+
+
+def calibration(gaps, bins=10):
+    """Gaps of better over worse and of worse over better, (2, n) -> the error of sigma(gap).
+
+    This is the expected calibration error of sigma(gap) as a probability; 0 is perfect. With noisy
+    labels Eq. 2 cannot be perfect: where annotators prefer the better text with p = 0.8, its
+    minimum is at sigma(gap) = 0.75, since r^wl and r^lw, two gaps apart, are to be 0.8 as well.
+    """
+    p = 1 / (1 + np.exp(-np.concatenate(gaps)))  # (2n,)
+    better = np.repeat([1.0, 0.0], len(gaps[0]))
+    bin_of = np.minimum((p * bins).astype(int), bins - 1)
+    error = 0.0
+    for k in range(bins):
+        error += abs((p - better)[bin_of == k].sum())
+    return float(error / len(p))
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+class View:
+    """The sides as one judge sees them. What is asked twice was written and scored once."""
+
+    def __init__(self, name, judge, answers):
+        self.name, self.judge, self.answers = name, judge, answers
+
+    def scores(self, key):
+        """The judge's scores of one side -> (N,)."""
+        return self.judge.score(self.answers.prompts, self.answers.side(key).texts)
+
+    def compare(self, a, b):
+        return compare(self.scores(a), self.scores(b), self.judge.margin)
+
+
+def evaluate(lm, run, pairs, last, judges):
+    """Write, judge and compare all sides on held-out pairs -> results.json, answers.jsonl.
+
+    last: the adapter of PIT's last round. judges: Judge by name, the main one first.
+    """
+    answers = Answers(lm, run, pairs[: run.config.eval_n], last)
+    views = [View(name, judge, answers) for name, judge in judges.items()]
+    main = views[0]
+    refusal = answers.self_refine_refusal()
+    methods = ["pit"] if refusal else ["pit", "self_refine"]
+    keys = all_keys(methods, last)
+    plain = [key for key in keys if key == Key(key.method)]  # temperature 1, one round: Table 1
+    gaps = {}
+    with progress(None, total=len(keys) + 1) as bar:
+        # 1. every side: its texts, their scores, and R_PIT's gaps where PIT wrote them
+        for key in keys:
+            bar.set_postfix_str(f"  {key}")
+            for view in views if key in plain else [main]:
+                view.scores(key)
+            if key.method.startswith("pit") and key.temperature == 1.0:
+                gaps[key] = gaps_over_before(lm, answers, key)
+            bar.update()
+        # 2. the gap models, on pairs
+        bar.set_postfix_str("  gap models")
+        evidence = gap_evidence(lm, run.config, answers.pairs, written_pairs(main))
+        bar.update()
+    # 3. the tables, which look at these numbers in every way
+    rows, missing = table1(views, plain, refusal)
+    run.add_results(
+        main=main.name,
+        judges=judge_accuracy(views),
+        table1=rows,
+        not_applicable=missing,
+        mean_score={view.name: means(view.scores, plain) for view in views},
+        mean_tokens=means(lambda key: answers.side(key).lengths, plain),
+        fig3=temperature_table(main, methods),
+        cooler=main.compare(Key("pit", temperature=0.4), Key("pit")),
+        table3=rounds_table(main, methods),
+        rl=rl_table(answers, gaps),
+        stops=stop_table(main, gaps),
+        **evidence,
+    )
+    write_answers(run, views, plain)
+    add_votes(run)
+
+
+def gaps_over_before(lm, answers, key):
+    """By R_PIT: how much better each text of a side is than the one that it improves -> (N,)."""
+    texts, before = answers.side(key).texts, answers.before(key).texts
+    gaps = np.zeros(len(texts))  # "no change" is 0
+    changed = [i for i in range(len(texts)) if texts[i] != before[i]]
+    columns = [[column[i] for i in changed] for column in (answers.prompts, texts, before)]
+    if changed:
+        gaps[changed] = reward.gaps(lm, *columns, answers.run.config)
+    return gaps
+
+
+def means(numbers_of, keys):
+    return {key.method: mean(numbers_of(key)) for key in keys}
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def judge_accuracy(views):
+    """How often each judge, and "the longer wins", prefer y_w to y_l; a tie is half right."""
+    better, worse = Key("y_w"), Key("y_l")
+    side = views[0].answers.side
+    rows = {"the longer wins": accuracy(compare(side(better).lengths, side(worse).lengths), 0)}
+    for view in views:
+        rows[view.name] = accuracy(view.compare(better, worse), view.judge.margin)
+    return rows
+
+
+def accuracy(row, margin):
+    return {"accuracy": row["win"] + row["tie"] / 2, "margin": margin}
+
+
+def table1(views, keys, refusal):
+    """Table 1 by each judge -> its rows, and those that do not apply, with the reason."""
+    rows, missing = [], []
+    for view in views:
+        for a, b in COMPARISONS:
+            row = {"a": a, "b": b, "judge": view.name}
+            if Key(a) in keys and Key(b) in keys:
+                row |= view.compare(Key(a), Key(b))
+                rows.append(row | costs(view.answers.side(Key(a)), view.answers.side(Key(b))))
+            elif "pit_rl0" not in (a, b):  # after one round alone, that is `pit` itself
+                missing.append(row | {"not_applicable": refusal})
+    return rows, missing
+
+
+def costs(a, b):
+    """The lengths of two sides, and all that was generated for one answer of a."""
+    return {
+        "tokens_a": mean(a.lengths),
+        "tokens_b": mean(b.lengths),
+        "generated_tokens": mean(a.spent),
+        "generations": a.generations,
+    }
+
+
+def temperature_table(view, methods):
+    """Fig. 3: one improvement at each temperature against the original, and 0.4 against it."""
+    rows = []
+    for method in methods:
+        best = Key(method, temperature=0.4)
+        for T in TEMPERATURES:
+            key = Key(method, temperature=T)
+            row = {"method": method, "temperature": T} | view.compare(key, ORIGINAL)
+            rows.append(row if key == best else row | {"04_over_it": view.compare(best, key)})
+    return rows
+
+
+def rounds_table(view, methods):
+    """Table 3: the original and every round of each method; Elo, mean score, who beats whom."""
+    keys = [ORIGINAL] + [key for method in methods for key in round_keys(method)]
+    ratings, intervals = elo([view.scores(key) for key in keys], view.judge.margin)
+    rows = []
+    for key, rating, ends in zip(keys, ratings, intervals):
+        scores = view.scores(key)
+        row = {"method": key.method, "round": 0 if key == ORIGINAL else key.round}
+        row |= {"elo": rating, "elo_ci95": ends}
+        row |= {"mean": mean(scores), "mean_ci95": interval(scores)}
+        row["over_original"] = view.compare(key, ORIGINAL)
+        if key.round > 1:
+            row["over_previous"] = view.compare(key, key._replace(round=key.round - 1))
+        if key.method == "pit" and "self_refine" in methods:
+            row["over_self_refine"] = view.compare(key, key._replace(method="self_refine"))
+        rows.append(row)
+    return rows
+
+
+def rl_table(answers, gaps):
+    """What each RL stage did to its own reward on held-out prompts: before, after, the rise."""
+    rewards = {key.method: value for key, value in gaps.items() if key.round == 1}
+    pit = list(rewards)  # after SFT, after round 0, ...
+    for method in ("policy_sft", "original"):
+        texts = answers.side(Key(method)).texts
+        rewards[method] = answers.reward_policy.score(answers.prompts, texts)
+    rows = []
+    for before, after in [("policy_sft", "original"), *zip(pit, pit[1:])]:
+        by = "R_P" if after == "original" else "gap by R_PIT"
+        start, end = rewards[before], rewards[after]
+        row = {"before": before, "after": after, "by": by, "start": mean(start), "end": mean(end)}
+        rows.append(row | {"ci95": interval(end - start)})
+    return rows
+
+
+def stop_table(view, gaps):
+    """Each stop rule on the same five rounds of PIT, cut short at each limit: mean score, tokens.
+
+    For "time" the limit is the time of that many average rounds. Time goes with the tokens written,
+    whatever the machine.
+    """
+    keys = [ORIGINAL, *round_keys("pit")]
+    sides = [view.answers.side(key) for key in keys]
+    texts = list(zip(*(side.texts for side in sides)))  # N times K + 1
+    scores = np.stack([view.scores(key) for key in keys], 1)  # (N, K + 1)
+    tokens = np.stack([side.spent for side in sides], 1)  # (N, K + 1)
+    gap = np.stack([gaps[key] for key in keys[1:]], 1)  # (N, K)
+    spent = tokens - tokens[:, :1]
+    prompts = np.arange(len(texts))
+    rows = []
+    for stop in infer.STOPS:
+        for limit in range(1, ROUNDS + 1):
+            K = ROUNDS if stop == "time" else limit
+            budget = limit * spent[:, -1].mean() / ROUNDS
+            ends = [
+                infer.end_of(stop, texts[i][: K + 1], gap[i], spent[i], budget) for i in prompts
+            ]
+            answer, rounds = np.transpose(
+                ends
+            )  # (N,) each: which text it is, after how many rounds
+            final = scores[prompts, answer]
+            row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
+            rows.append(row | {"tokens": mean(tokens[prompts, rounds])})
+    return rows
+
+
+# ---- gap models --------------------------------------------------------------------------------
+
+
+def written_pairs(view):
+    """PIT's answer and the original as preference pairs, by this judge; ties are left out."""
+    pit, original = view.answers.side(Key("pit")), view.answers.side(ORIGINAL)
+    above = view.scores(Key("pit")) - view.scores(ORIGINAL)
+    pairs = []
+    for i, prompt in enumerate(view.answers.prompts):
+        better, worse = pit.texts[i], original.texts[i]
+        if above[i] < 0:
+            better, worse = worse, better
+        if abs(above[i]) >= view.judge.margin:
+            pairs.append(Pair(prompt, better, worse))
+    return pairs
 
 
 def gap_evidence(lm, cfg, annotated, written):
-    """Fig. 2's four distributions, and accuracy and calibration of every gap model there is, on both kinds of pairs."""
+    """Fig. 2's four distributions, and how right every gap model is, on both kinds of pairs."""
     fig2, eq2 = {}, []
     for kind, pairs in (("annotated", annotated), ("written by models", written)):
-        if not pairs:
-            continue
-        four = score_pairs(lm, "reward_gap", gap_contexts, pairs, cfg.micro_batch)
-        fig2[kind] = {
-            name: [round(x, 3) for x in row.tolist()]
-            for name, row in zip(("ww", "lw", "wl", "ll"), four)
-        }
         for role in GAP_MODELS:
-            if role in lm.roles:
-                gaps = pair_gaps(lm, role, pairs, cfg.micro_batch).numpy()
-                right = (
-                    (gaps[0] > 0) * 1.0 + (gaps[1] < 0)
-                ) / 2  # is the sign right, in both directions?
-                eq2.append(
-                    {
-                        "model": role,
-                        "pairs": kind,
-                        "n": len(pairs),
-                        "accuracy": float(right.mean()),
-                        "ci95": interval(right),
-                        "calibration_error": calibration(gaps),
-                    }
-                )
+            if not pairs or role not in lm.roles:
+                continue
+            contexts = answer_contexts if role == "reward_policy" else gap_contexts
+            scores = score_pairs(lm, role, contexts, pairs, cfg.micro_batch).numpy()
+            if role == "reward_gap":
+                four = np.round(scores.astype(float), 3).tolist()
+                fig2[kind] = dict(zip(("ww", "lw", "wl", "ll"), four))
+            gaps = gaps_of_pairs(scores)
+            # is the sign right, in both directions?
+            right = ((gaps[0] > 0) + 1.0 * (gaps[1] < 0)) / 2  # (n,)
+            row = {"model": role, "pairs": kind, "n": len(pairs), "accuracy": mean(right)}
+            row |= {"ci95": interval(right, bounds=(0, 1)), "calibration_error": calibration(gaps)}
+            eq2.append(row)
     return {"fig2": fig2, "eq2": eq2}
 
 
+def gaps_of_pairs(scores):
+    """The gaps of y_w over y_l, and of y_l over y_w -> (2, n); 0 is "no change".
+
+    Of scores (2, n) by R_P: R_P(y) - R_P(y_ref). Of scores (4, n) by a gap model:
+    r(y, y_ref) - r(y_ref, y_ref).
+    """
+    if len(scores) == 2:
+        chosen, rejected = scores
+        return np.stack([chosen - rejected, rejected - chosen])
+    ww, lw, wl, ll = scores
+    return np.stack([wl - ll, lw - ww])
+
+
+# ---- for other judges --------------------------------------------------------------------------
+
+
+def write_answers(run, views, keys):
+    """A line per prompt: the answers of Table 1's sides, and their scores -> answers.jsonl."""
+    lines = []
+    for i, prompt in enumerate(views[0].answers.prompts):
+        line = {"prompt": prompt, "answers": {}, "scores": {}}
+        for key in keys:
+            line["answers"][key.method] = views[0].answers.side(key).texts[i]
+        for view in views:
+            line["scores"][view.name] = {key.method: view.scores(key)[i] for key in keys}
+        lines.append(json.dumps(line) + "\n")
+    write_text(run.path / "answers.jsonl", "".join(lines))
+
+
+def add_votes(run):
+    """Make rows of Table 1 of all votes (votes.py), and print them -> results.json."""
+    votes, results = read_votes(run), run.results()
+    voters = sorted({judge for judge, _ in votes})
+    if not voters:
+        return
+    # 1. the votes on each pair of sides, and whether a voter says the same as another judge
+    cast, same = defaultdict(list), defaultdict(list)
+    lines = read_answers(run)
+    for question in questions_about(lines):
+        verdicts = {}
+        for judge, scores in lines[question.line]["scores"].items():
+            margin = results["judges"][judge]["margin"]
+            verdicts[judge] = outcomes(scores[question.a], scores[question.b], margin)
+        for judge in voters:
+            if (judge, question.id()) in votes:
+                verdicts[judge] = votes[judge, question.id()]["vote"]
+                cast[judge, question.a, question.b].append(verdicts[judge])
+        for judge, other in permutations(verdicts, 2):
+            if judge in voters:
+                same[judge, other].append(verdicts[judge] == verdicts[other])
+    # 2. a row for each; what answers cost is the same for all judges
+    table1 = [row for row in results["table1"] if row["judge"] not in voters]
+    measured = {(row["a"], row["b"]): row for row in table1}
+    for (judge, a, b), said in cast.items():
+        row = measured[a, b] | {"judge": judge} | compare(said, np.zeros(len(said)))
+        table1.append(row)
+        low, high = row["ci95"]
+        print(f"{judge}: {a} vs {b}, delta {row['delta']:+.2f} [{low:+.2f}, {high:+.2f}]", end="")
+        print(f", {row['win']:.0%} won, {row['lose']:.0%} lost of {row['n']}")
+    # 3. how far to trust them
+    trust = {judge: {"agreement": {}} | position_bias(votes, judge) for judge in voters}
+    for (judge, other), agrees in same.items():
+        trust[judge]["agreement"][other] = {"same": mean(agrees), "n": len(agrees)}
+        print(f"{judge} agrees with {other} on {mean(agrees):.0%} of {len(agrees)} pairs.")
+    run.add_results(table1=table1, votes=trust)
+
+
+def position_bias(votes, judge):
+    """Of a language model: how often the order of the answers decided, what could not be read."""
+    lines = [line for (who, _), line in votes.items() if who == judge and "order_decides" in line]
+    if not lines:
+        return {}
+    bias = mean([line["order_decides"] for line in lines])
+    unreadable = sum(line["unreadable"] for line in lines)
+    print(
+        f"{judge}: the order of the two answers decided {bias:.0%} of {len(lines)} pairs,", end=""
+    )
+    print(f" which are ties; {unreadable} replies could not be read.")
+    return {"position_bias": bias, "unreadable": unreadable}
+
+
 def judge_curricula(lm, run, pairs, lasts, judges):
-    """Table 2: every curriculum's last adapter (lasts: curriculum -> role) improves the same originals -> results.json."""
-    pairs = pairs[: run.config.eval_n]
-    prompts, (name, judge) = [pair.prompt for pair in pairs], next(iter(judges.items()))
-    answers = baselines.Answers(lm, run, prompts)
-    original = answers.write("original", "policy_rl", prompts)
-    before = judge.score(prompts, original.texts)
-    after = {
-        c: judge.score(prompts, answers.improve(role, role, original).texts)
-        for c, role in lasts.items()
-    }
-    print("\r" + " " * 50 + "\r", end="")
-    both = after["annotated,policy"]
-    rows = [
-        {
-            "curriculum": c,
-            "judge": name,
-            "over_original": compare(x, before, judge.margin),
-            "both_over_it": compare(both, x, judge.margin),
-        }
-        for c, x in after.items()
-    ]
+    """Table 2: the last adapter of each curriculum (lasts) improves the same originals."""
+    answers = Answers(lm, run, pairs[: run.config.eval_n])
+    name = next(iter(judges))
+    view = View(name, judges[name], answers)
+    both, rows = Key(lasts["annotated,policy"]), []
+    for curriculum, role in progress(lasts.items(), total=len(lasts)):
+        row = {"curriculum": curriculum, "judge": name}
+        row["over_original"] = view.compare(Key(role), ORIGINAL)
+        row["both_over_it"] = view.compare(both, Key(role))
+        rows.append(row)
     run.add_results(table2=rows, lasts=lasts)

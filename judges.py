@@ -1,91 +1,174 @@
-"""Who decides: an exact rule, an adapter of this run, a reward model from the hub."""
+"""Who decides: an exact rule, an adapter of this run, a function of yours, a hub reward model.
 
+All of them score texts, and the higher score wins. People and language models, who compare two
+texts instead, are in votes.py.
+"""
+
+import runpy
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
-import torch
 
-import reward
+import task
 from errors import UserError, first_line, out_of_memory
-from task import quality
+from reward import rewards
 
 SAME = 1e-4  # exact scores closer than this are a tie
-NEAR = 0.1  # learned scores are log-odds: closer than this is a tie, a preference of less than 52.5 to 47.5
+NEAR = 0.1  # learned scores are log-odds: closer than this is a tie, less sure than 52.5 to 47.5
 
 
 @dataclass
 class Judge:
-    """score(prompts, texts) -> (N,) numbers, larger for better; closer than `margin` is a tie."""
+    """Scores answers, larger for better. Scores closer than `margin` are a tie."""
 
-    score: Callable
+    ask: Callable  # (prompts, texts) -> one number each
     margin: float = NEAR
+    known: dict = field(default_factory=dict)  # (prompt, text) -> its score
 
-
-def exact(prompts, texts):
-    return np.array([quality(prompt[-1]["content"], text) for prompt, text in zip(prompts, texts)])
-
-
-def adapter_judge(lm, role, cfg):
-    """A Bradley-Terry judge: an adapter with a head on this base or another."""
-    return Judge(lambda prompts, texts: reward.rewards(lm, role, prompts, texts, cfg).numpy())
+    def score(self, prompts, texts):
+        """The score of each text after its prompt -> (N,). The same text is never scored twice."""
+        keys = [(str(prompt), text) for prompt, text in zip(prompts, texts)]
+        new = {}
+        for key, prompt, text in zip(keys, prompts, texts):
+            if key not in self.known:
+                new[key] = (prompt, text)
+        if new:
+            self.known.update(zip(new, self.ask(*zip(*new.values()))))
+        return np.array([self.known[key] for key in keys], dtype=float)
 
 
 def judges_by_name(names, lm, cfg):
-    """Judges for the names of --judge, the main one first; without names, the exact quality if there is one, and the run's."""
-    judges = {}
-    for name in names or (["quality", "judge"] if cfg.data == "synthetic" else ["judge"]):
-        if name == "judge":
-            judges[name] = adapter_judge(lm, name, cfg)
-        elif name != "quality":
-            judges[name] = hub_judge(name, lm.device)
-        elif cfg.data == "synthetic":
-            judges[name] = Judge(exact, SAME)
-        else:
+    """Judges for the names of --judge -> {name: Judge}, the main one first.
+
+    Without names: the exact rule where there is one, and the run's own judge.
+    """
+    if not names:
+        names = ["quality", "judge"] if cfg.data == "synthetic" else ["judge"]
+    return {name: KINDS[kind_of(name)](lm, name, cfg) for name in names}
+
+
+def kind_of(name):
+    """Which of KINDS a name stands for."""
+    if name in KINDS:
+        return name
+    return "FILE.py" if name.endswith(".py") else "folder or hub id"
+
+
+# ---- the kinds ---------------------------------------------------------------------------------
+
+
+def exact_judge(lm, name, cfg):
+    """The built-in task's rule, which no stage of training sees."""
+    if cfg.data != "synthetic":
+        raise UserError(
+            "--judge quality: only the built-in task has an exact rule. "
+            "Give judge, a FILE.py with a rule of your own, or a reward model."
+        )
+    return function_judge(task.quality)
+
+
+def function_judge(quality):
+    """Scores by quality(prompt, answer), where `prompt` is the text of the user's last message."""
+
+    def ask(prompts, texts):
+        return [quality(prompt[-1]["content"], text) for prompt, text in zip(prompts, texts)]
+
+    return Judge(ask, SAME)
+
+
+def adapter_judge(lm, role, cfg):
+    """A reward model of this run, by its role."""
+    return Judge(lambda prompts, texts: rewards(lm, role, prompts, texts, cfg).tolist())
+
+
+def file_judge(lm, path, cfg):
+    """A Python file of the user's own, with a function quality(prompt, answer) -> float.
+
+    See `function_judge` for what it is given. Its errors are shown with their line in the file.
+    """
+    try:
+        module = runpy.run_path(path)
+    except (Exception, SystemExit) as error:
+        raise UserError(blame(path, error)) from None
+    if not callable(module.get("quality")):
+        raise UserError(f"--judge {path}: the file has no function quality(prompt, answer).")
+
+    def checked(prompt, answer):
+        try:
+            value = module["quality"](prompt, answer)
+        except Exception as error:
+            raise UserError(blame(path, error)) from None
+        if not isinstance(value, Real) or value != value:  # NaN is not equal to itself
             raise UserError(
-                "--judge quality: only the synthetic task has an exact quality. Give judge, or a reward model."
+                f"--judge {path}: quality returned {value!r:.60} for the answer {answer!r:.60}; "
+                "it must return one number."
             )
-    return judges
+        return float(value)
+
+    return function_judge(checked)
 
 
-def hub_judge(name, device):
-    """A sequence-classification reward model, by hub id or folder; it reads its own chat template, or prompt and answer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def blame(path, error):
+    """One line: what the user's file raised, and on which of its lines."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    where = f", line {lines[-1]}" if lines else ""
+    return f"--judge {path}{where}: {type(error).__name__}: {first_line(error)}"
+
+
+def hub_judge(lm, name, cfg):
+    """A reward model with one output, by folder or hub id.
+
+    It reads the conversation in its own chat template, or prompt and answer as two texts.
+    """
+    from transformers import pipeline
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        options = dict(use_safetensors=True, trust_remote_code=False)
-        model = (
-            AutoModelForSequenceClassification.from_pretrained(name, **options).to(device).eval()
+        model = pipeline(
+            "text-classification",
+            model=name,
+            device=lm.device,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
         )
     except Exception as error:  # of many kinds
         if out_of_memory(error):
             raise
-        reason = f"--judge {name}: {first_line(error)}"
         raise UserError(
-            f"{reason}\nGive quality, judge, or a reward model by folder or hub id."
+            f"--judge {name}: {first_line(error)}\nGive quality, judge, FILE.py or a reward model."
         ) from None
-    if model.config.num_labels != 1:
-        raise UserError(
-            f"--judge {name}: a reward model has one output, this one has {model.config.num_labels}."
-        )
+    outputs = model.model.config.num_labels
+    if outputs != 1:
+        raise UserError(f"--judge {name}: a reward model has one output, this one has {outputs}.")
+    # a template writes the control tokens itself
+    options = {"add_special_tokens": False} if model.tokenizer.chat_template else {}
 
-    @torch.no_grad()
-    def score(prompts, texts):
-        scores = []
-        for prompt, text in zip(
-            prompts, texts
-        ):  # one by one: not all such models know their padding
-            if tokenizer.chat_template:
-                chat = tokenizer.apply_chat_template(
-                    [*prompt, {"role": "assistant", "content": text}], tokenize=False
-                )
-                inputs = tokenizer(chat, add_special_tokens=False, return_tensors="pt")
-            else:
-                inputs = tokenizer(
-                    "\n\n".join(turn["content"] for turn in prompt), text, return_tensors="pt"
-                )
-            scores.append(model(**inputs.to(device)).logits.float().item())
-        return np.array(scores)
+    def ask(prompts, texts):
+        inputs = [classifier_input(model.tokenizer, x, y) for x, y in zip(prompts, texts)]
+        # one text at a time, the pipeline's default: not all such models know their padding
+        said = model(inputs, function_to_apply="none", **options)
+        return [answer["score"] for answer in said]
 
-    return Judge(score)
+    return Judge(ask)
+
+
+def classifier_input(tokenizer, prompt, text):
+    """How a reward model from the hub reads an answer."""
+    if tokenizer.chat_template:
+        chat = [*prompt, {"role": "assistant", "content": text}]
+        return {"text": tokenizer.apply_chat_template(chat, tokenize=False)}
+    return {"text": "\n\n".join(turn["content"] for turn in prompt), "text_pair": text}
+
+
+# How --judge names a kind -> what makes it. One more kind is one more line.
+KINDS = {
+    "quality": exact_judge,
+    "judge": adapter_judge,
+    "FILE.py": file_judge,
+    "folder or hub id": hub_judge,
+}
