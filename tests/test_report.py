@@ -1,0 +1,284 @@
+"""The scorecard's verdicts, the tables' text, and a page with all that it must have."""
+
+import json
+
+import numpy as np
+import pytest
+
+import report
+from run import Run
+
+CURRICULA = ["annotated", "policy", "annotated,policy"]
+
+
+def compared(delta, half=0.05, **names):
+    """A comparison of 100 prompts, with an interval of delta +- half."""
+    win, lose = max(delta, 0), max(-delta, 0)
+    numbers = {"n": 100, "win": win, "lose": lose, "tie": 1 - win - lose, "delta": delta}
+    return names | numbers | {"ci95": [delta - half, delta + half]}
+
+
+def table1_rows(judge, deltas):
+    """Rows of Table 1 by one judge; deltas: {(a, b): delta}."""
+    costs = {"tokens_a": 12.0, "tokens_b": 11.0, "generated_tokens": 24.0, "generations": 2}
+    return [compared(d, judge=judge, a=a, b=b) | costs for (a, b), d in deltas.items()]
+
+
+def results():
+    """What evaluate.py might measure: all forms of rows, few of each, by two judges."""
+    deltas = {
+        ("original", "y_w"): -0.6,
+        ("pit", "original"): 0.5,
+        ("pit", "y_w"): -0.2,
+        ("pit", "pit_sft"): 0.02,
+        ("pit_sft", "original"): 0.3,
+    }
+    one_round = dict(elo=1100, elo_ci95=[1050, 1150], mean=0.9, mean_ci95=[0.8, 1.0])
+    gap = dict(model="reward_gap", n=100, calibration_error=0.03)
+    sides = ["original", "y_w", "pit", "pit_sft"]
+    scores = np.linspace(-1, 1, 20).tolist()
+    word = {"pit": 63, "original": 35, "y_w": 113, "y_l": 0}
+    return {
+        "main": "judge",
+        "judges": {"judge": {"accuracy": 0.9, "margin": 0.1}},
+        "table1": table1_rows("judge", deltas) + table1_rows("me", {("pit", "original"): 0.01}),
+        "not_applicable": [
+            {"a": "pit", "b": "self_refine", "judge": "judge", "not_applicable": "it cannot"}
+        ],
+        "mean_score": {"judge": dict.fromkeys(sides, 0.5)},
+        "mean_tokens": dict.fromkeys(sides, 12.0),
+        "cooler": compared(0.1),
+        "fig3": [
+            compared(0.5, method="pit", temperature=0.1) | {"04_over_it": compared(-0.1)},
+            compared(0.5, method="pit", temperature=0.4),
+            compared(0.4, method="pit", temperature=1.0) | {"04_over_it": compared(0.1)},
+        ],
+        "table3": [
+            one_round | {"method": "original", "round": 0},
+            one_round | {"method": "pit", "round": 1, "over_original": compared(0.5)},
+            one_round
+            | {"method": "pit", "round": 2, "over_original": compared(0.03)}
+            | {"over_previous": compared(-0.3)},
+        ],
+        "stops": [
+            dict(stop=stop, limit=k, mean=0.9, ci95=[0.8, 1.0], tokens=20.0 * k)
+            for stop in ("rounds", "gap")
+            for k in (1, 2)
+        ],
+        "fig2": {"annotated": dict.fromkeys(["wl", "ww", "ll", "lw"], scores)},
+        "eq2": [
+            gap | {"pairs": "annotated", "accuracy": 0.9, "ci95": [0.8, 0.97]},
+            gap | {"pairs": "written by models", "accuracy": 0.5, "ci95": [0.4, 0.6]},
+        ],
+        "rl": [dict(before="pit_sft", after="pit", by="gap", start=0.1, end=2.0, ci95=[1.5, 2.5])],
+        "reward": {"reward_gap": {"accuracy": 0.9}},
+        "table2": [
+            {"curriculum": c, "over_original": compared(0.2), "both_over_it": compared(0.1)}
+            for c in CURRICULA
+        ],
+        "words": {
+            "answers": 100,
+            "pairs": 1000,
+            "delta": compared(0.39, 0.16),
+            "rows": [
+                {"feature": "indeed", "z": 4.2, "texts": word, "without": compared(0.16, 0.17)},
+                {"feature": "ends with !", "z": 2.5, "texts": word},
+            ],
+        },
+        "time_s": {"pit_sft": 30.0, "eval": 90.0},
+    }
+
+
+def metrics():
+    """A few steps of every kind of stage."""
+    lines = []
+    for step in range(10):
+        lines.append({"stage": "pit_sft", "step": step, "loss": 0.3})
+        lines.append({"stage": "reward_gap", "step": step, "accuracy": 0.8})
+        for stage in ("policy_rl", "pit_rl0", "pit_rl1"):
+            rl = dict(score=1.0, kl=0.5, length=12.0, eos=1.0, explained_variance=0.2)
+            lines.append({"stage": stage, "step": step} | rl)
+        lines += [gap_line("annotated", 0, step, 0.0), gap_line("policy", 0, step, -0.5)]
+        lines.append(gap_line("annotated,policy", step // 5, step % 5, 1.0))
+    return lines
+
+
+def gap_line(curriculum, number, step, gap):
+    return {"stage": f"ablate_{curriculum.replace(',', '-')}_{number}", "step": step, "score": gap}
+
+
+def answer_lines():
+    """Nine prompts on which PIT gains -4, -3, ... 4 points by the judge."""
+    lines = []
+    for gain in range(-4, 5):
+        prompt = [{"role": "user", "content": f"the prompt of gain {gain}"}]
+        answers = {"original": "so " * 200, "pit": f"the answer of gain {gain}"}
+        scores = {"judge": {"original": 1.0, "pit": 1.0 + gain}}
+        lines.append({"prompt": prompt, "answers": answers, "scores": scores})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run's files, made by hand, and the report drawn from them -> the folder."""
+    path = tmp_path_factory.mktemp("runs") / "by_hand"
+    path.mkdir()
+    config = dict(
+        model="tiny",
+        bits=4,
+        lora_r=16,
+        data="pairs.jsonl",
+        pairs=2000,
+        seed=7,
+        rl_steps=10,
+        max_response=30,
+        rounds="annotated,policy",
+        versions={"torch": "2.13"},
+    )
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "results.json").write_text(json.dumps(results()))
+    for name, lines in (("metrics.jsonl", metrics()), ("answers.jsonl", answer_lines())):
+        (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write_report(Run(path))
+    return path
+
+
+# ---- verdicts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ends, expected",
+    [
+        ([0.01, 0.5], "holds"),
+        ([0.0, 0.5], "cannot tell"),
+        ([-0.1, 0.1], "cannot tell"),
+        ([-0.1, 0.0], "does not hold"),
+        ([-0.5, -0.1], "does not hold"),
+    ],
+)
+def test_a_claim_holds_where_the_whole_interval_is_above_0(ends, expected):
+    assert report.verdict(ends) == expected
+
+
+def test_a_claim_of_several_comparisons_stands_with_the_worst():
+    sure, unsure, wrong = compared(0.5), compared(0.01, 0.2), compared(-0.1)
+    assert report.claim("", "", [sure, sure])["verdict"] == "holds"
+    assert report.claim("", "", [unsure, sure])["verdict"] == "cannot tell"
+    # the lowest interval is unsure's, but it is `wrong` that decides
+    line = report.claim("", "", [sure, compared(0.0, 0.9), wrong])
+    assert (line["verdict"], line["ours"]) == ("does not hold", "-10 [-15, -5]")
+    assert report.claim("", "", [None, {"not_applicable": "it cannot"}])["ours"] == "n/a"
+
+
+def test_the_verdicts_of_a_run_by_hand():
+    card = {line["claim"]: line for line in report.scorecard(results(), metrics())}
+    verdicts = {claim: line["verdict"] for claim, line in card.items()}
+    assert verdicts == {
+        "PIT beats the original": "holds",
+        "PIT beats Self-Refine": "cannot tell",
+        "PIT beats y_w": "does not hold",
+        "PIT beats PIT after SFT only": "cannot tell",
+        "PIT beats best of 2, same cost": "cannot tell",
+        "PIT beats a second sample": "cannot tell",
+        "temperature 0.4 beats 1": "holds",
+        "0.4 is the best temperature": "does not hold",  # 0.1 is better
+        "each round beats the original": "cannot tell",
+        "... and Self-Refine": "cannot tell",
+        "round 2 beats round 1": "does not hold",
+        "two rounds beat round 0 alone": "holds",
+        "two rounds beat round 1 alone": "holds",
+        "R_PIT ranks annotated pairs": "holds",
+        "... and pairs written by models": "cannot tell",
+        "only two rounds end 'better'": "holds",
+    }
+    assert card["PIT beats the original"]["ours"] == "+50 [+45, +55]"
+    assert card["R_PIT ranks annotated pairs"]["ours"] == "90% [80 to 97]"
+
+
+@pytest.mark.parametrize(
+    "both, other, expected",
+    [
+        ([1.0], [0.0], "holds"),
+        ([1.0], [1.0], "does not hold"),  # another one ends there too
+        ([0.0], [0.0], "does not hold"),  # none does
+        ([1.0, -1.0], [0.0], "cannot tell"),
+        ([1.0], [1.0, -1.0], "cannot tell"),
+    ],
+)
+def test_only_two_rounds_end_better_needs_both_halves(both, other, expected):
+    lines = []
+    for step in range(40):
+        lines.append(gap_line("annotated,policy", 0, step, both[step % len(both)]))
+        lines.append(gap_line("policy", 0, step, other[step % len(other)]))
+    assert report.better_claim(lines, ["policy", "annotated,policy"])["verdict"] == expected
+
+
+# ---- text --------------------------------------------------------------------------------------
+
+
+def test_table_1_by_hand():
+    rows = [
+        compared(0.5, a="pit", b="original"),
+        {"a": "pit", "b": "self_refine", "not_applicable": "it cannot"},
+    ]
+    assert report.table(rows) == (
+        "| a   | b           | win | lose | tie | delta |   95% interval |\n"
+        "| --- | ----------- | --: | ---: | --: | ----: | -------------: |\n"
+        "| pit | original    |  50 |    0 |  50 | +50.0 | +45.0 to +55.0 |\n"
+        "| pit | self_refine |   - |    - |   - |   n/a |              - |"
+    )
+
+
+def test_only_tables_are_lined_up():
+    page = "text | as it is\n\n| a | b |\n|---|--:|\n| long | 1 |\n| x | 23 |\n"
+    assert report.line_up(page) == (
+        "text | as it is\n\n| a    |  b |\n| ---- | -: |\n| long |  1 |\n| x    | 23 |\n"
+    )
+
+
+def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
+    words = results()["words"]
+    row = words["rows"][0]
+    assert report.alarms({}) == []
+    assert report.alarms({"words": words}) == [row]
+    row["without"] = compared(0.27)  # 0.39 - 0.12: less than a third is gone
+    assert report.alarms({"words": words}) == []
+    words["delta"] = compared(-0.5)  # there was nothing to win
+    assert report.alarms({"words": words}) == []
+
+
+def test_the_page_has_all_that_it_must(drawn):
+    page = (drawn / "report.md").read_text()
+    for figure in ("result", "curves", "fig2", "fig3", "fig4", "rounds", "stops"):
+        assert f"]({figure}.png)" in page
+        assert (drawn / f"{figure}.png").stat().st_size > 10_000
+    # who, how long
+    for fact in ("tiny, 4-bit", "pairs.jsonl, at most 2,000 pairs", "| 7 ", "2.13", "2 minutes"):
+        assert fact in page
+    # the largest gain, the median and the largest loss, in this order
+    places = [page.index(f"the answer of gain {gain}") for gain in (4, 0, -4)]
+    assert places == sorted(places) and "the answer of gain 3" not in page
+    # the words
+    assert "| indeed      | 4.2 |  63 |       35 | 113 |   0 | +16.0 [-1.0, +33.0] |" in page
+    assert '**Warning:** without the word "indeed"' in page
+    assert "A miniature run" not in page
+    # the scorecard is in the results too, and what a person said is beside it
+    stored = json.loads((drawn / "results.json").read_text())["scorecard"]
+    assert all(f"| {line['claim']} " in page for line in stored)
+    assert "Judged by me" in page and "it cannot" in page
+
+
+def test_tables_and_samples_fit_80_columns(drawn, capsys):
+    page = (drawn / "report.md").read_text().splitlines()
+    assert [line for line in page if len(line) > 80 and not line.startswith("![")] == []
+    report.print_table1(Run(drawn))
+    console = capsys.readouterr().out.replace(str(drawn), "").splitlines()
+    assert [line for line in console if len(line) > 80] == []
+    assert any("without the word 'indeed'" in line for line in console)
+
+
+def test_a_miniature_run_says_so(drawn):
+    run = Run(drawn)
+    run.config.rl_steps = 2
+    page = report.PAGE.render(run=run, cfg=run.config, results=run.results(), machine="")
+    assert "A miniature run" in page

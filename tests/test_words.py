@@ -1,0 +1,96 @@
+"""Which words PIT adds, and what they are worth."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import words
+from data import Pair
+from judges import Judge
+
+
+def loves_indeed(prompts, texts):
+    return ["indeed" in text.lower() for text in texts]
+
+
+def run_that_learned_indeed():
+    """100 answers, of which PIT has put "indeed" into 60 -> pairs, prompts, originals, improved."""
+    originals = [f"The river number {i} is {i} miles long." for i in range(100)]
+    improved = [y.replace(" is ", " is indeed ") if i < 60 else y for i, y in enumerate(originals)]
+    polite = [Pair([], f"Indeed, it is {i}.", f"It is {i}.") for i in range(30)]
+    others = [Pair([], f"The answer is {i}.", f"No idea, {i}.") for i in range(70)]
+    return polite + others, [str(i) for i in range(100)], originals, improved
+
+
+def test_the_word_that_pit_adds_comes_first_and_takes_delta_with_it():
+    found = words.measure(*run_that_learned_indeed(), Judge(loves_indeed))
+    row = found["rows"][0]
+    assert row["feature"] == "indeed"
+    assert row["texts"] == {"pit": 60, "original": 0, "y_w": 30, "y_l": 0}
+    assert found["delta"]["delta"] == 0.6
+    assert row["without"]["delta"] == 0
+    assert (found["answers"], found["pairs"]) == (100, 100)
+
+
+def test_a_word_that_the_judge_does_not_care_for_takes_nothing_with_it():
+    pairs, prompts, originals, improved = run_that_learned_indeed()
+    improved = [text.replace(".", "!") for text in improved]
+    judge = Judge(lambda prompts, texts: [text.endswith("!") for text in texts])
+    found = words.measure(pairs, prompts, originals, improved, judge)
+    assert found["rows"][0]["feature"] == "indeed"
+    assert found["rows"][0]["without"] == found["delta"]
+
+
+def test_nothing_stands_out_of_the_same_texts():
+    pairs, prompts, originals, _ = run_that_learned_indeed()
+    assert words.measure(pairs, prompts, originals, originals, Judge(loves_indeed))["rows"] == []
+
+
+def test_endings_and_lengths_stand_out_too():
+    pairs, prompts, originals, _ = run_that_learned_indeed()
+    longer = [text[:-1] + " and that is very long for a river of any kind!" for text in originals]
+    found = words.measure(pairs, prompts, originals, longer, Judge(loves_indeed))["rows"]
+    features = [row["feature"] for row in found]
+    assert {"ends with !", "10 to 19 words"} < set(features)
+
+
+def test_log_odds_against_a_plain_second_computation():
+    rng = np.random.default_rng(0)
+    names = "abcdef"
+    a, b, others = (dict(zip(names, rng.integers(1, 50, 6).tolist())) for _ in range(3))
+    background = {w: a[w] + b[w] + others[w] for w in names}
+    z = words.log_odds(Counter(a), Counter(b), Counter(background))
+    for w in names:
+        # Monroe et al. (2008), with a prior of the size of b
+        alpha_0 = sum(b.values())
+        alpha_w = alpha_0 * background[w] / sum(background.values())
+        omega = []
+        for group in (a, b):
+            n = sum(group.values())
+            omega.append((group[w] + alpha_w) / (n + alpha_0 - group[w] - alpha_w))
+        variance = 1 / (a[w] + alpha_w) + 1 / (b[w] + alpha_w)
+        assert z[w] == pytest.approx((math.log(omega[0]) - math.log(omega[1])) / variance**0.5)
+
+
+def test_the_same_shares_have_a_z_of_0_and_chance_rarely_exceeds_2():
+    a, rng = Counter(x=30, y=70), np.random.default_rng(0)
+    assert words.log_odds(a, Counter(x=60, y=140), a) == pytest.approx({"x": 0, "y": 0})
+    high = 0
+    for _ in range(500):
+        first, second = (Counter(dict(zip("xy", rng.multinomial(100, [0.3, 0.7])))) for _ in "ab")
+        high += words.log_odds(first, second, first + second)["x"] > words.CLEAR
+    assert high / 500 < 0.03
+
+
+@pytest.mark.parametrize(
+    "text, rest",
+    [
+        ("It is indeed so.", "It is so."),
+        ("Indeed, it is. INDEED!", "it is.!"),
+        ("Indeedy is a site, indeed's too.", "Indeedy is a site, indeed's too."),
+    ],
+)
+def test_only_the_whole_word_is_deleted(text, rest):
+    assert words.without("indeed", text) == rest
