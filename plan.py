@@ -45,12 +45,10 @@ ASSUMED_LENGTHS = (150, 65)
 
 
 def free_memory():
-    """Memory that the device has free, in GiB; without a GPU, the machine's."""
+    """GiB that the GPU has free; without one, or with one that shares it, the machine."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free / GIB
-    if torch.backends.mps.is_available():
-        return (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()) / GIB
     return psutil.virtual_memory().available / GIB
 
 
@@ -141,19 +139,20 @@ def plan_memory(lm, cfg):
 
 @dataclass
 class Stage:
-    """What a stage has to do, in passes over its part of the data, and in tokens."""
+    """What a stage has to do: rows to go through, and tokens per row."""
 
     name: str
     kind: str
-    passes: float
+    passes: float  # over its part of the data
+    rows: int
     trained: float  # read, with a backward pass
-    read: float = 0  # scored, or held out
-    written: float = 0  # sampled, padding included
+    read: float = 0  # scored
+    written: int = 0  # sampled, padding included
     memory: str = ""
 
     def work(self):
         """Its tokens, in the time that training one takes."""
-        return self.trained + READING * self.read + WRITING * self.written
+        return self.rows * (self.trained + READING * self.read + WRITING * self.written)
 
 
 def plan_stages(cfg, x, y, pairs):
@@ -164,42 +163,33 @@ def plan_stages(cfg, x, y, pairs):
     sft = cfg.sft_steps * cfg.sft_batch
     rm = cfg.rm_steps * cfg.rm_batch
     rl = cfg.rl_steps * cfg.rl_batch
-    texts = cfg.eval_n * EVAL_TEXTS
-    prompt = x + y + TURN  # (x, y_ref)
+    over_sft, over_rm, over_judge = sft / pairs["sft"], rm / pairs["rm"], rm / pairs["judge"]
+    R = cfg.max_response
+    answer = x + y
+    prompt = answer + TURN  # (x, y_ref)
+    improved = prompt + y
     both = x + 2 * y  # x with both answers, as R_P reads a pair
     four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
-    answers = rl * cfg.max_response
+    epochs = cfg.epochs
     stages = [
-        Stage("policy_sft", "SFT", sft / pairs["sft"], trained=sft * (x + y)),
-        Stage("pit_sft", "SFT", sft / pairs["sft"], trained=sft * (prompt + y)),
+        Stage("policy_sft", "SFT", over_sft, sft, answer),
+        Stage("pit_sft", "SFT", over_sft, sft, improved),
+        Stage("reward_policy", "reward models", over_rm, rm, both),
+        Stage("reward_gap", "reward models", over_rm, rm, four),
+        Stage("judge", "reward models", over_judge, rm, both),
+        # read by the reward model, the policy and the reference
+        Stage("policy_rl", "RL", rl / pairs["rl"], rl, epochs * answer, 3 * answer, R),
     ]
-    for name, part, tokens in (
-        ("reward_policy", "rm", both),
-        ("reward_gap", "rm", four),
-        ("judge", "judge", both),
-    ):
-        held_out = pairs["held_out"] * tokens
-        stages.append(Stage(name, "reward models", rm / pairs[part], rm * tokens, held_out))
-    # read by the reward model, the policy and the reference; with R_PIT, "no change" as well
-    stages.append(
-        Stage(
-            "policy_rl",
-            "RL",
-            rl / pairs["rl"],
-            rl * cfg.epochs * (x + y),
-            3 * rl * (x + y),
-            answers,
-        )
-    )
     for number, source in enumerate(parse(cfg.rounds)):
-        passes, written = rl / pairs["rl"], 2 * answers
-        if source == "annotated":  # each pair serves twice, and y_ref is there
-            passes, written = passes / 2, answers
-        read = rl * (prompt + y)
-        stages.append(Stage(f"pit_rl{number}", "RL", passes, cfg.epochs * read, 4 * read, written))
+        passes, written = rl / pairs["rl"], 2 * R
+        if source == "annotated":  # y_ref is there, and each pair serves twice
+            passes, written = passes / 2, R
+        # R_PIT reads y_ref as well: "no change"
+        trained, read = epochs * improved, 4 * improved
+        stages.append(Stage(f"pit_rl{number}", "RL", passes, rl, trained, read, written))
     # judged by a model of answers, and by R_PIT
-    read = texts * (both + prompt)
-    stages.append(Stage("eval", "evaluation", 0, 0, read, texts * cfg.max_response))
+    texts, read = cfg.eval_n * EVAL_TEXTS, both + prompt
+    stages.append(Stage("eval", "evaluation", 0, texts, 0, read, R))
     return stages
 
 
@@ -262,7 +252,7 @@ class Plan:
         lines = ["  stage          passes  trained     read  written     memory     time"]
         for stage in self.stages:
             tokens = (stage.trained, stage.read, stage.written)
-            tokens = "".join(f"{number / 1000:8,.0f}k" for number in tokens)
+            tokens = "".join(f"{stage.rows * n / 1000:8,.0f}k" for n in tokens)
             seconds = clock(self.expect(stage)) if self.seconds else ""
             cost = f"{tokens}{stage.memory:>11}{seconds:>9}"
             lines.append(f"  {stage.name:14}{stage.passes:7.1f}{cost}".rstrip())

@@ -1,0 +1,112 @@
+"""The plan of a run: what is counted, and how well what is measured tells what is to come."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import plan
+from data import synthetic_pairs
+from errors import UserError
+
+CFG = dict(
+    model="tiny",
+    vram=None,
+    max_prompt=48,
+    max_response=30,
+    sft_steps=60,
+    sft_batch=32,
+    rm_steps=100,
+    rm_batch=32,
+    rounds="annotated,policy",
+    rl_steps=16,
+    rl_batch=64,
+    epochs=2,
+    micro_batch=64,
+    eval_n=256,
+)
+PARTS = dict(held_out=1200, judge=1800, sft=3000, rm=3000, rl=3000)
+# seconds of a whole run of these options, on one thread of a busy machine
+MEASURED = dict(
+    policy_sft=13.8,
+    pit_sft=20.5,
+    reward_policy=34.3,
+    reward_gap=94.5,
+    judge=32.9,
+    policy_rl=27.3,
+    pit_rl0=49.3,
+    pit_rl1=58.5,
+)
+
+
+def stages(**changes):
+    return plan.plan_stages(SimpleNamespace(**CFG | changes), x=33, y=24, pairs=PARTS)
+
+
+def test_tokens_and_passes_are_those_of_the_options():
+    by_name = {stage.name: stage for stage in stages()}
+    assert list(by_name) == [*MEASURED, "eval"]
+    sft, rl = by_name["policy_sft"], by_name["pit_rl1"]
+    assert sft.rows * sft.trained == 60 * 32 * (33 + 24) and sft.passes == 60 * 32 / 3000
+    assert rl.rows * rl.written == 2 * 16 * 64 * 30  # y_ref is written too
+    assert rl.passes == 2 * by_name["pit_rl0"].passes  # there, each pair serves twice
+    names = [stage.name for stage in stages(rounds="policy")]
+    assert "pit_rl0" in names and "pit_rl1" not in names
+
+
+def test_the_first_stage_tells_the_time_of_the_others_within_30_percent():
+    known = plan.Plan(stages(), {"policy_sft": MEASURED["policy_sft"]})
+    for stage in known.stages[1:-1]:
+        assert known.expect(stage) == pytest.approx(MEASURED[stage.name], rel=0.3)
+    everything = sum(known.expect(stage) for stage in known.stages[:-1])
+    assert everything == pytest.approx(sum(MEASURED.values()), rel=0.15)
+
+
+def test_a_plan_learns_from_steps_and_from_stages(capsys):
+    made = plan.Plan(stages(), {})
+    assert made.number("pit_sft") == "[2 of 9] " and made.number("toy") == ""
+    assert "00:" not in made.table()  # no time before something was measured
+    made.number("policy_sft")
+    assert made.end_step("policy_sft", 1, 60, 99.0) == ""  # a first step is no measure
+    assert "reward_gap" not in capsys.readouterr().out
+    left = made.end_step("policy_sft", 2, 60, 0.2)
+    table = capsys.readouterr().out
+    assert made.seconds["policy_sft"] == pytest.approx(12)
+    assert "reward_gap" in table and "00:12" in table and left.startswith("all 0")
+    # reward models turn out to be three times as slow as SFT says
+    judge = next(stage for stage in made.stages if stage.name == "judge")
+    before = made.expect(judge)
+    made.end_stage("reward_policy", 3 * before)
+    assert "all that is left: about" in capsys.readouterr().out
+    assert made.expect(judge) > 2 * before
+    for stage in made.stages:
+        made.end_stage(stage.name, 10)
+    assert "all stages together: 01:30" in capsys.readouterr().out
+
+
+def test_a_plan_knows_what_is_done(lm, capsys):
+    done = {"time_s": {"policy_sft": 10.0, "an ablation": 5.0}}
+    run = SimpleNamespace(config=SimpleNamespace(**CFG), results=lambda: done)
+    parts = {name: synthetic_pairs(8, seed=0) for name in PARTS}
+    made = plan.make_plan(lm, run, parts)
+    out = capsys.readouterr().out
+    assert "GiB" in out and "00:10" in out
+    assert made.left() == pytest.approx(sum(made.expect(s) for s in made.stages[1:]))
+
+
+def test_memory_is_held_against_what_is_free(lm, monkeypatch, capsys):
+    cfg = SimpleNamespace(**CFG)
+    assert plan.free_memory() > 0
+    monkeypatch.setattr(plan, "free_memory", lambda: 64.0)
+    plan.plan_memory(lm, cfg)
+    assert "too much" not in capsys.readouterr().out
+    assert not lm.peft.get_base_model().is_gradient_checkpointing
+    monkeypatch.setattr(plan, "free_memory", lambda: 0.01)
+    plan.plan_memory(lm, cfg)
+    assert "Lower --micro-batch" in capsys.readouterr().out
+    assert lm.peft.get_base_model().is_gradient_checkpointing
+    cfg.vram = 32
+    plan.plan_memory(lm, cfg)
+    assert "of 32.0 GiB" in capsys.readouterr().out
+    cfg.max_prompt = 5000
+    with pytest.raises(UserError, match="lower --max-prompt"):
+        plan.plan_memory(lm, cfg)
