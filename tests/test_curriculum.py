@@ -1,100 +1,153 @@
-"""The RL problems of PIT: what is to be improved, by which reward, and in which order."""
+"""Stage 3: what each problem asks, by which reward, held to what, and in which order."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import shake
+from conftest import FakeRun, equal, shake, weights
 
 import curriculum
+import infer
+import reward
 from data import improve_prompt
 from errors import UserError
+from run import shuffled_batch
 
-CFG = SimpleNamespace(rl_batch=8, seed=0, micro_batch=3, max_prompt=48, max_response=12)
-
-
-class FakeRun:
-    """A run in which nothing was trained yet."""
-
-    config = CFG
-
-    def load_trained(self, lm, role):
-        return False
-
-    def stage(self, name, why):
-        return nullcontext()
+OPTIONS = dict(rl_batch=8, rl_steps=3, micro_batch=3, max_prompt=48, max_response=30)
 
 
 @pytest.fixture
-def problem_of(lm, pairs, monkeypatch):
-    """A function: source of y_ref -> the problem that PPO gets to solve, and its other arguments."""
-    monkeypatch.setattr(curriculum, "train", lambda *args, **options: calls.append((args, options)))
-    calls = []
-    for role in ("policy_rl", "pit_sft", "reward_gap"):
-        lm.add(role, head=role == "reward_gap")
+def calls(lm, monkeypatch):
+    """What reaches ppo.train: (arguments, options), one for each stage that is trained."""
+    seen = []
+    monkeypatch.setattr(curriculum, "train", lambda *args, **options: seen.append((args, options)))
+    torch.manual_seed(0)
+    for role in ("policy_sft", "pit_sft", "pit_rl0", "reward_policy", "reward_gap"):
+        lm.add(role, head=role.startswith("reward"))
         shake(lm, role)
-
-    def get(source):
-        curriculum.train_pit_round(lm, FakeRun(), pairs, "pit_rl0", source, "pit_sft", 4)
-        (_, _, _, problem, _), options = calls[-1]
-        return problem, options.pop("reference"), options.pop("reward_role"), options
-
-    return get
+    return seen
 
 
-def test_round_0_improves_each_triple_from_both_of_its_answers(lm, pairs, problem_of):
-    problem, reference, reward_role, options = problem_of("annotated")
-    assert (reference, reward_role, options) == ("pit_sft", "reward_gap", {"shift": 0.0})
-    prompts, _ = problem(0)
-    triples = {
-        tuple(
-            tuple(lm.encode_prompt(improve_prompt(pair.prompt, y_ref)))
-            for y_ref in (pair.rejected, pair.chosen)
-        )
-        for pair in pairs
-    }
-    assert (
-        len(prompts) == 8
-        and {(tuple(a), tuple(b)) for a, b in zip(prompts[:4], prompts[4:])} <= triples
-    )
+def train_round(lm, pairs, source, start="pit_sft", role="pit_rl1"):
+    curriculum.train_pit_round(lm, FakeRun(**OPTIONS), pairs, role, source, start, 4)
 
 
-def test_the_reward_of_an_answer_is_its_gap_and_of_an_unchanged_one_0(lm, pairs, problem_of):
-    problem, *_ = problem_of("annotated")
-    prompts, score = problem(0)
-    lm.activate("reward_gap")
-    by_prompt = {
-        tuple(lm.encode_prompt(improve_prompt(pair.prompt, y_ref))): (y_ref, other)
-        for pair in pairs
-        for y_ref, other in ((pair.rejected, pair.chosen), (pair.chosen, pair.rejected))
-    }
-    answers = [
-        [lm.encode_response(by_prompt[tuple(prompt)][which]) for prompt in prompts]
-        for which in (0, 1)
-    ]
+def triples_of(pairs, size, step=0):
+    return [pairs[row] for row in shuffled_batch(len(pairs), size, step, 0)]
+
+
+def test_the_policy_answers_prompts_for_r_p_and_is_held_to_sft(lm, pairs, calls):
+    curriculum.train_policy_rl(lm, FakeRun(**OPTIONS), pairs)
+    (args, options), *_ = calls
+    assert args[2] == "policy_rl" and args[4] == 3
+    assert options == dict(reference="policy_sft", reward_role="reward_policy")
+    assert equal(weights(lm, "policy_rl"), weights(lm, "policy_sft"))
+    problem = args[3]
+    chosen = triples_of(pairs, 8, step=1)
+    prompts, score = problem(1)
+    assert prompts == [lm.encode_prompt(pair.prompt) for pair in chosen]
+    # R_P, from the states of R_P
+    lm.activate("reward_policy")
+    tokens = lm.collate(prompts, [lm.encode_response(pair.rejected) for pair in chosen])
     with torch.no_grad():
-        same, other = (lm.collate(prompts, texts) for texts in answers)
-        gaps = [score(tokens, lm.hidden(tokens)) for tokens in (same, other)]
-        expected = lm.scores("reward_gap", other) - lm.scores("reward_gap", same)
-    torch.testing.assert_close(gaps[0], torch.zeros(8), atol=1e-4, rtol=0)
-    torch.testing.assert_close(gaps[1], expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(score(tokens, lm.hidden(tokens)), lm.scores("reward_policy", tokens))
+
+
+@pytest.mark.parametrize("source, start", [("annotated", "pit_sft"), ("policy", "pit_rl0")])
+def test_a_round_starts_where_it_is_told_and_is_held_to_pit_sft(lm, pairs, calls, source, start):
+    train_round(lm, pairs, source, start)
+    (args, options), *_ = calls
+    assert args[2] == "pit_rl1" and args[4] == 4
+    assert equal(weights(lm, "pit_rl1"), weights(lm, start))
+    # a shift of 0: an answer as good as y_ref has the reward 0
+    assert options == dict(reference="pit_sft", reward_role="reward_gap", shift=0.0)
+
+
+def test_annotated_triples_are_improved_from_both_of_their_answers(lm, pairs, calls):
+    train_round(lm, pairs, "annotated")
+    prompts, _ = calls[0][0][3](1)
+    triples = triples_of(pairs, 4, step=1)
+    chats = [improve_prompt(pair.prompt, pair.rejected) for pair in triples]
+    chats += [improve_prompt(pair.prompt, pair.chosen) for pair in triples]
+    assert prompts == [lm.encode_prompt(chat) for chat in chats]
+
+
+@pytest.mark.parametrize("source, writer", [("policy", "policy_rl"), ("sft", "policy_sft")])
+def test_later_rounds_improve_what_a_policy_writes(lm, pairs, calls, monkeypatch, source, writer):
+    asked = []
+
+    def answer(role, chats, cfg, temperature=1.0):
+        asked.append((role, chats, temperature))
+        return [f"text {number}" for number in range(len(chats))]
+
+    monkeypatch.setattr(lm, "answer", answer)
+    train_round(lm, pairs, source)
+    prompts, _ = calls[0][0][3](1)
+    chats = [pair.prompt for pair in triples_of(pairs, 8, step=1)]
+    assert asked == [(writer, chats, 1.0)]
+    expected = [improve_prompt(x, f"text {number}") for number, x in enumerate(chats)]
+    assert prompts == [lm.encode_prompt(chat) for chat in expected]
+
+
+def test_given_answers_are_improved_where_every_pair_has_one(lm, pairs, calls):
+    given = [SimpleNamespace(prompt=pair.prompt, given=f"a {i}") for i, pair in enumerate(pairs)]
+    curriculum.check_given(["given"], given)
+    with pytest.raises(UserError, match="response"):
+        curriculum.check_given(["given"], [*given, SimpleNamespace(given=None)])
+    train_round(lm, given, "given")
+    prompts, _ = calls[0][0][3](1)
+    expected = [improve_prompt(pair.prompt, pair.given) for pair in triples_of(given, 8, step=1)]
+    assert prompts == [lm.encode_prompt(chat) for chat in expected]
+
+
+def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, monkeypatch):
+    cfg = FakeRun(**OPTIONS).config
+    triples = triples_of(pairs, 4)
+    better, worse = [pair.chosen for pair in triples], [pair.rejected for pair in triples]
+    chats = [pair.prompt for pair in triples] * 2
+    y_ref, y = worse + better, better + worse
+
+    def read(texts):
+        prompts = [lm.encode_prompt(improve_prompt(x, ref)) for x, ref in zip(chats, y_ref)]
+        tokens = lm.collate(prompts, [lm.encode_response(text) for text in texts])
+        return tokens, lm.hidden(tokens)
+
+    def near(gaps, expected):
+        torch.testing.assert_close(gaps, expected, atol=1e-4, rtol=1e-4)
+
+    # by definition: r(x, y, y_ref) - r(x, y_ref, y_ref)
+    lm.activate("reward_gap")
+    with torch.no_grad():
+        changed, copied = read(y), read(y_ref)
+        of_changed, of_copied = (
+            lm.scores_from_states("reward_gap", *both) for both in (changed, copied)
+        )
+    expected = of_changed - of_copied
     assert expected.abs().max() > 0.01
-
-
-def test_round_1_improves_what_the_policy_writes(lm, pairs, problem_of, monkeypatch):
-    writers = []
-    generate = lm.generate
-    monkeypatch.setattr(
-        lm, "generate", lambda role, *args: writers.append(role) or generate(role, *args)
-    )
-    prompts, _ = problem_of("policy")[0](0)
-    assert writers == ["policy_rl"] and len(prompts) == 8
+    # evaluation
+    near(reward.gaps(lm, chats, y, y_ref, cfg), expected)
+    # training
+    train_round(lm, pairs, "annotated")
+    _, score = calls[0][0][3](0)
+    near(score(*changed), expected)
+    near(score(*copied), torch.zeros(8))
+    # infer
+    monkeypatch.setattr(lm, "answer", lambda role, chats, cfg, temperature: y[: len(chats)])
+    settings = infer.Settings("pit_rl1", 1, temperature=1.0, stop="rounds", seconds=0.0, seed=0)
+    texts, gaps = zip(*infer.iterate(lm, cfg, settings, chats[0], response=y_ref[0]))
+    assert texts == (y_ref[0], y[0]) and gaps[1] == pytest.approx(expected[0].item(), abs=1e-4)
 
 
 def test_rounds_follow_each_other_and_share_out_all_iterations():
     plan = curriculum.rounds(["annotated", "sft", "policy"], 32, "pit_rl")
+    assert [role for role, *_ in plan] == ["pit_rl0", "pit_rl1", "pit_rl2"]
     assert [start for _, _, start, _ in plan] == ["pit_sft", "pit_rl0", "pit_rl1"]
-    assert sum(steps for *_, steps in plan) == 32 and all(steps in (10, 11) for *_, steps in plan)
+    assert [steps for *_, steps in plan] == [10, 11, 11]
+
+
+def test_a_curriculum_is_a_list_of_sources():
+    assert curriculum.parse("annotated, policy") == ["annotated", "policy"]
     with pytest.raises(UserError, match="human"):
         curriculum.parse("annotated,human")
+    for name in curriculum.CURRICULA:
+        curriculum.parse(name)

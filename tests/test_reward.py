@@ -1,32 +1,24 @@
-"""The losses of stage 2."""
+"""Stage 2: the losses, what the reward models learn, and what they say of texts."""
 
 import math
 
 import pytest
 import torch
-from conftest import shake
+from conftest import FakeRun, equal, shake, weights
 
 import reward
 from data import improve_prompt
-from run import Run
 
-ORDER = [
-    "ww",
-    "lw",
-    "wl",
-    "ll",
-]  # of the scores of a pair: y_w and y_l after (x, y_w), then after (x, y_l)
+ORDER = ["ww", "lw", "wl", "ll"]  # the scores of y_w and y_l after (x, y_w), then after (x, y_l)
+OPTIONS = dict(rm_steps=10, rm_batch=6, rm_lr=3e-3, max_response=30)
 
 
-def test_bradley_terry_at_a_tie_is_log_2():
-    assert math.isclose(
-        reward.bradley_terry(torch.tensor(3.0), torch.tensor(3.0)).item(), math.log(2), rel_tol=1e-6
-    )
+# ---- the losses --------------------------------------------------------------------------------
 
 
 def test_bradley_terry_is_minus_the_log_probability_of_the_preference():
-    loss = reward.bradley_terry(torch.tensor(2.0), torch.tensor(0.5)).item()
-    assert math.isclose(loss, -math.log(1 / (1 + math.exp(-1.5))), rel_tol=1e-6)
+    loss = reward.bradley_terry(torch.tensor([2.0, 3.0]), torch.tensor([0.5, 3.0])).tolist()
+    assert loss == pytest.approx([math.log(1 + math.exp(-1.5)), math.log(2)])
 
 
 def test_eq_2_by_hand_and_only_its_five_terms():
@@ -46,6 +38,13 @@ def test_eq_2_by_hand_and_only_its_five_terms():
         assert math.isclose(tensors[name].grad.item(), slope, rel_tol=1e-9)
 
 
+def test_the_ablation_has_the_first_three_terms_only():
+    r = {"wl": 1.7, "ww": 0.4, "ll": -0.3, "lw": -1.1}
+    by_hand = sum(math.log(1 + math.exp(r[b] - r["wl"])) for b in ("ww", "ll", "lw"))
+    loss = reward.three_terms(*(torch.tensor(r[name]) for name in ORDER)).item()
+    assert loss == pytest.approx(by_hand)
+
+
 def test_eq_2_ignores_a_common_shift_and_is_least_with_the_middles_halfway():
     def loss(middle, shift=0.0):
         r = {"wl": 1.0, "ww": middle, "ll": middle, "lw": -1.0}
@@ -56,64 +55,143 @@ def test_eq_2_ignores_a_common_shift_and_is_least_with_the_middles_halfway():
 
 
 def test_centring_holds_no_change_at_0_where_eq_2_has_lost_its_pull():
-    r = {
-        "wl": 20.0,
-        "ww": 6.0,
-        "ll": -3.0,
-        "lw": -20.0,
-    }  # far apart: the sigmoids of Eq. 2 are flat
+    # far apart: the sigmoids of Eq. 2 are flat
+    r = {"wl": 20.0, "ww": 6.0, "ll": -3.0, "lw": -20.0}
     for loss_of, pull in ((reward.gap_loss, 0.0), (reward.centred_gap_loss, 2 * reward.CENTRE)):
         tensors = {name: torch.tensor(value, requires_grad=True) for name, value in r.items()}
         loss_of(*(tensors[name] for name in ORDER)).backward()
         for name in r:
-            expected = (
-                pull * r[name] if name in ("ww", "ll") else 0.0
-            )  # only the two scores of "no change" are held
+            # only the two scores of "no change" are held
+            expected = pull * r[name] if name in ("ww", "ll") else 0.0
             assert tensors[name].grad.item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_scores_of_a_pair_are_those_of_its_transcripts_one_by_one(lm, pairs):
-    lm.add("role", head=True)
-    shake(lm, "role")
-    together = reward.score_pairs(lm, "role", reward.gap_contexts, pairs, 5)
-    by_name = {"w": "chosen", "l": "rejected"}
-    for scores, name in zip(together, ORDER):
-        y, y_ref = ([getattr(pair, by_name[letter]) for pair in pairs] for letter in name)
-        prompts = [
-            lm.encode_prompt(improve_prompt(pair.prompt, text)) for pair, text in zip(pairs, y_ref)
-        ]
-        with torch.no_grad():
-            alone = lm.scores("role", lm.collate(prompts, [lm.encode_response(text) for text in y]))
-        torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
+# ---- training ----------------------------------------------------------------------------------
 
 
-def test_candidates_that_share_a_prompt_have_the_gradients_of_separate_ones(lm, pairs):
+def test_r_p_and_the_judge_start_from_the_base_and_r_pit_from_r_p(lm, pairs, monkeypatch):
+    for role in ("policy_sft", "pit_sft"):
+        lm.add(role)
+        shake(lm, role)
+    starts = {}
+
+    def train(lm, run, role, *others):
+        starts[role] = weights(lm, role)
+        shake(lm, role)
+        starts[f"{role}, trained"] = weights(lm, role)
+
+    monkeypatch.setattr(reward, "train", train)
+    run = FakeRun(**OPTIONS)
+    reward.train_policy_reward(lm, run, pairs, pairs)
+    reward.train_policy_reward(lm, run, pairs, pairs, role="judge")
+    reward.train_gap_reward(lm, run, pairs, pairs)
+    adapters_only = len(weights(lm, "blank"))
+    for role in ("reward_policy", "judge"):
+        assert equal(starts[role][:adapters_only], weights(lm, "blank"))
+        assert len(starts[role]) > adapters_only  # and a head
+    assert equal(starts["reward_gap"], starts["reward_policy, trained"])
+    assert run.kept == ["reward_policy", "judge", "reward_gap"]
+
+
+@pytest.mark.parametrize("contexts_of", [reward.answer_contexts, reward.gap_contexts])
+def test_one_step_by_hand(lm, pairs, monkeypatch, contexts_of):
+    """Loss, accuracy and gradient in micro-batches, against transcripts one by one."""
+    pairs = pairs[:5]
     lm.add("role", head=True)
     shake(lm, "role")
-    parameters = lm.parameters("role")
-    prompts = [lm.encode_prompt(pair.prompt) for pair in pairs]
-    candidates = [
-        [lm.encode_response(pair.chosen), lm.encode_response(pair.rejected)] for pair in pairs
+    seen = []
+
+    def take_step(optimizer, lr, advice):
+        seen.extend(p.grad for p in optimizer.param_groups[0]["params"])
+        return 0.0
+
+    monkeypatch.setattr(reward, "take_step", take_step)
+    run = FakeRun(**OPTIONS | dict(rm_steps=1, rm_batch=5, micro_batch=2))
+    loss_of = reward.bradley_terry
+    if contexts_of == reward.gap_contexts:
+        loss_of = reward.centred_gap_loss
+    reward.train(lm, run, "role", contexts_of, loss_of, pairs)
+
+    losses, right = [], []
+    for pair in pairs:
+        prompts = [pair.prompt]
+        if contexts_of == reward.gap_contexts:
+            prompts = [improve_prompt(pair.prompt, y) for y in (pair.chosen, pair.rejected)]
+        r = []  # in the order of ORDER
+        for prompt in prompts:
+            for y in (pair.chosen, pair.rejected):
+                alone = lm.collate([lm.encode_prompt(prompt)], [lm.encode_response(y)])
+                r.append(lm.scores("role", alone)[0])
+            right.append(float(r[-2] > r[-1]))
+        losses.append(loss_of(*r))
+    loss = sum(losses) / len(losses)
+    expected = torch.autograd.grad(loss, lm.parameters("role"))
+    assert run.lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert run.lines[0]["accuracy"] == pytest.approx(sum(right) / len(right))
+    for ours, plain in zip(seen, expected):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-3)
+
+
+def test_trained_on_pairs_both_models_know_which_text_is_better(lm, pairs, rates):
+    """Through the functions that RL, evaluation and `infer` use."""
+    run = FakeRun(**OPTIONS)
+    chats = [pair.prompt for pair in pairs]
+    better, worse = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+
+    reward.train_policy_reward(lm, run, pairs, pairs)
+    scores = [
+        reward.rewards(lm, "reward_policy", chats, texts, run.config) for texts in (better, worse)
     ]
-    shared = lm.scores_of_candidates("role", prompts, candidates)
-    alone = torch.stack(
-        [lm.scores("role", lm.collate(prompts, list(texts))) for texts in zip(*candidates)], 1
+    assert (scores[0] > scores[1]).float().mean() > 0.8
+    # two steps to warm up, which is WARMUP of ten, then down to 0
+    schedule = [0.5, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert rates == pytest.approx([3e-3 * share for share in schedule])
+
+    reward.train_gap_reward(lm, run, pairs, pairs)
+    up, down, copy = (
+        reward.gaps(lm, chats, answers, references, run.config)
+        for answers, references in ((better, worse), (worse, better), (worse, worse))
     )
-    torch.testing.assert_close(shared, alone, atol=1e-4, rtol=1e-4)
-    weights = torch.randn_like(shared)
-    for a, b in zip(
-        *(torch.autograd.grad((scores * weights).sum(), parameters) for scores in (shared, alone))
-    ):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    assert (up > 0).float().mean() > 0.8 and (down < 0).float().mean() > 0.8
+    assert up.mean() > 1 and down.mean() < -1
+    assert copy.tolist() == [0.0] * len(pairs)
+
+    # what is stored of the held-out pairs is what these texts show
+    held_out = run.results()["reward"]
+    accuracy = (scores[0] > scores[1]).float().mean().item()
+    assert held_out["reward_policy"]["accuracy"] == pytest.approx(accuracy)
+    accuracy = torch.cat([up > 0, down < 0]).float().mean().item()
+    assert held_out["reward_gap"]["accuracy"] == pytest.approx(accuracy)
+    by_gap_model = reward.pair_gaps(lm, "reward_gap", pairs, 5)
+    torch.testing.assert_close(by_gap_model, torch.stack([up, down]), atol=1e-3, rtol=1e-3)
+    by_r_p = reward.pair_gaps(lm, "reward_policy", pairs, 5)
+    torch.testing.assert_close(by_r_p[0], scores[0] - scores[1], atol=1e-3, rtol=1e-3)
+    assert torch.equal(by_r_p[1], -by_r_p[0])
 
 
-def test_training_learns_to_prefer_the_better_answers(lm, pairs, tmp_path):
-    run = Run.start(
-        tmp_path / "run",
-        dict(seed=0, rm_steps=12, rm_batch=12, rm_lr=3e-3, micro_batch=12, save_every=100),
-    )
-    lm.add("reward", head=True)
-    with run.stage("reward", "which answer is better?"):
-        reward.train(lm, run, "reward", reward.answer_contexts, reward.bradley_terry, pairs)
-    losses = [line["loss"] for line in run.metrics()]
-    assert losses[-1] < 0.6 * losses[0]
+def test_held_out_measures_by_hand():
+    ww, lw = torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 1.0])
+    wl, ll = torch.tensor([3.0, 2.0]), torch.tensor([0.0, -1.0])
+    measured = reward.measure_gaps(ww, lw, wl, ll)
+    # the first pair is in order, of the second y_l after y_w is not
+    assert measured["accuracy"] == 0.75 and measured["order"] == 0.5
+    assert measured["no_change"] == 0.0
+    assert measured["no_change_std"] == pytest.approx(math.sqrt(2 / 3))
+    assert measured["middle"] == pytest.approx(1.0 / 3.0)
+    means = [measured[f"mean_{name}"] for name in ("wl", "ww", "ll", "lw")]
+    assert means == pytest.approx([2.5, 0.5, -0.5, -0.5])
+
+
+def test_an_answer_that_was_cut_off_is_scored_without_an_end(lm, pairs):
+    """RL sees it so: evaluation and `infer` must not reward an EOS that nobody wrote."""
+    cfg = FakeRun(max_response=5).config
+    ids = lm.encode_response(pairs[0].chosen)
+    assert reward.encode_written(lm, lm.decode([ids[:5]])[0], cfg) == ids[:5]
+    assert reward.encode_written(lm, lm.decode([ids[:4]])[0], cfg) == [*ids[:4], lm.eos]
+
+
+def test_a_model_that_has_learned_nothing_is_pointed_out(lm):
+    run = FakeRun()
+    for accuracy in (0.55, 0.45):
+        reward.finish(lm, run, "role", {"accuracy": accuracy}, n=1000)
+    assert len(run.warnings) == 1 and "role is no better than chance" in run.warnings[0]

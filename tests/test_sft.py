@@ -1,10 +1,38 @@
-"""The losses of stage 1."""
+"""Stage 1: what is learned from what, and by which loss."""
 
-import math
-
+import pytest
 import torch
+from conftest import FakeRun
 
 import sft
+from data import improve_prompt, synthetic_pairs
+
+OPTIONS = dict(sft_steps=6, sft_batch=8, sft_lr=1.5e-3, keep_better=0.0, unlikelihood=0.0)
+
+
+def policy_examples(lm, pairs, y):
+    """x -> y for each pair, token ids; y is "chosen" or "rejected"."""
+    return [(lm.encode_prompt(pair.prompt), lm.encode_response(getattr(pair, y))) for pair in pairs]
+
+
+def pit_examples(lm, pairs, y_ref, y):
+    """x, y_ref -> y for each pair."""
+    prompts = [improve_prompt(pair.prompt, getattr(pair, y_ref)) for pair in pairs]
+    return [
+        (lm.encode_prompt(prompt), lm.encode_response(getattr(pair, y)))
+        for prompt, pair in zip(prompts, pairs)
+    ]
+
+
+def rise(lm, role, examples):
+    """By how much training has raised the log-probability of an answer, in nats per answer."""
+    tokens = lm.collate(*zip(*examples))
+    with torch.no_grad():
+        lm.activate(role)
+        after = (lm.logprobs(tokens) * tokens.response_mask).sum()
+        lm.activate("blank")
+        before = (lm.logprobs(tokens) * tokens.response_mask).sum()
+    return (after - before).item() / len(examples)
 
 
 def test_log_likelihood_counts_answer_tokens_only():
@@ -12,35 +40,97 @@ def test_log_likelihood_counts_answer_tokens_only():
     assert sft.log_likelihood(logprobs, torch.tensor([[1, 1, 0]])).item() == -3.0
 
 
-def test_unlikelihood_is_exact_at_both_ends():
-    for s in (-1e-3, -0.1, -0.693, -0.7, -5.0, -40.0):
-        value = sft.log_unlikelihood(
-            torch.tensor([[s, -9.0]], dtype=torch.float64), torch.tensor([[1, 0]])
-        ).item()
-        assert math.isclose(value, math.log1p(-math.exp(s)), rel_tol=1e-9)
+def test_unlikelihood_is_log_1_minus_p_of_each_answer_token():
+    s = torch.tensor([[-1e-3, -0.7, -40.0, -9.0]], dtype=torch.float64, requires_grad=True)
+    value = sft.log_unlikelihood(s, torch.tensor([[1, 1, 1, 0]]))
+    value.backward()
+    p = s.detach().exp()[0, :3]
+    torch.testing.assert_close(value, torch.log1p(-p).sum())
+    odds = torch.cat([p / (1 - p), torch.zeros(1)])  # the last one is padding
+    torch.testing.assert_close(s.grad[0], -odds)  # d log(1 - p) / d log p
 
 
-def test_unlikelihood_gradient_is_finite_and_minus_the_odds():
-    s = torch.tensor([[-1e-8], [-0.3], [-2.0], [-80.0]], dtype=torch.float64, requires_grad=True)
-    sft.log_unlikelihood(s, torch.ones(4, 1)).backward()
-    p = s.detach().exp()
-    assert torch.isfinite(s.grad).all()
-    torch.testing.assert_close(s.grad[1:], (-p / (1 - p))[1:])  # d log(1 - p) / d log p
+def test_unlikelihood_stays_finite_where_the_model_is_certain():
+    s = torch.tensor([[0.0, -1e-9]], requires_grad=True)
+    value = sft.log_unlikelihood(s, torch.ones(1, 2))
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(s.grad).all()
 
 
-def test_unlikelihood_pushes_the_probability_of_the_sequence_down(lm, pairs):
-    from models import adamw, take_step
+def test_the_policy_learns_to_write_better_answers_it_has_not_seen(lm):
+    """The likelihood of the worse ones rises, too: the base knows flawless answers only."""
+    pairs = synthetic_pairs(56, seed=1)
+    sft.train_policy(lm, FakeRun(**OPTIONS), pairs[:48])
+    assert rise(lm, "policy_sft", policy_examples(lm, pairs[48:], "chosen")) > 0.2
 
-    lm.add("role")
-    tokens = lm.collate(
-        [lm.encode_prompt(pairs[0].prompt)], [lm.encode_response(pairs[0].chosen)[:3]]
-    )
-    optimizer = adamw(lm.parameters("role"), lr=1e-3)
+
+def test_pit_learns_to_go_from_the_worse_answer_to_the_better_one(lm):
+    pairs = synthetic_pairs(56, seed=1)
+    sft.train_pit(lm, FakeRun(**OPTIONS), pairs[:48])
+    better = rise(lm, "pit_sft", pit_examples(lm, pairs[48:], "rejected", "chosen"))
+    worse = rise(lm, "pit_sft", pit_examples(lm, pairs[48:], "chosen", "rejected"))
+    assert better > 0.2 and better > worse + 0.2
+
+
+def test_each_term_reads_and_writes_the_answers_of_its_formula(lm, pairs, monkeypatch):
     seen = []
-    for _ in range(4):
-        lm.activate("role", train=True)
-        logprobs = lm.logprobs(tokens)
-        seen.append(logprobs.sum().item())
-        (-sft.log_unlikelihood(logprobs, tokens.response_mask)).backward()
-        take_step(optimizer, lr=1e-3)
-    assert seen == sorted(seen, reverse=True) and seen[-1] < seen[0] - 0.05
+    monkeypatch.setattr(sft, "train", lambda lm, run, role, terms: seen.append(terms))
+    sft.train_policy(lm, FakeRun(**OPTIONS), pairs)
+    assert seen.pop() == [(1.0, sft.log_likelihood, policy_examples(lm, pairs, "chosen"))]
+    for beta, gamma in ((0.0, 0.0), (0.3, 0.2)):
+        options = OPTIONS | dict(keep_better=beta, unlikelihood=gamma)
+        sft.train_pit(lm, FakeRun(**options), pairs)
+    improve = (1.0, sft.log_likelihood, pit_examples(lm, pairs, "rejected", "chosen"))
+    keep = (0.3, sft.log_likelihood, pit_examples(lm, pairs, "chosen", "chosen"))
+    never_worsen = (0.2, sft.log_unlikelihood, pit_examples(lm, pairs, "chosen", "rejected"))
+    assert seen == [[improve], [improve, keep, never_worsen]]
+
+
+def test_the_gradient_is_that_of_the_mean_over_answer_tokens(lm, pairs, monkeypatch):
+    """Two weighted terms in micro-batches, against a plain loop over rows."""
+    terms = [
+        (1.0, sft.log_likelihood, policy_examples(lm, pairs, "chosen")),
+        (0.3, sft.log_unlikelihood, policy_examples(lm, pairs, "rejected")),
+    ]
+    seen = []
+
+    def take_step(optimizer, lr, advice):
+        seen.extend(p.grad for p in optimizer.param_groups[0]["params"])
+        return 0.0
+
+    monkeypatch.setattr(sft, "take_step", take_step)
+    run = FakeRun(**OPTIONS | dict(sft_steps=1, sft_batch=len(pairs), micro_batch=5))
+    sft.train(lm, run, "role", terms)
+
+    loss = 0.0
+    for weight, _, examples in terms:
+        n_tokens = sum(len(response) for _, response in examples)
+        for prompt, response in examples:
+            logits = lm.peft(input_ids=torch.tensor([prompt + response])).logits[0]
+            logprobs = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt + response) - 1)]
+            p = logprobs.gather(1, torch.tensor(response)[:, None]).exp()
+            value = p.log().sum() if weight == 1.0 else torch.log(1 - p).sum()
+            loss = loss - weight * value / n_tokens
+    expected = torch.autograd.grad(loss, lm.parameters("role"))
+    assert run.lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for ours, plain in zip(seen, expected):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-3)
+
+
+def test_each_pass_sees_every_pair_once_while_the_learning_rate_falls_to_0(
+    lm, pairs, rates, monkeypatch
+):
+    seen = []
+    collate = lm.collate
+
+    def spy(prompts, responses):
+        seen.extend(tuple(prompt) for prompt in prompts)
+        return collate(prompts, responses)
+
+    monkeypatch.setattr(lm, "collate", spy)
+    run = FakeRun(**OPTIONS | dict(sft_steps=6, sft_batch=4, sft_lr=6e-3))
+    sft.train_policy(lm, run, pairs)
+    once = sorted(tuple(lm.encode_prompt(pair.prompt)) for pair in pairs)
+    assert sorted(seen[:12]) == sorted(seen[12:]) == once and seen[:12] != seen[12:]
+    assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+    assert run.kept == ["policy_sft"]
