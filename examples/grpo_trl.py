@@ -1,30 +1,26 @@
-"""Beyond one GPU: PIT's round 0 by TRL's GRPO, with the gap of a finished run as the reward.
+"""Beyond one GPU: PIT's round 0 by TRL's GRPO, with the gap of a finished run as its reward.
 
     pip install trl==1.16.0
     python examples/grpo_trl.py runs/tiny
     torchrun --nproc_per_node 2 examples/grpo_trl.py runs/tiny
 
-GRPO samples a group of answers to each (x, y_ref), and those with the larger gaps win. Options are the
-run's: as many answers as its own round 0. TRL adds what we leave out: many GPUs, DeepSpeed, vLLM.
+The options are those of the run: as many answers as in its own round 0, and as many updates.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets  # on Windows it must be imported before torch
-import torch
+from datasets import Dataset  # on Windows it must be imported before torch  # isort: skip
 from accelerate import PartialState
-from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 import data
 import pit
 from evaluate import compare
 from judges import judges_by_name
-from models import export, load_model
+from models import export
 from reward import gaps
 
 run = pit.open_run(Path(sys.argv[1]))
@@ -32,7 +28,8 @@ cfg, out = run.config, run.path.with_name(run.path.name + "-grpo")
 lm = pit.load_base(cfg)
 for role in ("policy_rl", "pit_sft", "pit_rl0", "reward_gap"):
     run.load_trained(lm, role)
-parts = data.load_parts(cfg, lm, *data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad))
+pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
+parts = data.load_parts(cfg, lm, pairs)
 
 # round 0 starts as M_PIT^SFT; the first process writes that as a whole model
 start = out / "pit_sft"
@@ -55,7 +52,7 @@ def gap(completions, x, y_ref, **other_columns):
 minibatches = cfg.rl_batch // cfg.minibatch
 settings = GRPOConfig(
     output_dir=str(out),
-    per_device_train_batch_size=cfg.minibatch // int(os.environ.get("WORLD_SIZE", 1)),
+    per_device_train_batch_size=cfg.minibatch // PartialState().num_processes,
     steps_per_generation=minibatches,
     num_iterations=cfg.epochs,
     max_steps=cfg.rl_steps * cfg.epochs * minibatches,
@@ -63,19 +60,16 @@ settings = GRPOConfig(
     max_completion_length=cfg.max_response,
     learning_rate=cfg.rl_lr,
     beta=cfg.kl,
-    bf16=torch.cuda.is_available(),
+    bf16=lm.device.type == "cuda",
     save_strategy="no",
-    logging_steps=cfg.epochs * minibatches,
 )
-lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=cfg.target_modules)
-dataset = datasets.Dataset.from_list(rows)
-trainer = GRPOTrainer(str(start), gap, settings, dataset, peft_config=lora)
+trainer = GRPOTrainer(str(start), gap, settings, Dataset.from_list(rows), peft_config=lm.lora)
 trainer.train()
 trainer.save_model()
 
 # judge as `python pit.py eval` does: who beats the policy's answers to held-out prompts?
-if trainer.accelerator.is_main_process:
-    grpo = load_model(str(start), 16, cfg.lora_r, cfg.lora_alpha, cfg.target_modules)
+if PartialState().is_main_process:
+    grpo = pit.load_base(cfg, model=str(start), bits=16)
     grpo.load("grpo", out)
     judge = next(iter(judges_by_name([], lm, cfg).values()))
     prompts = [pair.prompt for pair in parts["held_out"][: cfg.eval_n]]

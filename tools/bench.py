@@ -10,6 +10,7 @@ has a process to itself, so that its peak memory is its own. `stages` calls the 
 a run calls, on random texts that are as long as the options allow.
 """
 
+import inspect
 import io
 import random
 import resource
@@ -31,12 +32,12 @@ import typer
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import curriculum
+import pit
 import ppo
 import reward
 import sft
-from data import Pair, load_pairs, shorten
+from data import Pair, load_pairs, max_length, shorten
 from models import TINY, adamw, load_model
-from pit import PRESETS
 from plan import estimate_memory, plan_memory
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -238,7 +239,7 @@ class Stopwatch:
 def stages(
     model: str = "tiny",
     bits: int = 4,
-    vram: float = 6.0,
+    vram: float = None,
     batch: int = 0,
     steps: int = 2,
 ):
@@ -273,16 +274,12 @@ def stages(
 
 
 def default_options(model, vram, steps):
-    """The options that `python pit.py all --model MODEL --vram VRAM` would have, with few steps."""
-    options = PRESETS["tiny" if model == "tiny" else "real"]
-    if vram < 6 and model != "tiny":
-        options = options | PRESETS["small"]
-    cfg = SimpleNamespace(**options, model=model, vram=vram, seed=0)
-    cfg.sft_steps = cfg.rm_steps = cfg.rl_steps = steps
-    cfg.sft_batch = cfg.rm_batch = 32
-    cfg.rounds, cfg.epochs, cfg.temperature = "annotated,policy", 2, 1.0
-    cfg.keep_better = cfg.unlikelihood = cfg.target_kl = 0.0
-    return cfg
+    """The options that `python pit.py all --model MODEL --vram VRAM` would have, but few steps."""
+    signature = inspect.signature(pit.run_all)
+    options = {name: option.default for name, option in signature.parameters.items()}
+    options = pit.fill_in(options | {"model": model, "vram": vram}, smoke=False)
+    options |= {"sft_steps": steps, "rm_steps": steps, "rl_steps": steps}
+    return SimpleNamespace(**options)
 
 
 def random_pair(lm, cfg, seed):
@@ -304,7 +301,7 @@ def all_stages(lm, run, pairs):
     """-> [(name, tokens that a step reads, or in RL writes, function that trains)]."""
     cfg, held_out = run.config, pairs[:1]
     x, y = cfg.max_prompt, cfg.max_response
-    improve = x + y + 16  # x, y_ref, "Please improve your answer."
+    improve = max_length(cfg) - y  # x, y_ref, "Please improve your answer."
     round_of = partial(curriculum.train_pit_round, lm, run, pairs)
     steps = cfg.rl_steps
     return [

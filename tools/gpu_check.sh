@@ -19,10 +19,10 @@ part() {
     local name=$1 lines=$2 started=$SECONDS result
     shift 2
     printf '\n== %s\n' "$name"
-    timeout $((deadline > SECONDS ? deadline - SECONDS : 1)) "$@" >"$work/log" 2>&1
+    timeout -k 5 $((deadline > SECONDS ? deadline - SECONDS : 1)) "$@" >"$work/log" 2>&1
     case $? in
         0) result=ok ;;
-        124) result="out of time" ;;
+        124 | 137) result="out of time" ;;
         *) result=FAILED; lines=40 ;;
     esac
     tr '\r' '\n' <"$work/log" | tail -n "$lines"
@@ -48,10 +48,10 @@ END
 # Kill a run in the middle of a stage, start it again, and compare it with the run that was left alone.
 resume() {
     python pit.py all --smoke --save-every 1 --run "$work/killed" >/dev/null 2>&1 &
-    local pid=$! tries=0
+    local pid=$!
     until ls "$work"/killed/checkpoints/pit_rl0/0* >/dev/null 2>&1; do
         sleep 0.2
-        kill -0 $pid 2>/dev/null && ((tries += 1)) && ((tries < 1500)) || return 1
+        kill -0 $pid 2>/dev/null || return 1  # it ended before it could be killed
     done
     kill -9 $pid
     wait $pid 2>/dev/null
