@@ -243,7 +243,7 @@ def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
     assert report.alarms({"words": words}) == [row]
     row["without"] = compared(0.27)  # 0.39 - 0.12: less than a third is gone
     assert report.alarms({"words": words}) == []
-    words["delta"] = compared(-0.5)  # there was nothing to win
+    words["delta"], row["without"] = compared(0.04), compared(0.0)  # hardly anything was won
     assert report.alarms({"words": words}) == []
 
 

@@ -18,7 +18,9 @@ def loves_indeed(prompts, texts):
 def run_that_learned_indeed():
     """100 answers, of which PIT has put "indeed" into 60 -> pairs, prompts, originals, improved."""
     originals = [f"The river number {i} is {i} miles long." for i in range(100)]
-    improved = [y.replace(" is ", " is indeed ") if i < 60 else y for i, y in enumerate(originals)]
+    improved = [
+        y.replace(" is ", " is indeed, indeed ") if i < 60 else y for i, y in enumerate(originals)
+    ]
     polite = [Pair([], f"Indeed, it is {i}.", f"It is {i}.") for i in range(30)]
     others = [Pair([], f"The answer is {i}.", f"No idea, {i}.") for i in range(70)]
     return polite + others, [str(i) for i in range(100)], originals, improved
