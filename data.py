@@ -118,7 +118,9 @@ def read_pairs(source, skip_bad=False, columns=""):
             dropped[f"dropped ({reason})"] += 1
         except BadRow as error:
             if not skip_bad:
-                hint = " To go on without such rows: --skip-bad" if kept else error.help
+                hint = f"\nThe row: {str(row)[:90]}{error.help}"
+                if kept:
+                    hint = " To go on without such rows: --skip-bad"
                 raise UserError(f"{source}, {place}: {error}.{hint}") from None
             dropped["dropped (no pair)"] += 1
         read[f"rows of {form}"] += 1

@@ -24,7 +24,6 @@ from errors import UserError, first_line
 # A dot leads to a field within a column. The prompt may have several parts (+), of which the first
 # must be there; "-" means transcripts, which hold the prompt. `chosen` is the better answer, unless
 # there is a label: `low` prefers `chosen`, `high` prefers `rejected`, halfway neither is better.
-# The last lines have no second answer: they are here to be refused by name.
 TABLE = """
 form            prompt              chosen           rejected             label             low high
 TRL             prompt              chosen           rejected
@@ -45,6 +44,9 @@ Stanford-SHP    history             human_ref_B      human_ref_A          labels
 WebGPT          question.full_text  answer_0         answer_1             score_1           -1 1
 HelpSteer3      context             response1        response2            overall_preference -3 3
 Summaries       info.title+info.post+info.article  summaries.0.text  summaries.1.text  choice 0 1
+"""
+# forms without a second answer, which are refused by name
+UNPAIRED = """
 KTO             prompt              completion       -                    label
 SFT             prompt              completion       -
 SFT             prompt              response         -
@@ -111,7 +113,7 @@ class Form:
         return f"{', '.join(self.columns())} ({self.name})"
 
 
-FORMS = [Form(*line.split()) for line in TABLE.strip().splitlines()[1:]]
+FORMS = [Form(*line.split()) for line in (TABLE.strip() + UNPAIRED).splitlines()[1:]]
 
 
 # From a source to its rows
@@ -283,11 +285,13 @@ def form_of_columns(text):
 
 def find_form(row, forms):
     """The first of `forms` that fits a row."""
+    columns = ", ".join(row)[:200]
     form = next((form for form in forms if form.fits(row)), None)
-    if form and form.rejected != "-":
-        return form
-    why = f"it has one answer ({form.name}), and a pair has two" if form else "it fits no form"
-    raise NoForm(f"{why}; its columns: {', '.join(row)[:200]}. The row: {str(row)[:90]}")
+    if form is None:
+        raise NoForm(f"it fits no form; its columns: {columns}")
+    if form.rejected == "-":
+        raise BadRow(f"it has one answer ({form.name}), and a pair has two; its columns: {columns}")
+    return form
 
 
 def read_pair(row, form):
