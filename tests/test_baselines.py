@@ -1,17 +1,21 @@
-"""The baselines and stop rules: what they read, what they cost, when they end."""
+"""The sides of a comparison: what they read, what they cost, and that they are written once."""
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import shake
 
 import baselines
-import infer
+import judges
+from baselines import ORIGINAL, Answers, Key, Side
 from models import LM
 
 
 class Scribe:
-    """A language model that writes a number: how often it was asked. It records who was asked what."""
+    """A language model that writes a number, and records who was asked what."""
 
     def __init__(self):
         self.calls = []
@@ -24,9 +28,8 @@ class Scribe:
 
     def generate(self, role, chats, max_tokens, temperature):
         self.calls += [(role, chat) for chat in chats]
-        return SimpleNamespace(
-            responses=[f"{role} wrote {torch.randint(1000, (1,)).item()}" for _ in chats]
-        )
+        numbers = [torch.randint(1000, (1,)).item() for _ in chats]
+        return SimpleNamespace(responses=[f"{role} wrote {number}" for number in numbers])
 
     def decode(self, texts):
         return texts
@@ -43,104 +46,147 @@ def run(tmp_path):
     return SimpleNamespace(path=tmp_path, config=cfg, adapter=lambda role: tmp_path / role)
 
 
-@pytest.fixture(autouse=True)
-def first_is_best(monkeypatch):
-    monkeypatch.setattr(baselines, "best_of_n", lambda lm, prompts, candidates, cfg: candidates[0])
-
-
 def all_sides(run, pairs):
+    """Write every side -> the language model, which knows its calls, and the answers."""
     lm = Scribe()
-    return lm, *baselines.write_sides(
-        baselines.Answers(lm, run, [pair.prompt for pair in pairs]), pairs, "pit_rl1"
-    )
+    answers = Answers(lm, run, pairs, "pit_rl1")
+    answers.reward_policy = judges.Judge(lambda prompts, texts: [0.0] * len(texts))
+    for key in baselines.all_keys(["pit", "self_refine"], "pit_rl1"):
+        answers.side(key)
+    return lm, answers
+
+
+def texts_of(answers):
+    return {key: side.texts for key, side in answers.sides.items()}
 
 
 def test_generations_and_tokens_are_counted_exactly(run, pairs):
-    lm, sides, refusal = all_sides(run, pairs)
-    assert refusal is None
+    lm, answers = all_sides(run, pairs)
     expected = {
-        "y_w": 0,
-        "original": 1,
-        "second_sample": 1,
-        "pit": 2,
-        "pit_sft": 2,
-        "best_of_2": 2,
-        "best_of_3": 3,
-        "self_refine": 3,
-        "self_refine_sft": 3,
-        "pit#5": 6,
-        "self_refine#5": 11,
-        "pit@0.4": 2,
+        Key("y_w"): 0,
+        Key("y_l"): 0,
+        ORIGINAL: 1,
+        Key("second_sample"): 1,
+        Key("pit"): 2,
+        Key("pit_sft"): 2,
+        Key("best_of_2"): 2,
+        Key("best_of_3"): 3,
+        Key("self_refine"): 3,
+        Key("self_refine_sft"): 3,
+        Key("pit", round=5): 6,
+        Key("self_refine", round=5): 11,
+        Key("pit", temperature=0.4): 2,
     }
-    assert {name: sides[name].generations for name in expected} == expected
-    assert set(sides["self_refine"].tokens) == {3 * 4}  # three texts of three words and an EOS
-    assert set(sides["pit#5"].tokens) == {6 * 4} and set(sides["y_w"].tokens) == {0}
-    # 4 samples of policies, PIT after each stage, its 6 other temperatures and 4 more rounds; Self-Refine's with 2 each; by SFT
+    assert {key: answers.side(key).generations for key in expected} == expected
+    # a text is three words and an EOS
+    for key, generations in expected.items():
+        assert set(answers.side(key).spent) == {4 * generations}
+    assert set(answers.side(Key("pit")).lengths) == {4}
+    # policies 4, PIT after each stage 3, at 6 more temperatures, in 4 more rounds; Self-Refine
+    # the same with 2 texts each, and by the SFT policy
     assert len(lm.calls) == len(pairs) * (4 + 3 + 6 + 4 + 2 * (1 + 6 + 4) + 2)
 
 
+def test_each_improvement_reads_the_side_before_it(run, pairs):
+    lm, answers = all_sides(run, pairs)
+    texts = texts_of(answers)
+    read = [(role, chat[-2]["content"]) for role, chat in lm.calls if len(chat) == 3]
+    n = len(pairs)
+    assert read.count(("pit_sft", texts[ORIGINAL][0])) == 1
+    assert read.count(("pit_rl0", texts[ORIGINAL][0])) == 1
+    # of the last round's model: round 1, and six temperatures
+    by_last = [text for role, text in read if role == "pit_rl1"]
+    assert len(by_last) == n * (1 + 6 + 4) and by_last.count(texts[ORIGINAL][0]) == 7
+    for k in range(1, 5):
+        assert texts[Key("pit", round=k)][0] in by_last
+
+
 def test_a_second_look_samples_nothing_unless_an_adapter_changed(run, pairs):
-    _, before, _ = all_sides(run, pairs)
-    lm, again, _ = all_sides(run, pairs)
-    assert not lm.calls and {k: s.texts for k, s in again.items()} == {
-        k: s.texts for k, s in before.items()
-    }
+    _, before = all_sides(run, pairs)
+    lm, again = all_sides(run, pairs)
+    assert not lm.calls and texts_of(again) == texts_of(before)
     (run.path / "pit_rl1" / "adapter_model.safetensors").write_bytes(b"another")
-    lm, again, _ = all_sides(run, pairs)
-    assert {role for role, _ in lm.calls} == {"pit_rl1"} and again["original"].texts == before[
-        "original"
-    ].texts
-    (run.path / "answers.json").unlink()  # from the seed alone
-    assert all_sides(run, pairs)[1]["pit"].texts == again["pit"].texts
+    lm, again = all_sides(run, pairs)
+    assert {role for role, _ in lm.calls} == {"pit_rl1"}
+    assert again.side(ORIGINAL).texts == before.side(ORIGINAL).texts
+    (run.path / "answers.json").unlink()
+    _, anew = all_sides(run, pairs)  # from the seed alone
+    assert texts_of(anew) == texts_of(again)
 
 
-def test_self_refine_reads_the_answer_then_its_own_feedback(run, pairs):
-    lm, sides, _ = all_sides(run, pairs)
-    kept = baselines.Answers(lm, run, []).kept
-    chat = next(
-        chat
-        for role, chat in lm.calls
-        if role == "policy_rl" and chat[-1]["content"] == baselines.REFINE
-    )
-    said = [turn["content"] for turn in chat]
-    assert said[:1] == [pairs[0].prompt[0]["content"]]
-    assert said[1:] == [
-        sides["original"].texts[0],
-        baselines.FEEDBACK,
-        kept["self_refine feedback"]["texts"][0],
-        baselines.REFINE,
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: "not JSON",
+        lambda kept: "[1, 2]",
+        lambda kept: json.dumps(kept | {"original": 3}),
+        lambda kept: json.dumps(kept | {"original": {"made_of": 1}}),
+        lambda kept: json.dumps(kept | {"original": kept["original"] | {"texts": "text"}}),
+        lambda kept: json.dumps(kept | {"original": kept["original"] | {"texts": ["few"]}}),
+        lambda kept: json.dumps(kept | {"original": kept["original"] | {"texts": [None] * 12}}),
+    ],
+)
+def test_a_damaged_cache_is_written_again(run, pairs, damage):
+    before = Answers(Scribe(), run, pairs).side(ORIGINAL).texts
+    path = run.path / "answers.json"
+    whole = path.read_text()
+    path.write_text(damage(json.loads(whole)))
+    assert Answers(Scribe(), run, pairs).side(ORIGINAL).texts == before
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "name, role", [("self_refine", "policy_rl"), ("self_refine_sft", "policy_sft")]
+)
+def test_self_refine_reads_the_answer_then_its_own_feedback(run, pairs, name, role):
+    lm = Scribe()
+    answers = Answers(lm, run, pairs)
+    answers.side(Key(name))
+    feedback = answers.kept[f"{name} feedback"]["texts"]
+    by, chat = lm.calls[-len(pairs)]  # the rewrite of the first answer
+    assert by == role and feedback[0].startswith(role)
+    assert [(turn["role"], turn["content"]) for turn in chat] == [
+        ("user", pairs[0].prompt[0]["content"]),
+        ("assistant", answers.side(ORIGINAL).texts[0]),
+        ("user", baselines.FEEDBACK),
+        ("assistant", feedback[0]),
+        ("user", baselines.REFINE),
     ]
 
 
 def test_self_refine_does_not_apply_to_models_that_cannot_follow(run, pairs, monkeypatch):
+    assert Answers(Scribe(), run, pairs).self_refine_refusal() is None
     run.config.model = "tiny"
-    _, sides, refusal = all_sides(run, pairs)
-    assert "built-in base" in refusal and not any(name.startswith("self_refine") for name in sides)
+    assert "built-in base" in Answers(Scribe(), run, pairs).self_refine_refusal()
     run.config.model = "parrot"
-    monkeypatch.setattr(
-        Scribe,
-        "generate",
-        lambda self, role, chats, *_: SimpleNamespace(responses=["" for _ in chats]),
-    )
     (run.path / "answers.json").unlink()
-    _, sides, refusal = all_sides(run, pairs)
-    assert "0%" in refusal and "self_refine" not in sides
+    nothing = SimpleNamespace(responses=["" for _ in pairs])
+    monkeypatch.setattr(Scribe, "generate", lambda *_: nothing)
+    assert "only 0%" in Answers(Scribe(), run, pairs).self_refine_refusal()
 
 
-@pytest.mark.parametrize(
-    "stop, texts, rounds",
-    [("rounds", "abbcd", 4), ("same", "abb", 2), ("gap", "ab", 2), ("time", "ab", 1)],
-)
-def test_stop_rules(monkeypatch, stop, texts, rounds):
-    gaps = [0.5, 0.0, -0.5, 0.5]
-    assert infer.end_of(stop, "abbcd", gaps, range(5), budget=0.0) == (len(texts) - 1, rounds)
-    drafts, gap_of = iter("bbcd"), iter(gaps)
-    monkeypatch.setattr(infer, "improve", lambda *_: [next(drafts)])
-    monkeypatch.setattr(infer, "gaps", lambda *_: torch.tensor([next(gap_of)]))
-    written = [
-        text
-        for text, _ in infer.iterate(
-            None, "", "", [], None, 4, 1.0, response="a", stop=stop, budget=0.0
-        )
-    ]
-    assert "".join(written) == texts
+def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path):
+    lm.add("reward_policy", head=True)
+    shake(lm, "reward_policy")
+    cfg = SimpleNamespace(micro_batch=5, max_response=30, seed=0)
+    answers = Answers(lm, SimpleNamespace(path=tmp_path, config=cfg), pairs)
+    samples = [[p.chosen for p in pairs], [p.rejected for p in pairs], ["north"] * len(pairs)]
+    for method, texts in zip(baselines.SAMPLES, samples):
+        lengths = np.array([len(lm.encode_response(text)) for text in texts])
+        answers.sides[Key(method)] = Side(texts, lengths, lengths, generations=1)
+    lm.activate("reward_policy")
+    taken = set()
+    for n in (2, 3):
+        side = answers.side(Key(f"best_of_{n}"))
+        for i, pair in enumerate(pairs):
+            candidates = [texts[i] for texts in samples[:n]]
+            scores = []
+            for text in candidates:
+                prompt, response = lm.encode_prompt(pair.prompt), lm.encode_response(text)
+                scores.append(lm.scores("reward_policy", lm.collate([prompt], [response])).item())
+            best = candidates[int(np.argmax(scores))]
+            taken.add(int(np.argmax(scores)))
+            assert side.texts[i] == best
+            assert side.lengths[i] == len(lm.encode_response(best))
+            assert side.spent[i] == sum(len(lm.encode_response(text)) for text in candidates)
+    assert len(taken) > 1  # else it could be the first by chance
