@@ -106,6 +106,7 @@ def read_pairs(source, skip_bad=False, columns=""):
     forms = [form_of_columns(columns)] if columns else FORMS
     read, dropped, kept = Counter(), Counter(), {}
     for place, row in rows_of(source):
+        # which form the row has, and the pair in it; each step may find that there is none
         form = "no known form"
         try:
             row = read_columns(row)
@@ -138,9 +139,13 @@ def filter_by_length(pairs, lm, cfg):
     truncated, it would teach the model not to stop; with an EOS added, to stop mid-sentence.
     """
     notes, kept = Counter(), {}
+
+    # drop the pairs with a long answer
     lengths = [longest_answer(pair, lm) for pair in pairs]
     fitting = [pair for pair, length in zip(pairs, lengths) if length <= cfg.max_response]
     notes[f"dropped (an answer over {cfg.max_response} tokens)"] = len(pairs) - len(fitting)
+
+    # cut long prompts, after which two pairs may be the same
     for pair in fitting:
         prompt = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
         if prompt is None:
@@ -152,6 +157,7 @@ def filter_by_length(pairs, lm, cfg):
         if pair.key() in kept:
             notes["dropped (seen before, once cut)"] += 1
         kept.setdefault(pair.key(), pair)
+
     notes["pairs kept"] = len(kept)
     print(f"{cfg.data}: {describe(notes)}")
     if len(fitting) < len(pairs) / 2:
@@ -189,11 +195,14 @@ def split(pairs, seed):
 
     The parts depend on neither the order of the pairs nor the machine.
     """
+    # shuffle the prompts, from an order that is always the same
     by_prompt = defaultdict(list)
     for pair in pairs:
         by_prompt[json.dumps(pair.prompt)].append(pair)
     groups = [by_prompt[key] for key in sorted(by_prompt)]
     random.Random(seed).shuffle(groups)
+
+    # each part takes the next share of them
     parts, start = {}, 0.0
     for name, share in PARTS.items():
         chosen = groups[round(start * len(groups)) : round((start + share) * len(groups))]

@@ -136,7 +136,7 @@ def rows_of(source):
             yield place, row
     except UserError:
         raise
-    except Exception as error:  # each library has errors of its own for damaged files
+    except Exception as error:  # each library has its own errors for a damaged file
         raise UserError(f"{source}: it cannot be read after {place}: {first_line(error)}") from None
 
 
@@ -311,7 +311,7 @@ def read_pair(row, form):
         raise TeachesNothing("transcripts that part too early")
     if not before:
         raise TeachesNothing("no prompt")
-    # the system message may stand in the conversation or in a column of its own
+    # the conversation may have a system message; if not, the row may have one in a column
     if before[0]["role"] != "system":
         before = read_turns(row.get("system", ""), "system", "system") + before
     if not is_prompt(before):
