@@ -220,6 +220,22 @@ def test_all_chats_are_answered_in_order_a_part_at_a_time(lm, pairs, monkeypatch
     assert asked[-1] == ("role", 1, 7, 1.0)
 
 
+def test_generation_is_by_the_role_that_is_asked_for(lm, pairs):
+    lm.add("role")
+    shake(lm, "role", scale=0.3)
+    prompts = [lm.encode_prompt(pair.prompt) for pair in pairs[:4]]
+    written = {}
+    # whatever was active before
+    for active, role in (("blank", "role"), ("role", "blank")):
+        lm.activate(active)
+        written[role] = lm.generate(role, prompts, 4, temperature=0)
+        with torch.no_grad():
+            best = lm.logprobs(written[role]).mean()
+            lm.activate(active)
+            assert lm.logprobs(written[role]).mean() < best
+    assert not torch.equal(written["role"].ids, written["blank"].ids)
+
+
 def test_samples_follow_the_exact_softmax(lm):
     """Chi-squared: no token is cut from the distribution, and the temperature is in effect."""
     # a longer prompt puts padding before the one that is sampled from

@@ -460,7 +460,6 @@ def test_shift_and_scale_are_those_of_the_first_batch_even_after_a_stop(
     options = CFG | dict(seed=0, save_every=1, max_response=2)
     models = dict(reference="policy", reward_role="policy", shift=shift)
     no_penalty = dict(penalty=lambda tokens, eos: torch.zeros(3))
-    Run.start(tmp_path / "run", options)
     for last_step in (0, 1):
         # the first start dies in its second iteration
         def problem(step, last_step=last_step):
@@ -468,9 +467,10 @@ def test_shift_and_scale_are_those_of_the_first_batch_even_after_a_stop(
                 raise KeyboardInterrupt
             return prompts, lambda tokens, states: raw[step]
 
-        run = Run(tmp_path / "run")
+        run = Run.start(tmp_path / "run", options)
         with suppress(KeyboardInterrupt), run.stage("policy", "scores of two batches"):
             ppo.train(lm, run, "policy", problem, 2, **models, **no_penalty)
+        run.close()
     mean = raw[0].mean() if shift is None else 0.0
     expected = [((scores - mean) / raw[0].std()).clamp(-5, 5) for scores in raw]
     for scores, its_expected in zip(updated, expected):

@@ -10,7 +10,7 @@ import reward
 from data import improve_prompt
 
 ORDER = ["ww", "lw", "wl", "ll"]  # the scores of y_w and y_l after (x, y_w), then after (x, y_l)
-OPTIONS = dict(rm_steps=10, rm_batch=6, rm_lr=3e-3, max_response=30)
+OPTIONS = dict(rm_steps=10, rm_batch=8, rm_lr=3e-3, max_response=30)
 
 
 # ---- the losses --------------------------------------------------------------------------------
@@ -142,7 +142,8 @@ def test_trained_on_pairs_both_models_know_which_text_is_better(lm, pairs, rates
     scores = [
         reward.rewards(lm, "reward_policy", chats, texts, run.config) for texts in (better, worse)
     ]
-    assert (scores[0] > scores[1]).float().mean() > 0.8
+    assert (scores[0] > scores[1]).float().mean() > 0.7
+    assert (scores[0] - scores[1]).mean() > 1
     # two steps to warm up, which is WARMUP of ten, then down to 0
     schedule = [0.5, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     assert rates == pytest.approx([3e-3 * share for share in schedule])
@@ -152,7 +153,7 @@ def test_trained_on_pairs_both_models_know_which_text_is_better(lm, pairs, rates
         reward.gaps(lm, chats, answers, references, run.config)
         for answers, references in ((better, worse), (worse, better), (worse, worse))
     )
-    assert (up > 0).float().mean() > 0.8 and (down < 0).float().mean() > 0.8
+    assert (up > 0).float().mean() > 0.7 and (down < 0).float().mean() > 0.7
     assert up.mean() > 1 and down.mean() < -1
     assert copy.tolist() == [0.0] * len(pairs)
 
@@ -162,11 +163,6 @@ def test_trained_on_pairs_both_models_know_which_text_is_better(lm, pairs, rates
     assert held_out["reward_policy"]["accuracy"] == pytest.approx(accuracy)
     accuracy = torch.cat([up > 0, down < 0]).float().mean().item()
     assert held_out["reward_gap"]["accuracy"] == pytest.approx(accuracy)
-    by_gap_model = reward.pair_gaps(lm, "reward_gap", pairs, 5)
-    torch.testing.assert_close(by_gap_model, torch.stack([up, down]), atol=1e-3, rtol=1e-3)
-    by_r_p = reward.pair_gaps(lm, "reward_policy", pairs, 5)
-    torch.testing.assert_close(by_r_p[0], scores[0] - scores[1], atol=1e-3, rtol=1e-3)
-    assert torch.equal(by_r_p[1], -by_r_p[0])
 
 
 def test_held_out_measures_by_hand():
@@ -188,6 +184,21 @@ def test_an_answer_that_was_cut_off_is_scored_without_an_end(lm, pairs):
     ids = lm.encode_response(pairs[0].chosen)
     assert reward.encode_written(lm, lm.decode([ids[:5]])[0], cfg) == ids[:5]
     assert reward.encode_written(lm, lm.decode([ids[:4]])[0], cfg) == [*ids[:4], lm.eos]
+
+
+def test_a_judge_scores_by_its_own_adapter(lm, pairs):
+    for role in ("reward_policy", "judge"):
+        lm.add(role, head=True)
+        shake(lm, role)
+    chats, texts = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    prompts = [lm.encode_prompt(chat) for chat in chats]
+    tokens = lm.collate(prompts, [lm.encode_response(text) for text in texts])
+    lm.activate("judge")
+    with torch.no_grad():
+        expected = lm.scores("judge", tokens)
+    cfg = FakeRun(max_response=30, micro_batch=5).config
+    scores = reward.rewards(lm, "judge", chats, texts, cfg)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_that_has_learned_nothing_is_pointed_out(lm):
