@@ -12,13 +12,13 @@ from collections import defaultdict
 from itertools import permutations
 
 import numpy as np
+import torch
 
 import infer
 import reward
 from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
-from data import Pair
+from data import Pair, improve_prompt
 from judges import SAME
-from reward import answer_contexts, gap_contexts, score_pairs
 from run import progress, write_text
 from votes import questions_about, read_answers, read_votes
 
@@ -373,10 +373,9 @@ def gap_evidence(lm, cfg, annotated, written):
         for role in GAP_MODELS:
             if not pairs or role not in lm.roles:
                 continue
-            contexts = answer_contexts if role == "reward_policy" else gap_contexts
-            scores = score_pairs(lm, role, contexts, pairs, cfg.micro_batch).numpy()
+            scores = pair_scores(lm, cfg, role, pairs)
             if role == "reward_gap":
-                four = np.round(scores.astype(float), 3).tolist()
+                four = np.round(scores, 3).tolist()
                 fig2[kind] = dict(zip(("ww", "lw", "wl", "ll"), four))
             gaps = gaps_of_pairs(scores)
             # is the sign right, in both directions?
@@ -385,6 +384,23 @@ def gap_evidence(lm, cfg, annotated, written):
             row |= {"ci95": interval(right, bounds=(0, 1)), "calibration_error": calibration(gaps)}
             eq2.append(row)
     return {"fig2": fig2, "eq2": eq2}
+
+
+def pair_scores(lm, cfg, role, pairs):
+    """y_w and y_l as R_P scores them, (2, n), or after y_w and after y_l by a gap model, (4, n).
+
+    In the order of Eq. 1: ww, lw, wl, ll, the candidate first.
+    """
+    contexts = [[pair.prompt for pair in pairs]]
+    if role != "reward_policy":
+        after_chosen = [improve_prompt(pair.prompt, pair.chosen) for pair in pairs]
+        after_rejected = [improve_prompt(pair.prompt, pair.rejected) for pair in pairs]
+        contexts = [after_chosen, after_rejected]
+    scores = []
+    for context in contexts:
+        scores.append(reward.rewards(lm, role, context, [pair.chosen for pair in pairs], cfg))
+        scores.append(reward.rewards(lm, role, context, [pair.rejected for pair in pairs], cfg))
+    return torch.stack(scores).double().numpy()
 
 
 def gaps_of_pairs(scores):

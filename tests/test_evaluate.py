@@ -1,33 +1,50 @@
-"""Comparisons and their intervals."""
+"""Statistics against plain references, and every table made again from stored texts."""
 
 import json
+import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+import torch
 
 import baselines
+import data
 import evaluate
-import judges as judges_module
-import report
-from errors import UserError
+import infer
+import judges
+import reward
+import task
+from baselines import ORIGINAL, Key
+from models import load_model
+from run import Run
+
+# ---- win, lose, delta --------------------------------------------------------------------------
 
 
 def test_compare_counts_wins_losses_and_ties():
     row = evaluate.compare([1.0, 2.0, 3.0, 4.0], [0.0, 3.0, 3.0, 3.0])
-    assert (row["n"], row["win"], row["lose"], row["tie"], row["delta"]) == (
-        4,
-        0.5,
-        0.25,
-        0.25,
-        0.25,
-    )
-    assert row["ci95"][0] <= 0.25 <= row["ci95"][1]
+    assert (row["n"], row["win"], row["lose"], row["tie"]) == (4, 0.5, 0.25, 0.25)
+    assert row["delta"] == 0.25
 
 
-def test_a_side_against_itself_is_all_ties():
-    row = evaluate.compare([0.3, 0.7] * 8, [0.3, 0.7 + 1e-7] * 8)
-    assert row["tie"] == 1 and row["ci95"] == [0, 0]
+def test_a_margin_makes_near_scores_a_tie():
+    row = evaluate.compare([1.0, 1.0, 1.0], [0.95, 1.2, 0.5], margin=0.1)
+    assert (row["win"], row["lose"], row["tie"]) == pytest.approx((1 / 3,) * 3)
+
+
+def test_the_interval_is_a_paired_bootstrap_over_prompts():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 40))
+    a += b  # far closer to each other than two prompts are
+    row = evaluate.compare(a, b, seed=3)
+    draws, deltas = np.random.default_rng(3).integers(40, size=(2000, 40)), []
+    for draw in draws:
+        wins = sum(a[i] > b[i] for i in draw)
+        losses = sum(a[i] < b[i] for i in draw)
+        deltas.append((wins - losses) / 40)
+    deltas.sort()
+    assert row["ci95"] == pytest.approx([deltas[50], deltas[1949]], abs=1 / 40)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -39,16 +56,77 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert covered / 300 == pytest.approx(0.95, abs=0.035)
 
 
+def wilson(k, n, z=1.96):
+    """Wilson's interval of a share of k in n, by the textbook."""
+    p = k / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return middle - half, middle + half
+
+
+@pytest.mark.parametrize("n", [5, 100])
+def test_where_all_outcomes_are_the_same_the_interval_is_wilsons(n):
+    wins = evaluate.compare(np.ones(n), np.zeros(n))["ci95"]
+    share = wilson(n, n)[0]  # of wins, at least; the others may all be losses
+    assert wins == pytest.approx([share - (1 - share), 1])
+    losses = evaluate.compare(np.zeros(n), np.ones(n))["ci95"]
+    assert losses == pytest.approx([-wins[1], -wins[0]])
+    ties = evaluate.compare(np.ones(n), np.ones(n) + 1e-7)
+    assert ties["tie"] == 1 and ties["ci95"] == pytest.approx([share - 1, 1 - share])
+    assert evaluate.interval(np.ones(n), bounds=(0, 1)) == pytest.approx(wilson(n, n))
+    assert evaluate.interval(np.full(n, 0.3)) == pytest.approx([0.3, 0.3])  # no bounds, no edge
+
+
+# ---- Elo ---------------------------------------------------------------------------------------
+
+
+def plain_elo(scores, margin=1e-4):
+    """The likeliest Elo ratings, by Newton's method on the log-likelihood."""
+    K = len(scores)
+    wins = np.full((K, K), 0.25) - 0.25 * np.eye(K)
+    for i, j in combinations(range(K), 2):
+        for a, b in zip(scores[i], scores[j]):
+            point = 0.5 if abs(a - b) < margin else float(a > b)
+            wins[i, j] += point
+            wins[j, i] += 1 - point
+    theta = np.zeros(K)
+    games = wins + wins.T
+    for _ in range(200):
+        p = 1 / (1 + np.exp(theta[None] - theta[:, None]))  # P(i beats j)
+        slope = (wins - games * p).sum(1)
+        curve = games * p * (1 - p)
+        curve = np.diag(curve.sum(1)) - curve
+        step = np.linalg.lstsq(curve, slope, rcond=None)[0]
+        theta += step / max(1, np.abs(step).max())
+    assert np.abs(slope).max() < 1e-8
+    return 1000 + 400 * (theta - theta[0]) / np.log(10)
+
+
+def nearly_separable():
+    """Two groups of sides: a coin decides within each, and the second group nearly always wins."""
+    scores = np.random.default_rng(0).integers(2, size=(6, 100)).astype(float)
+    scores[3:] += 10
+    scores[0, 0] = 20
+    return scores
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [np.random.default_rng(0).normal(size=(4, 60)).round(1), nearly_separable(), np.eye(3)[:, :2]],
+)
+def test_elo_is_the_likeliest_fit_however_slowly_it_converges(scores):
+    ratings, _ = evaluate.elo(scores, resamples=1)
+    np.testing.assert_allclose(ratings, plain_elo(scores), atol=0.01)
+
+
 def test_elo_recovers_known_strengths_whatever_the_order():
     rng, truth = np.random.default_rng(0), np.array([1000.0, 1100.0, 950.0, 1250.0])
-    # Gumbel noise makes P(i beats j) the logistic function of the difference of strengths: Bradley-Terry exactly
+    # Gumbel noise makes P(i beats j) the logistic function of the difference: Bradley-Terry exactly
     scores = (truth * np.log(10) / 400)[:, None] + rng.gumbel(size=(4, 4000))
     ratings, intervals = evaluate.elo(scores, resamples=50)
     np.testing.assert_allclose(ratings, truth, atol=25)
-    assert all(
-        low - 25 <= t <= high + 25 and low < high
-        for t, (low, high) in list(zip(truth, intervals))[1:]
-    )
+    for strength, (low, high) in list(zip(truth, intervals))[1:]:
+        assert low < high and low - 25 <= strength <= high + 25
     shuffled, _ = evaluate.elo(scores[:, rng.permutation(4000)], resamples=1)
     np.testing.assert_allclose(shuffled, ratings)
 
@@ -59,9 +137,7 @@ def test_elo_of_equal_sides_and_of_one_that_always_wins():
     assert low == 1000 and 1400 < high < 2500
 
 
-def test_a_margin_makes_near_scores_a_tie():
-    row = evaluate.compare([1.0, 1.0, 1.0], [0.95, 1.2, 0.5], margin=0.1)
-    assert (row["win"], row["lose"], row["tie"]) == pytest.approx((1 / 3,) * 3)
+# ---- calibration -------------------------------------------------------------------------------
 
 
 def test_calibration_is_0_where_the_odds_are_right_and_large_where_they_are_not():
@@ -73,74 +149,237 @@ def test_calibration_is_0_where_the_odds_are_right_and_large_where_they_are_not(
     assert evaluate.calibration(np.stack([5 * right, -5 * right])) > 0.1
 
 
-def length(text):
-    return len(text.split())
+def test_with_noisy_labels_the_minimum_of_eq_2_is_not_the_probability():
+    """What `calibration` says: 0.75 where annotators agree on 0.8."""
+    gap = torch.linspace(0, 3, 3001)
+    zero = torch.zeros(())
+    by_truth = reward.gap_loss(zero, -gap, gap, zero)  # w is better: r^wl = gap, r^lw = -gap
+    by_mistake = reward.gap_loss(zero, gap, -gap, zero)
+    best = gap[(0.8 * by_truth + 0.2 * by_mistake).argmin()]
+    assert torch.sigmoid(best).item() == pytest.approx(0.75, abs=1e-3)
 
 
-def longer(prompts, texts):
-    return np.array([float(length(text)) for text in texts])
+# ---- a whole evaluation, made again from its texts ---------------------------------------------
 
 
-def test_a_judge_that_loves_length_is_seen_through(pairs):
-    judges = {
-        "loves length": judges_module.Judge(longer, 0.1),
-        "quality": judges_module.Judge(judges_module.exact, judges_module.SAME),
+@pytest.fixture(scope="module")
+def measured(miniature, tmp_path_factory):
+    """The miniature run, evaluated -> its folder, its base, its pairs, and what was scored."""
+    folder = tmp_path_factory.mktemp("evaluation") / "run"
+    shutil.copytree(miniature, folder)
+    run = Run(folder)
+    lm = load_model("tiny", bits=16)
+    for adapter in sorted((folder / "adapters").iterdir()):
+        lm.load(adapter.name, adapter)
+    pairs = data.load_parts(run.config, lm, data.synthetic_pairs(run.config.pairs, seed=0))
+    pairs = pairs["held_out"][:8]
+    asked = []
+    score = reward.rewards
+
+    def noted(lm, role, prompts, texts, cfg):
+        asked.extend((role, str(prompt), text) for prompt, text in zip(prompts, texts))
+        return score(lm, role, prompts, texts, cfg)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judges, "rewards", noted)
+        named = judges.judges_by_name(["quality", "judge"], lm, run.config)
+        with run.stage("eval", "who beats whom"):
+            evaluate.evaluate(lm, run, pairs, "pit_rl1", named)
+    return run, lm, pairs, asked
+
+
+def stored_texts(run, pairs):
+    """The texts of every side by its name in answers.json, y_w and y_l, and the best of samples."""
+    kept = json.loads((run.path / "answers.json").read_text())
+    texts = {name: entry["texts"] for name, entry in kept.items()}
+    texts["y_w"], texts["y_l"] = [p.chosen for p in pairs], [p.rejected for p in pairs]
+    for line in (run.path / "answers.jsonl").read_text().splitlines():
+        for name in ("best_of_2", "best_of_3"):
+            texts.setdefault(name, []).append(json.loads(line)["answers"][name])
+    return texts
+
+
+def exact_scores(pairs, texts):
+    return np.array([task.quality(p.prompt[0]["content"], y) for p, y in zip(pairs, texts)])
+
+
+def delta_of(a, b, margin=1e-4):
+    """Wins less losses, counted one by one."""
+    wins = sum(x >= y + margin for x, y in zip(a, b))
+    losses = sum(y >= x + margin for x, y in zip(a, b))
+    return (wins - losses) / len(a)
+
+
+def test_no_text_is_scored_twice(measured):
+    *_, asked = measured
+    assert len(asked) == len(set(asked)) > 60
+
+
+def test_answers_jsonl_holds_the_texts_and_scores_of_table_1(measured):
+    run, lm, pairs, _ = measured
+    texts = stored_texts(run, pairs)
+    lines = [json.loads(line) for line in (run.path / "answers.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [pair.prompt for pair in pairs]
+    for i, line in enumerate(lines):
+        assert {"original", "y_w", "pit", "pit_rl0", "best_of_3"} <= line["answers"].keys()
+        assert "self_refine" not in line["answers"]
+        for name, text in line["answers"].items():
+            assert text == texts[name][i]
+            score = task.quality(pairs[i].prompt[0]["content"], text)
+            assert line["scores"]["quality"][name] == pytest.approx(score)
+
+
+def test_table_1_from_texts(measured):
+    run, lm, pairs, _ = measured
+    results, texts = run.results(), stored_texts(run, pairs)
+    prompts = [pair.prompt for pair in pairs]
+    rows = {(r["judge"], r["a"], r["b"]): r for r in results["table1"]}
+    assert {(a, b) for judge, a, b in rows} == {
+        sides for sides in evaluate.COMPARISONS if not any("self_refine" in s for s in sides)
     }
-    rows = evaluate.judge_accuracy(judges, pairs, length)
-    assert (
-        rows["loves length"]["accuracy"]
-        == rows["the longer wins"]["accuracy"]
-        < rows["quality"]["accuracy"]
-        == 1
-    )
-    texts = [pair.chosen for pair in pairs]
-    n = [1] * len(pairs)
-    sides = {
-        "pit": baselines.Side([text + " and more" for text in texts], n, 2),
-        "original": baselines.Side(texts, n, 1),
+    for (judge, a, b), row in rows.items():
+        if judge == "quality":
+            scores = [exact_scores(pairs, texts[side]) for side in (a, b)]
+            assert row["delta"] == pytest.approx(delta_of(*scores))
+        else:
+            scores = [reward.rewards(lm, "judge", prompts, texts[s], run.config) for s in (a, b)]
+            assert row["delta"] == pytest.approx(delta_of(*scores, margin=0.1))
+        assert row["win"] - row["lose"] == pytest.approx(row["delta"])
+        lengths = [len(lm.encode_response(text)) for text in texts[a]]
+        assert row["tokens_a"] == pytest.approx(np.mean(lengths))
+    cost = rows["quality", "pit", "original"]
+    spent = [len(lm.encode_response(y)) for y in texts["pit"] + texts["original"]]
+    assert cost["generated_tokens"] == pytest.approx(sum(spent) / len(pairs))
+    assert {r["not_applicable"] for r in results["not_applicable"]} == {
+        "the built-in base cannot follow such prompts"
     }
-    scores = {side: longer(None, s.texts) for side, s in sides.items()}
-    row = evaluate.table1_row("pit", "original", "loves length", scores, 0.1, sides, length, None)
-    assert row["delta"] == 1 and row["tokens_a"] == row["tokens_b"] + 2 and row["generations"] == 2
 
 
-def test_a_side_that_does_not_apply_gets_a_reason_and_no_number():
-    row = evaluate.table1_row(
-        "pit", "self_refine", "quality", {}, 0.1, {"pit": None}, length, "cannot follow"
-    )
-    assert row["not_applicable"] == "cannot follow" and "delta" not in row
-    assert " n/a |" in report.table([row])
+def test_accuracies_from_texts(measured):
+    run, lm, pairs, _ = measured
+    found = run.results()["judges"]
+    longer = [
+        len(lm.encode_response(p.chosen)) - len(lm.encode_response(p.rejected)) for p in pairs
+    ]
+    right = sum((d > 0) + (d == 0) / 2 for d in longer) / len(pairs)
+    assert found["the longer wins"] == {"accuracy": pytest.approx(right), "margin": 0}
+    assert found["quality"]["accuracy"] == 1 and found["judge"]["margin"] == 0.1
 
 
-def test_a_reward_model_from_a_folder_judges(tmp_path, lm, pairs):
-    config = Qwen2Config(
-        vocab_size=len(lm.tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_labels=1,
-    )
-    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
-    lm.tokenizer.save_pretrained(tmp_path)
-    scores = judges_module.hub_judge(str(tmp_path), "cpu").score(
-        [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
-    )
-    assert scores.shape == (len(pairs),) and len(set(scores)) > 1
-    with pytest.raises(UserError, match="no-such"):
-        judges_module.hub_judge(str(tmp_path / "no-such"), "cpu")
+def test_figure_3_and_table_3_from_texts(measured):
+    run, lm, pairs, _ = measured
+    results, texts = run.results(), stored_texts(run, pairs)
+    scores = {name: exact_scores(pairs, column) for name, column in texts.items()}
+    best = scores["pit@0.4"]
+    for row in results["fig3"]:
+        T = row["temperature"]
+        at = scores["pit" if T == 1.0 else f"pit@{T}"]
+        assert row["delta"] == pytest.approx(delta_of(at, scores["original"]))
+        if T != 0.4:
+            assert row["04_over_it"]["delta"] == pytest.approx(delta_of(best, at))
+    assert len(results["fig3"]) == 7
+    names = ["original", "pit", "pit#2", "pit#3", "pit#4", "pit#5"]
+    assert results["cooler"]["delta"] == pytest.approx(delta_of(best, scores["pit"]))
+    elo = plain_elo([scores[name] for name in names])
+    assert [row["elo"] for row in results["table3"]] == pytest.approx(elo.tolist(), abs=0.01)
+    for k, row in enumerate(results["table3"]):
+        assert (row["round"], row["mean"]) == (k, pytest.approx(scores[names[k]].mean()))
+        assert row["over_original"]["delta"] == delta_of(scores[names[k]], scores["original"])
+        if k > 1:
+            delta = delta_of(scores[names[k]], scores[names[k - 1]])
+            assert row["over_previous"]["delta"] == pytest.approx(delta)
 
 
-def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
-    """Without `trust_remote_code=False` transformers asks "run the custom code?", and this one would say yes."""
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    lm.tokenizer.save_pretrained(tmp_path)
-    code = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"}
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "own", "auto_map": code, "num_labels": 1})
-    )
-    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
-    with pytest.raises(UserError, match="Give quality, judge, or a reward model"):
-        judges_module.hub_judge(str(tmp_path), "cpu")
-    assert not (tmp_path / "ran").exists()
+def test_what_rl_did_from_texts(measured):
+    run, lm, pairs, _ = measured
+    texts, prompts = stored_texts(run, pairs), [pair.prompt for pair in pairs]
+    rewards = {}
+    for name in ("policy_sft", "original"):
+        rewards[name] = reward.rewards(lm, "reward_policy", prompts, texts[name], run.config)
+    for name in ("pit_sft", "pit_rl0", "pit"):
+        rewards[name] = reward.gaps(lm, prompts, texts[name], texts["original"], run.config)
+    rows = run.results()["rl"]
+    assert [(row["before"], row["after"]) for row in rows] == [
+        ("policy_sft", "original"),
+        ("pit_sft", "pit_rl0"),
+        ("pit_rl0", "pit"),
+    ]
+    for row in rows:
+        assert row["start"] == pytest.approx(rewards[row["before"]].mean().item(), abs=1e-4)
+        assert row["end"] == pytest.approx(rewards[row["after"]].mean().item(), abs=1e-4)
+
+
+def test_stop_rules_from_texts(measured):
+    run, lm, pairs, _ = measured
+    texts, prompts = stored_texts(run, pairs), [pair.prompt for pair in pairs]
+    names = ["original", "pit", "pit#2", "pit#3", "pit#4", "pit#5"]
+    scores = np.array([exact_scores(pairs, texts[name]) for name in names])
+    tokens = np.array([[len(lm.encode_response(y)) for y in texts[name]] for name in names])
+    gaps = []
+    for old, new in zip(names, names[1:]):
+        gaps.append(reward.gaps(lm, prompts, texts[new], texts[old], run.config).tolist())
+    rows = {(row["stop"], row["limit"]): row for row in run.results()["stops"]}
+    assert {stop for stop, _ in rows} == set(infer.STOPS)
+    a_round = tokens[1:].mean()
+    for stop, limit in rows:
+        final, spent = [], []
+        for i in range(len(pairs)):
+            answer = done = 0
+            while done < (5 if stop == "time" else limit):
+                done += 1
+                unchanged = texts[names[done]][i] == texts[names[answer]][i]
+                if stop == "gap" and (unchanged or gaps[done - 1][i] <= 0):
+                    break
+                answer = done
+                if stop == "same" and unchanged:
+                    break
+                if stop == "time" and tokens[1 : done + 1, i].sum() >= limit * a_round:
+                    break
+            final.append(scores[answer, i])
+            spent.append(tokens[: done + 1, i].sum())
+        assert rows[stop, limit]["mean"] == pytest.approx(np.mean(final))
+        assert rows[stop, limit]["tokens"] == pytest.approx(np.mean(spent))
+
+
+def test_figure_2_and_gap_models_from_texts(measured):
+    run, lm, pairs, _ = measured
+    results, cfg = run.results(), run.config
+    four = results["fig2"]["annotated"]
+    for i, pair in enumerate(pairs[:4]):
+        sides = {"w": pair.chosen, "l": pair.rejected}
+        for name in ("ww", "lw", "wl", "ll"):
+            context = data.improve_prompt(pair.prompt, sides[name[1]])
+            score = reward.rewards(lm, "reward_gap", [context], [sides[name[0]]], cfg).item()
+            assert four[name][i] == pytest.approx(score, abs=2e-3)
+    texts, prompts = stored_texts(run, pairs), [pair.prompt for pair in pairs]
+    rows = {(row["model"], row["pairs"]): row for row in results["eq2"]}
+    chosen = reward.rewards(lm, "reward_policy", prompts, texts["y_w"], cfg)
+    rejected = reward.rewards(lm, "reward_policy", prompts, texts["y_l"], cfg)
+    right = (chosen > rejected).float().mean().item()
+    assert rows["reward_policy", "annotated"]["accuracy"] == pytest.approx(right)
+    # pairs that the models wrote: the exact rule says which is the better one, ties are left out
+    above = exact_scores(pairs, texts["pit"]) - exact_scores(pairs, texts["original"])
+    right = []
+    for i in np.flatnonzero(above):
+        better, worse = texts["pit"][i], texts["original"][i]
+        if above[i] < 0:
+            better, worse = worse, better
+        over = reward.gaps(lm, [prompts[i]], [better], [worse], cfg).item()
+        under = reward.gaps(lm, [prompts[i]], [worse], [better], cfg).item()
+        right.append(((over > 0) + (under < 0)) / 2)
+    row = rows["reward_gap", "written by models"]
+    assert (row["n"], row["accuracy"]) == (len(right), pytest.approx(np.mean(right)))
+
+
+def test_table_2_judges_the_last_adapter_of_each_curriculum(measured):
+    run, lm, pairs, _ = measured
+    lasts = {"annotated,policy": "pit_rl1", "annotated": "pit_rl0", "policy": "pit_sft"}
+    exact = judges.judges_by_name(["quality"], lm, run.config)
+    evaluate.judge_curricula(lm, run, pairs, lasts, exact)
+    answers = baselines.Answers(lm, run, pairs)
+    scores = {role: exact_scores(pairs, answers.side(Key(role)).texts) for role in lasts.values()}
+    original = exact_scores(pairs, answers.side(ORIGINAL).texts)
+    for row in run.results()["table2"]:
+        own = scores[lasts[row["curriculum"]]]
+        assert row["over_original"]["delta"] == pytest.approx(delta_of(own, original))
+        assert row["both_over_it"]["delta"] == pytest.approx(delta_of(scores["pit_rl1"], own))
