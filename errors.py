@@ -4,7 +4,6 @@ import errno
 import math
 import shlex
 import sys
-from pathlib import Path
 
 OUT_OF_MEMORY = """Repeat `all` with half the --micro-batch: results change by rounding alone, and
 finished work is kept. If it is 1 already, start a new --run with a lower --max-prompt,
@@ -13,17 +12,6 @@ finished work is kept. If it is 1 already, start a new --run with a lower --max-
 
 class UserError(Exception):
     """An error that the user can fix. pit.py prints its text without a traceback; exit code 2."""
-
-
-def checked_path(text, option):
-    """The path that was typed for an option -> Path; UserError where there is none to speak of."""
-    if not text.strip():
-        raise UserError(f"{option} is empty (an unset variable?). Give a path, or leave it out.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{option} {text!a} is not valid UTF-8. Give another path.") from None
-    return Path(text).expanduser()
 
 
 def first_line(error):

@@ -96,24 +96,22 @@ class Run:
         path = Path(path)
         lock_file = lock_folder(path)
         try:
-            config = options | {"versions": versions()}
             old = read_config(path)
-            learned = (path / "adapters").exists() or (path / "checkpoints").exists()
-            continues = old is not None and learned and not overwrite
+            config = options | {"versions": versions()}
             if old is None:
                 check_free(path)
-            else:
-                config["replaces"] = old.get("replaces")
-            if continues:
+            elif not overwrite and learned(path):
                 check_same(path, old, options)
                 config = old | config
-            run = cls(path, config)
+            run = cls(path, {"replaces": old and old.get("replaces")} | config)
             run.source = source and Run(source)
+            if source and run.source.path.resolve() == path.resolve():
+                raise UserError(f"{path} cannot take over its own adapters. Give a new --run.")
         except UserError:
             lock_file.release()
             raise
         run.lock_file = lock_file
-        run.replace = old is not None and not continues
+        run.replace = overwrite and old is not None
         return run
 
     def begin(self):
@@ -150,30 +148,30 @@ class Run:
         # as harmless as a kill: whatever was being written is not in its place yet
         os._exit(128 + number)
 
+    def old_run(self):
+        """Where the run that this one replaces is kept, until there is a new adapter."""
+        return Path(f"{self.path.resolve()}.old")
+
     def move_aside(self):
-        """Move the run to be replaced to NAME.old, where it stays until there is a new adapter."""
-        aside = Path(f"{self.path.resolve()}.old")
-        if not self.config.replaces and aside.exists():
-            raise UserError(
-                f"--overwrite keeps the old run in {aside} for a while. Move that away."
-            )
-        aside.mkdir(exist_ok=True)
+        """Move the run that is to be replaced out of the way, file by file."""
+        if self.old_run().exists() and not self.config.replaces:
+            raise UserError(f"--overwrite keeps the old run in {self.old_run()}. Move that away.")
+        self.old_run().mkdir(exist_ok=True)
         for name in RUN_FILES.split():
             if self.config.replaces:
                 # this run has no adapter yet; the one that it replaces is worth more
                 remove(self.path / name)
             elif (self.path / name).exists():
-                os.replace(self.path / name, aside / name)
-        self.config.replaces = str(aside)
+                os.replace(self.path / name, self.old_run() / name)
+        self.config.replaces = True
 
     def drop_replaced(self):
         """Delete the run that this one replaces, once there is an adapter in its stead."""
-        replaces = getattr(self.config, "replaces", None)
-        if replaces and any(self.adapter("").glob("[!.]*")):
+        if getattr(self.config, "replaces", None) and any(self.adapter("").glob("[!.]*")):
             for name in RUN_FILES.split():
-                remove(Path(replaces) / name)
+                remove(self.old_run() / name)
             with suppress(OSError):  # somebody has put a file there
-                Path(replaces).rmdir()
+                self.old_run().rmdir()
             self.config.replaces = None
             self.write_config()
 
@@ -238,7 +236,7 @@ class Run:
         try:
             lm.load(role, self.adapter(role))
             if (role in lm.heads) != role.startswith(("reward", "judge")):
-                raise ValueError("reward models have a head, others have none")
+                raise ValueError("a reward model has a head, a model that writes has none")
         except Exception as error:  # files, names, shapes: all kinds
             if out_of_memory(error):
                 raise
@@ -315,11 +313,12 @@ class Run:
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-                rows.append(row | {"stage": row["stage"], "step": int(row["step"])})
+                row["stage"], int(row["step"])  # every line has them
             except (ValueError, TypeError, KeyError):
                 raise UserError(
                     f"{path}, line {number}: damaged. Delete this line; only the curves need it."
                 ) from None
+            rows.append(row)
         return rows
 
     def forget(self, stage, step):
@@ -436,7 +435,7 @@ def list_runs(folder):
     """
     rows = []
     for file in sorted(folder.glob("*/metrics.jsonl")):
-        row = {"run": file.parent, "stage": "none yet", "delta": None}
+        row = dict(run=file.parent, model="", data="", seed="", stage="none yet", delta=None)
         try:
             run = Run(file.parent)
             row |= {name: getattr(run.config, name) for name in ("model", "data", "seed")}
@@ -474,6 +473,10 @@ def checksum(config):
     """Of the options and of what was pinned."""
     kept = [(name, config[name]) for name in sorted(config) if name not in FACTS]
     return zlib.crc32(json.dumps(kept).encode())
+
+
+def learned(path):
+    return (path / "adapters").exists() or (path / "checkpoints").exists()
 
 
 def check_free(path):

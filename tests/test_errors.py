@@ -1,12 +1,11 @@
 """What people are told: an error that they can fix gets a line or two, our mistakes a traceback."""
 
 import errno
-from pathlib import Path
 
 import pytest
 import torch
 
-from errors import UserError, checked_path, explain, finite
+from errors import UserError, explain, finite
 
 
 @pytest.mark.parametrize(
@@ -39,10 +38,3 @@ def test_the_first_number_that_is_none_is_named():
     assert finite(a=1.0, b=torch.tensor(2.0)) == {"a": 1.0, "b": torch.tensor(2.0)}
     with pytest.raises(FloatingPointError, match="b is nan. Lower it."):
         finite("Lower it.", a=1.0, b=float("nan"), c=float("inf"))
-
-
-@pytest.mark.parametrize("text", ["", " ", "runs/\udcff"])
-def test_a_path_that_is_empty_or_not_utf_8_is_refused(text):
-    with pytest.raises(UserError, match="--run"):
-        checked_path(text, "--run")
-    assert checked_path("~/x", "--run") == Path.home() / "x"

@@ -213,7 +213,7 @@ def toy(folder, stop=None, error=Killed, loss_at=lambda step: 1.0, overwrite=Fal
     return p.tolist(), numbers["sum"], run.metrics()
 
 
-def test_a_full_disk_loses_nothing_and_says_one_line(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     expected = toy(tmp_path / "whole")
     full = OSError(errno.ENOSPC, "No space left on device")
     left = 0
@@ -231,15 +231,6 @@ def test_a_full_disk_loses_nothing_and_says_one_line(tmp_path, monkeypatch, caps
             patch.setattr(run_module.os, "fsync", fsync)
             toy(tmp_path / str(case))
         assert toy(tmp_path / str(case)) == expected
-
-    def app():
-        raise full
-
-    monkeypatch.setattr(pit, "app", app)
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        pit.main()
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -417,6 +408,14 @@ def test_an_overwritten_run_stays_until_there_is_a_new_adapter(tmp_path):
     assert (folder / "adapters" / "toy" / "value").exists()
 
 
+def test_a_run_that_has_learned_nothing_yet_may_have_other_options(tmp_path):
+    expected = toy(tmp_path / "whole", seed=1)
+    (tmp_path / "run.old").mkdir()
+    with pytest.raises(Killed):
+        toy(tmp_path / "run", stop=1)
+    assert toy(tmp_path / "run", seed=1) == expected and (tmp_path / "run.old").exists()
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "results.json"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_other_programs_files_are_never_touched(tmp_path, name, overwrite):
@@ -438,6 +437,8 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "judge is taken over" in said and "\npolicy_sft: " not in said
     check_same(tmp_path / "run", whole)
+    with pytest.raises(UserError, match="its own adapters"):
+        Run.start(tmp_path / "run", MINI, source=tmp_path / "run")
     options = vars(Run(whole).config)
     for change, retrained in {
         "kl": ["policy_rl", "pit_rl0", "pit_rl1"],
