@@ -362,6 +362,8 @@ def eval_stage(session, judges=None, judge_base=None):
     import plan
     import report
     import reward
+    import votes
+    import words
 
     lm, run, parts = session.lm, session.run, session.parts
     for role in evaluate.GAP_MODELS:
@@ -375,6 +377,9 @@ def eval_stage(session, judges=None, judge_base=None):
         judges[role] = kinds.adapter_judge(other, role, run.config)
     with run.stage("eval", "who beats whom, on held-out prompts"):
         evaluate.evaluate(lm, run, parts["held_out"], session.last, judges)
+        training = parts["sft"] + parts["rm"] + parts["rl"]
+        main = next(iter(judges.values()))
+        run.add_results(words=words.measure(votes.read_answers(run), training, main))
     report.write_report(run)
 
 

@@ -115,7 +115,7 @@ def table(rows):
 
 def table2(rows):
     """Table 2: what each curriculum's last adapter is worth."""
-    return block("table2", rows=rows)
+    return block("table2", results={"table2": rows})
 
 
 def judged_by(results, judge):
@@ -145,17 +145,21 @@ def print_table1(run):
     """Table 1 by the main judge, and the warnings, on the console."""
     results = run.results()
     rows = judged_by(results, results["main"])
-    print(f"\nTable 1: does a beat b? In percent of {rows[0]['n']} held-out prompts.")
-    print(f"Judged by {label(results['main'])}; delta = win - lose.\n\n{table(rows)}")
+    print(
+        f"\nTable 1: does a beat b? In percent of {rows[0]['n']} held-out prompts.\n"
+        f"Judged by {label(results['main'])}; delta = win - lose.\n\n{table(rows)}"
+    )
     for reason in {row["not_applicable"] for row in rows if "n" not in row}:
         print(f"n/a: {reason}")
     for row in alarms(results):
         print(
-            f"Warning: without the word {row['feature']!r}, PIT's delta over the original is only"
+            f"Warning: without the word {row['feature']!r}, PIT's delta over the original is\n"
+            f"only {points(row['without'])}. Does the judge like the answers, or that word?"
         )
-        print(f"{points(row['without'])}. Does the judge like the answers, or that word?")
-    print(f"\nAll tables and figures: {run.path / 'report.md'}")
-    print(f"Answers after each stage: {run.path / 'samples.md'}")
+    print(
+        f"\nAll tables and figures: {run.path / 'report.md'}\n"
+        f"Answers after each stage: {run.path / 'samples.md'}"
+    )
 
 
 def write_report(run):
@@ -167,7 +171,7 @@ def write_report(run):
         plot(run, results, metrics)
     if "table2" in results:
         plot_fig4(run, results, metrics)
-    machine = f"{platform.platform()}, {os.cpu_count()} cores"
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     page = PAGE.render(run=run, cfg=run.config, results=results, machine=machine)
     write_text(run.path / "report.md", line_up(page))
     print_table1(run)
@@ -177,12 +181,12 @@ def write_report(run):
 
 
 CLAIMS = [  # that are one comparison of Table 1: the claim, the paper's number, a, b
-    ("PIT beats the original", "+7 to +34", "pit", "original"),
-    ("PIT beats Self-Refine", "-4 to +24", "pit", "self_refine"),
-    ("PIT beats y_w", "not shown", "pit", "y_w"),
-    ("PIT beats PIT after SFT only", "not shown", "pit", "pit_sft"),
-    ("PIT beats best of 2, same cost", "not shown", "pit", "best_of_2"),
-    ("PIT beats a second sample", "not shown", "pit", "second_sample"),
+    ("PIT beats the original", "7 to 34", "pit", "original"),
+    ("PIT beats Self-Refine", "-4 to 24", "pit", "self_refine"),
+    ("PIT beats y_w", "not said", "pit", "y_w"),
+    ("PIT beats PIT after SFT only", "not said", "pit", "pit_sft"),
+    ("PIT beats best of 2, same cost", "not said", "pit", "best_of_2"),
+    ("PIT beats a second sample", "not said", "pit", "second_sample"),
 ]
 VERDICTS = ["does not hold", "cannot tell", "holds"]  # the worst first
 BOTH = "annotated,policy"  # the paper's curriculum
@@ -220,7 +224,7 @@ def scorecard(results, metrics):
         claim("0.4 is the best temperature", "0.4-0.6", best),
         claim("each round beats the original", "yes", [row["over_original"] for row in rounds]),
         claim("... and Self-Refine", "yes", [row.get("over_self_refine") for row in rounds]),
-        claim("round 2 beats round 1", "not shown", [rounds[1]["over_previous"]]),
+        claim("round 2 beats round 1", "not said", [rounds[1]["over_previous"]]),
         claim("two rounds beat round 0 alone", "13 vs 0", [curricula.get("annotated")]),
         claim("two rounds beat round 1 alone", "13 vs 2", [curricula.get("policy")]),
     ]
@@ -240,8 +244,8 @@ def ranking_claim(row):
     """Does R_PIT tell better from worse? A coin is right on half of the pairs."""
     text, paper = "R_PIT ranks annotated pairs", "yes"
     if row["pairs"] != "annotated":
-        text, paper = "... and pairs written by models", "not shown"
-    ours = f"{100 * row['accuracy']:.0f}% [{span(row['ci95'], scale=100)}]"
+        text, paper = "... and pairs by models", "not said"
+    ours = points(row | {"delta": row["accuracy"]}, ".0f") + " %"
     result = verdict(row["ci95"], zero=0.5)
     return {"claim": text, "paper": paper, "ours": ours, "verdict": result}
 
@@ -277,12 +281,12 @@ def gap_curve(metrics, curriculum):
 POLICIES = ("policy_rl", "pit_rl")
 PANELS = [  # of curves.png: a metric, what it is, the stages that log it
     ("loss", "SFT: loss (nats per token)", ("policy_sft", "pit_sft")),
-    ("accuracy", "Reward models: share of pairs ranked right", ("reward", "judge")),
+    ("accuracy", "Reward models: pairs ranked right", ("reward", "judge")),
     ("score", "Policy RL: mean reward by R_P", ("policy_rl",)),
-    ("score", "PIT RL: gap over each round's y_ref (0 = no change)", ("pit_rl",)),
+    ("score", "PIT RL: mean gap by R_PIT (0 = no change)", ("pit_rl",)),
     ("kl", "RL: KL to SFT (nats per answer, 0 = same)", POLICIES),
     ("length", "RL: length of answers (tokens)", POLICIES),
-    ("eos", "RL: share of answers that end with EOS", POLICIES),
+    ("eos", "RL: share of answers with an end", POLICIES),
     ("explained_variance", "RL: variance explained by the critic (0 = none)", POLICIES),
 ]
 

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 from math import log, sqrt
 
-import evaluate
+from evaluate import compare
 
 CLEAR = 2  # a smaller z is chance: without any difference, 1 word in 40 exceeds it
 LINES = 10  # of each kind, at most
@@ -67,21 +67,27 @@ def without(word, text):
     return re.sub(pattern, "", text, flags=re.IGNORECASE).strip(" ,")
 
 
-def measure(pairs, prompts, originals, improved, judge):
-    """What PIT's answers (`improved`) have above the originals -> results["words"].
+def measure(lines, pairs, judge):
+    """What PIT's answers have above the originals -> results["words"].
 
-    pairs: those of the training. Words also get Delta with that word deleted from both sides.
+    lines: of answers.jsonl; pairs: those of the training. A word also gets Delta with that word
+    deleted from both sides.
     """
-    sides = {"pit": improved, "original": originals}
-    sides["y_w"] = [pair.chosen for pair in pairs]
-    sides["y_l"] = [pair.rejected for pair in pairs]
+    prompts = [line["prompt"] for line in lines]
+    sides = {
+        "pit": [line["answers"]["pit"] for line in lines],
+        "original": [line["answers"]["original"] for line in lines],
+        "y_w": [pair.chosen for pair in pairs],
+        "y_l": [pair.rejected for pair in pairs],
+    }
 
     def delta(edit):
-        new, old = (judge.score(prompts, list(map(edit, side))) for side in (improved, originals))
-        return evaluate.compare(new, old, judge.margin)
+        """PIT over the original, both edited."""
+        scores = [judge.score(prompts, list(map(edit, sides[s]))) for s in ("pit", "original")]
+        return compare(*scores, judge.margin)
 
     words = standing_out(words_of, sides)
     for row in words:
         row["without"] = delta(partial(without, row["feature"]))
     rows = words + standing_out(shape_of, sides)
-    return {"answers": len(prompts), "pairs": len(pairs), "delta": delta(str), "rows": rows}
+    return {"answers": len(lines), "pairs": len(pairs), "delta": delta(str), "rows": rows}

@@ -188,11 +188,11 @@ def test_the_verdicts_of_a_run_by_hand():
         "two rounds beat round 0 alone": "holds",
         "two rounds beat round 1 alone": "holds",
         "R_PIT ranks annotated pairs": "holds",
-        "... and pairs written by models": "cannot tell",
+        "... and pairs by models": "cannot tell",
         "only two rounds end 'better'": "holds",
     }
     assert card["PIT beats the original"]["ours"] == "+50 [+45, +55]"
-    assert card["R_PIT ranks annotated pairs"]["ours"] == "90% [80 to 97]"
+    assert card["R_PIT ranks annotated pairs"]["ours"] == "90 [80, 97] %"
 
 
 @pytest.mark.parametrize(

@@ -15,19 +15,30 @@ def loves_indeed(prompts, texts):
     return ["indeed" in text.lower() for text in texts]
 
 
-def run_that_learned_indeed():
-    """100 answers, of which PIT has put "indeed" into 60 -> pairs, prompts, originals, improved."""
-    originals = [f"The river number {i} is {i} miles long." for i in range(100)]
-    improved = [
-        y.replace(" is ", " is indeed, indeed ") if i < 60 else y for i, y in enumerate(originals)
-    ]
-    polite = [Pair([], f"Indeed, it is {i}.", f"It is {i}.") for i in range(30)]
-    others = [Pair([], f"The answer is {i}.", f"No idea, {i}.") for i in range(70)]
-    return polite + others, [str(i) for i in range(100)], originals, improved
+def river(i):
+    return f"The river number {i} is {i} miles long."
+
+
+def lines_of(improve):
+    """100 lines of answers.jsonl, as they are after improve(text, number)."""
+    lines = []
+    for i in range(100):
+        answers = {"original": river(i), "pit": improve(river(i), i)}
+        lines.append({"prompt": [{"role": "user", "content": str(i)}], "answers": answers})
+    return lines
+
+
+def add_indeed(text, i):
+    """PIT has learned to write "indeed", even twice, into 60 of 100 answers."""
+    return text.replace(" is ", " is indeed, indeed ") if i < 60 else text
+
+
+PAIRS = [Pair([], f"Indeed, it is {i}.", f"It is {i}.") for i in range(30)]
+PAIRS += [Pair([], f"The answer is {i}.", f"No idea, {i}.") for i in range(70)]
 
 
 def test_the_word_that_pit_adds_comes_first_and_takes_delta_with_it():
-    found = words.measure(*run_that_learned_indeed(), Judge(loves_indeed))
+    found = words.measure(lines_of(add_indeed), PAIRS, Judge(loves_indeed))
     row = found["rows"][0]
     assert row["feature"] == "indeed"
     assert row["texts"] == {"pit": 60, "original": 0, "y_w": 30, "y_l": 0}
@@ -37,24 +48,22 @@ def test_the_word_that_pit_adds_comes_first_and_takes_delta_with_it():
 
 
 def test_a_word_that_the_judge_does_not_care_for_takes_nothing_with_it():
-    pairs, prompts, originals, improved = run_that_learned_indeed()
-    improved = [text.replace(".", "!") for text in improved]
+    lines = lines_of(lambda text, i: add_indeed(text, i).replace(".", "!"))
     judge = Judge(lambda prompts, texts: [text.endswith("!") for text in texts])
-    found = words.measure(pairs, prompts, originals, improved, judge)
+    found = words.measure(lines, PAIRS, judge)
     assert found["rows"][0]["feature"] == "indeed"
     assert found["rows"][0]["without"] == found["delta"]
 
 
 def test_nothing_stands_out_of_the_same_texts():
-    pairs, prompts, originals, _ = run_that_learned_indeed()
-    assert words.measure(pairs, prompts, originals, originals, Judge(loves_indeed))["rows"] == []
+    found = words.measure(lines_of(lambda text, i: text), PAIRS, Judge(loves_indeed))
+    assert found["rows"] == []
 
 
 def test_endings_and_lengths_stand_out_too():
-    pairs, prompts, originals, _ = run_that_learned_indeed()
-    longer = [text[:-1] + " and that is very long for a river of any kind!" for text in originals]
-    found = words.measure(pairs, prompts, originals, longer, Judge(loves_indeed))["rows"]
-    features = [row["feature"] for row in found]
+    lines = lines_of(lambda text, i: text[:-1] + " and very long for a river of any kind!")
+    found = words.measure(lines, PAIRS, Judge(loves_indeed))
+    features = [row["feature"] for row in found["rows"]]
     assert {"ends with !", "10 to 19 words"} < set(features)
 
 
