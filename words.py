@@ -34,10 +34,13 @@ def log_odds(a, b, background):
 
     Log-odds with an informative Dirichlet prior over their standard error, as in Monroe, Colaresi
     and Quinn (2008), "Fightin' Words". The prior has the shares of the background, and as much
-    weight as `b`: it keeps rare words from coming first.
+    weight as one group: it keeps rare words from coming first.
     """
-    scale = b.total() / background.total()
-    total_a, total_b = a.total() + b.total(), 2 * b.total()  # with the prior
+    if len(background) < 2:
+        return {}  # nothing to compare with
+    weight = (a.total() + b.total()) / 2
+    scale = weight / background.total()
+    total_a, total_b = a.total() + weight, b.total() + weight
     z = {}
     for feature in a | b:
         prior = scale * background[feature]

@@ -60,6 +60,15 @@ def test_nothing_stands_out_of_the_same_texts():
     assert found["rows"] == []
 
 
+def test_answers_without_a_word_do_no_harm():
+    for lines in (lines_of(lambda text, i: ""), lines_of(lambda text, i: "...")):
+        assert words.measure(lines, PAIRS, Judge(loves_indeed))["delta"]["delta"] == 0
+    for line in lines:
+        line["answers"]["original"] = ""
+    smileys = [Pair([], ":-)", ":-(")] * 8
+    assert words.measure(lines, smileys, Judge(loves_indeed))["answers"] == 100
+
+
 def test_endings_and_lengths_stand_out_too():
     lines = lines_of(lambda text, i: text[:-1] + " and very long for a river of any kind!")
     found = words.measure(lines, PAIRS, Judge(loves_indeed))
@@ -74,8 +83,8 @@ def test_log_odds_against_a_plain_second_computation():
     background = {w: a[w] + b[w] + others[w] for w in names}
     z = words.log_odds(Counter(a), Counter(b), Counter(background))
     for w in names:
-        # Monroe et al. (2008), with a prior of the size of b
-        alpha_0 = sum(b.values())
+        # Monroe et al. (2008), with a prior that weighs as much as one group
+        alpha_0 = (sum(a.values()) + sum(b.values())) / 2
         alpha_w = alpha_0 * background[w] / sum(background.values())
         omega = []
         for group in (a, b):
