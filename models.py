@@ -174,6 +174,9 @@ class LM:
         head = folder / "head.safetensors"
         self.add(role, head=head.exists())
         weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
+        own = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
+        if weights.keys() != own.keys():  # peft would leave them out without a word
+            raise ValueError("its weights belong to other layers")
         set_peft_model_state_dict(self.peft, weights, adapter_name=role)
         if role in self.heads:
             self.heads[role].load_state_dict(load_file(head, device=str(self.device)))

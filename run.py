@@ -340,7 +340,9 @@ class Run:
         self.begin()
         number = self.plan.number(name) if self.plan else ""
         print(f"\n{number}{name}: {why}", flush=True)
-        self.name, self.step, self.warned, self.started = name, 0, set(), time.perf_counter()
+        self.name, self.step = name, 0
+        self.warned = set()
+        self.started = time.perf_counter()
         seed_all(self.config.seed, name, "start")
         try:
             yield
@@ -371,14 +373,14 @@ class Run:
             self.in_step = True
             yield step
             done = step + 1
-            if self.plan:
-                seconds = time.perf_counter() - started
-                self.time_left = self.plan.end_step(self.name, done, total, seconds)
             if done % self.config.save_every == 0 or done == total or self.stop_signal:
                 self.save(done, optimizers, numbers)
                 if self.bar.disable:  # no terminal
                     print(f"  step {done} of {total}  {self.bar.postfix}".rstrip(), flush=True)
             self.in_step = False
+            if self.plan:
+                seconds = time.perf_counter() - started
+                self.time_left = self.plan.end_step(self.name, done, total, seconds)
             if self.stop_signal:
                 self.bar.close()
                 say(f"Saved {self.name} after step {done} of {total}.\n")

@@ -328,6 +328,10 @@ def test_an_adapter_under_another_name_or_of_another_shape_is_refused(whole, lm,
         assert run.done(role)  # older versions noted no role
         with pytest.raises(UserError, match=f"{role} does not fit"):
             run.load(lm, role)
+    run.config.target_modules = ".*v_proj"
+    with pytest.raises(UserError, match="does not fit: its weights belong to other layers"):
+        run.load(pit.load_base(run.config), "pit_sft")
+    run.config.target_modules = MINI["target_modules"]
     own = pit.load_base(run.config)
     run.load(own, "reward_gap")
     (run.adapter("judge") / "head.safetensors").unlink()
