@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from data import improve_prompt
-from judges import adapter_judge
 from run import seed_all, write_text
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself: for feedback, then for a new answer
@@ -84,10 +83,11 @@ NOTHING = Side([], lengths=0, spent=0, generations=0)
 class Answers:
     """The sides of a run. When first asked for, each is read from answers.json, or written."""
 
-    def __init__(self, lm, run, pairs, last=None):
-        self.lm, self.run, self.pairs, self.last = lm, run, pairs, last
+    def __init__(self, lm, run, pairs, last=None, reward_policy=None):
+        """last: the adapter of PIT's last round; reward_policy: R_P, as a Judge."""
+        self.lm, self.run, self.pairs = lm, run, pairs
+        self.last, self.reward_policy = last, reward_policy
         self.prompts = [pair.prompt for pair in pairs]
-        self.reward_policy = adapter_judge(lm, "reward_policy", run.config)
         self.path = run.path / "answers.json"
         self.kept = read_cache(self.path)
         self.sides = {}
@@ -132,7 +132,7 @@ class Answers:
         return np.array([len(self.lm.encode_response(text)) for text in texts])
 
     def write(self, key, role, chats, after=NOTHING):
-        """One answer by `role` to each chat -> Side; `after`: the side that stands in the chats."""
+        """One answer by `role` to each chat -> Side; `after`: what was written before it."""
         cfg, name = self.run.config, str(key)
         # the texts stay the same while all that they depend on does
         adapter = (self.run.adapter(role) / "adapter_model.safetensors").read_bytes()
@@ -188,7 +188,7 @@ class Answers:
 
 
 def talk(prompt, *texts):
-    """A chat that goes on after its prompt, the assistant and the user by turns."""
+    """A chat that goes on after its prompt: assistant, user, assistant, ..."""
     chat = list(prompt)
     for k, text in enumerate(texts):
         chat.append({"role": "user" if k % 2 else "assistant", "content": text})

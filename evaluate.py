@@ -9,16 +9,14 @@ Run: python pit.py eval --run runs/tiny, under a minute
 
 import json
 from collections import defaultdict
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
-import torch
 
 import infer
-import reward
 from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair, improve_prompt
-from judges import SAME
+from judges import SAME, adapter_judge
 from run import progress, write_text
 from votes import questions_about, read_answers, read_votes
 
@@ -46,6 +44,7 @@ GAP_MODELS = {
     "reward_gap2": "Eq. 2 as published",
     "reward_gap3": "Eq. 2, first three terms",
 }
+VOTED = "{judge}: {a} vs {b}, delta {delta:+.2f} [{low:+.2f}, {high:+.2f}], {win:.0%} won of {n}"
 Z = 1.96  # standard deviations on either side in a 95% interval
 
 
@@ -168,66 +167,54 @@ class View:
     def compare(self, a, b):
         return compare(self.scores(a), self.scores(b), self.judge.margin)
 
+    def gaps(self, key):
+        """By R_PIT: how much better each text is than the one that it improves -> (N,)."""
+        texts, before = self.answers.side(key).texts, self.answers.before(key).texts
+        contexts = [improve_prompt(x, y_ref) for x, y_ref in zip(self.answers.prompts, before)]
+        return self.judge.score(contexts, texts) - self.judge.score(contexts, before)
+
 
 def evaluate(lm, run, pairs, last, judges):
     """Write, judge and compare all sides on held-out pairs -> results.json, answers.jsonl.
 
     last: the adapter of PIT's last round. judges: Judge by name, the main one first.
     """
-    answers = Answers(lm, run, pairs[: run.config.eval_n], last)
+    models = {r: adapter_judge(lm, r, run.config) for r in GAP_MODELS if r in lm.roles}
+    answers = Answers(lm, run, pairs[: run.config.eval_n], last, models["reward_policy"])
     views = [View(name, judge, answers) for name, judge in judges.items()]
     main = views[0]
     refusal = answers.self_refine_refusal()
     methods = ["pit"] if refusal else ["pit", "self_refine"]
     keys = all_keys(methods, last)
     plain = [key for key in keys if key == Key(key.method)]  # temperature 1, one round: Table 1
-    gaps = {}
     with progress(None, total=len(keys) + 1) as bar:
-        # 1. every side: its texts, their scores, and R_PIT's gaps where PIT wrote them
+        # 1. every side: its texts, and their scores
         for key in keys:
             bar.set_postfix_str(f"  {key}")
             for view in views if key in plain else [main]:
                 view.scores(key)
-            if key.method.startswith("pit") and key.temperature == 1.0:
-                gaps[key] = gaps_over_before(lm, answers, key)
             bar.update()
-        # 2. the gap models, on pairs
+        # 2. the gap models, on the pairs and on PIT's rounds
         bar.set_postfix_str("  gap models")
-        evidence = gap_evidence(lm, run.config, answers.pairs, written_pairs(main))
+        evidence = gap_evidence(models, answers.pairs, written_pairs(main))
+        evidence |= {"rl": rl_table(answers, models), "stops": stop_table(main, models)}
         bar.update()
-    # 3. the tables, which look at these numbers in every way
+    # 3. the tables, which look at the scores in every way
     rows, missing = table1(views, plain, refusal)
     run.add_results(
         main=main.name,
         judges=judge_accuracy(views),
         table1=rows,
         not_applicable=missing,
-        mean_score={view.name: means(view.scores, plain) for view in views},
-        mean_tokens=means(lambda key: answers.side(key).lengths, plain),
+        mean_score=mean_scores(views, plain),
+        mean_tokens={key.method: mean(answers.side(key).lengths) for key in plain},
         fig3=temperature_table(main, methods),
         cooler=main.compare(Key("pit", temperature=0.4), Key("pit")),
         table3=rounds_table(main, methods),
-        rl=rl_table(answers, gaps),
-        stops=stop_table(main, gaps),
         **evidence,
     )
     write_answers(run, views, plain)
     add_votes(run)
-
-
-def gaps_over_before(lm, answers, key):
-    """By R_PIT: how much better each text of a side is than the one that it improves -> (N,)."""
-    texts, before = answers.side(key).texts, answers.before(key).texts
-    gaps = np.zeros(len(texts))  # "no change" is 0
-    changed = [i for i in range(len(texts)) if texts[i] != before[i]]
-    columns = [[column[i] for i in changed] for column in (answers.prompts, texts, before)]
-    if changed:
-        gaps[changed] = reward.gaps(lm, *columns, answers.run.config)
-    return gaps
-
-
-def means(numbers_of, keys):
-    return {key.method: mean(numbers_of(key)) for key in keys}
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -245,6 +232,14 @@ def judge_accuracy(views):
 
 def accuracy(row, margin):
     return {"accuracy": row["win"] + row["tie"] / 2, "margin": margin}
+
+
+def mean_scores(views, keys):
+    """The mean score of each side by each judge."""
+    means = {}
+    for view in views:
+        means[view.name] = {key.method: mean(view.scores(key)) for key in keys}
+    return means
 
 
 def table1(views, keys, refusal):
@@ -302,50 +297,52 @@ def rounds_table(view, methods):
     return rows
 
 
-def rl_table(answers, gaps):
+def rl_table(answers, models):
     """What each RL stage did to its own reward on held-out prompts: before, after, the rise."""
-    rewards = {key.method: value for key, value in gaps.items() if key.round == 1}
-    pit = list(rewards)  # after SFT, after round 0, ...
-    for method in ("policy_sft", "original"):
-        texts = answers.side(Key(method)).texts
-        rewards[method] = answers.reward_policy.score(answers.prompts, texts)
-    rows = []
-    for before, after in [("policy_sft", "original"), *zip(pit, pit[1:])]:
-        by = "R_P" if after == "original" else "gap by R_PIT"
-        start, end = rewards[before], rewards[after]
-        row = {"before": before, "after": after, "by": by, "start": mean(start), "end": mean(end)}
-        rows.append(row | {"ci95": interval(end - start)})
+    policy = View("R_P", models["reward_policy"], answers)
+    pit = View("gap by R_PIT", models["reward_gap"], answers)
+    rows = [rise(policy.name, policy.scores, "policy_sft", "original")]
+    if answers.last == "pit_rl0":
+        return [*rows, rise(pit.name, pit.gaps, "pit_sft", "pit")]
+    rows.append(rise(pit.name, pit.gaps, "pit_sft", "pit_rl0"))
+    rows.append(rise(pit.name, pit.gaps, "pit_rl0", "pit"))
     return rows
 
 
-def stop_table(view, gaps):
+def rise(by, reward, before, after):
+    """How far a reward rose from one side to another."""
+    start, end = reward(Key(before)), reward(Key(after))
+    row = {"before": before, "after": after, "by": by, "start": mean(start), "end": mean(end)}
+    return row | {"ci95": interval(end - start)}
+
+
+def stop_table(view, models):
     """Each stop rule on the same five rounds of PIT, cut short at each limit: mean score, tokens.
 
     For "time" the limit is the time of that many average rounds. Time goes with the tokens written,
     whatever the machine.
     """
-    keys = [ORIGINAL, *round_keys("pit")]
-    sides = [view.answers.side(key) for key in keys]
-    texts = list(zip(*(side.texts for side in sides)))  # N times K + 1
-    scores = np.stack([view.scores(key) for key in keys], 1)  # (N, K + 1)
+    r_pit = View("gap by R_PIT", models["reward_gap"], view.answers)
+    rounds = round_keys("pit")
+    sides = [view.answers.side(key) for key in (ORIGINAL, *rounds)]
+    # of each prompt, a row: the texts y_0 ... y_K, their scores and gaps, the tokens up to each
+    texts = list(zip(*(side.texts for side in sides)))
+    scores = np.stack([view.scores(key) for key in (ORIGINAL, *rounds)], 1)  # (N, K + 1)
+    gaps = np.stack([r_pit.gaps(key) for key in rounds], 1)  # (N, K)
     tokens = np.stack([side.spent for side in sides], 1)  # (N, K + 1)
-    gap = np.stack([gaps[key] for key in keys[1:]], 1)  # (N, K)
     spent = tokens - tokens[:, :1]
-    prompts = np.arange(len(texts))
+    everybody = range(len(texts))
     rows = []
-    for stop in infer.STOPS:
-        for limit in range(1, ROUNDS + 1):
-            K = ROUNDS if stop == "time" else limit
-            budget = limit * spent[:, -1].mean() / ROUNDS
-            ends = [
-                infer.end_of(stop, texts[i][: K + 1], gap[i], spent[i], budget) for i in prompts
-            ]
-            answer, rounds = np.transpose(
-                ends
-            )  # (N,) each: which text it is, after how many rounds
-            final = scores[prompts, answer]
-            row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
-            rows.append(row | {"tokens": mean(tokens[prompts, rounds])})
+    for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
+        kept = ROUNDS if stop == "time" else limit
+        budget = limit * spent[:, -1].mean() / ROUNDS
+        ends = []  # which text is the answer, after how many rounds
+        for i in everybody:
+            ends.append(infer.end_of(stop, texts[i][: kept + 1], gaps[i], spent[i], budget))
+        answer, made = zip(*ends)
+        final = scores[everybody, answer]
+        row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
+        rows.append(row | {"tokens": mean(tokens[everybody, made])})
     return rows
 
 
@@ -354,66 +351,54 @@ def stop_table(view, gaps):
 
 def written_pairs(view):
     """PIT's answer and the original as preference pairs, by this judge; ties are left out."""
-    pit, original = view.answers.side(Key("pit")), view.answers.side(ORIGINAL)
-    above = view.scores(Key("pit")) - view.scores(ORIGINAL)
+    pit, original = Key("pit"), ORIGINAL
+    texts = [view.answers.side(key).texts for key in (pit, original)]
+    over = outcomes(view.scores(pit), view.scores(original), view.judge.margin)
     pairs = []
-    for i, prompt in enumerate(view.answers.prompts):
-        better, worse = pit.texts[i], original.texts[i]
-        if above[i] < 0:
-            better, worse = worse, better
-        if abs(above[i]) >= view.judge.margin:
-            pairs.append(Pair(prompt, better, worse))
+    for x, a, b, sign in zip(view.answers.prompts, *texts, over):
+        if sign:
+            pairs.append(Pair(x, a, b) if sign > 0 else Pair(x, b, a))
     return pairs
 
 
-def gap_evidence(lm, cfg, annotated, written):
+def gap_evidence(models, annotated, written):
     """Fig. 2's four distributions, and how right every gap model is, on both kinds of pairs."""
     fig2, eq2 = {}, []
     for kind, pairs in (("annotated", annotated), ("written by models", written)):
-        for role in GAP_MODELS:
-            if not pairs or role not in lm.roles:
-                continue
-            scores = pair_scores(lm, cfg, role, pairs)
-            if role == "reward_gap":
-                four = np.round(scores, 3).tolist()
-                fig2[kind] = dict(zip(("ww", "lw", "wl", "ll"), four))
-            gaps = gaps_of_pairs(scores)
+        if not pairs:
+            continue
+        four = eq1_scores(models["reward_gap"], pairs)
+        fig2[kind] = {name: scores.round(3).tolist() for name, scores in four.items()}
+        for role, model in models.items():
+            gaps = pair_gaps(role, model, pairs)
             # is the sign right, in both directions?
-            right = ((gaps[0] > 0) + 1.0 * (gaps[1] < 0)) / 2  # (n,)
+            right = np.mean([gaps[0] > 0, gaps[1] < 0], axis=0)  # (n,)
             row = {"model": role, "pairs": kind, "n": len(pairs), "accuracy": mean(right)}
             row |= {"ci95": interval(right, bounds=(0, 1)), "calibration_error": calibration(gaps)}
             eq2.append(row)
     return {"fig2": fig2, "eq2": eq2}
 
 
-def pair_scores(lm, cfg, role, pairs):
-    """y_w and y_l as R_P scores them, (2, n), or after y_w and after y_l by a gap model, (4, n).
-
-    In the order of Eq. 1: ww, lw, wl, ll, the candidate first.
-    """
-    contexts = [[pair.prompt for pair in pairs]]
-    if role != "reward_policy":
-        after_chosen = [improve_prompt(pair.prompt, pair.chosen) for pair in pairs]
-        after_rejected = [improve_prompt(pair.prompt, pair.rejected) for pair in pairs]
-        contexts = [after_chosen, after_rejected]
-    scores = []
-    for context in contexts:
-        scores.append(reward.rewards(lm, role, context, [pair.chosen for pair in pairs], cfg))
-        scores.append(reward.rewards(lm, role, context, [pair.rejected for pair in pairs], cfg))
-    return torch.stack(scores).double().numpy()
-
-
-def gaps_of_pairs(scores):
-    """The gaps of y_w over y_l, and of y_l over y_w -> (2, n); 0 is "no change".
-
-    Of scores (2, n) by R_P: R_P(y) - R_P(y_ref). Of scores (4, n) by a gap model:
-    r(y, y_ref) - r(y_ref, y_ref).
-    """
-    if len(scores) == 2:
-        chosen, rejected = scores
+def pair_gaps(role, model, pairs):
+    """The gaps of y_w over y_l, and of y_l over y_w -> (2, n); 0 is "no change"."""
+    if role == "reward_policy":  # R_P(y) - R_P(y_ref)
+        prompts = [pair.prompt for pair in pairs]
+        chosen = model.score(prompts, [pair.chosen for pair in pairs])
+        rejected = model.score(prompts, [pair.rejected for pair in pairs])
         return np.stack([chosen - rejected, rejected - chosen])
-    ww, lw, wl, ll = scores
-    return np.stack([wl - ll, lw - ww])
+    four = eq1_scores(model, pairs)  # r(y, y_ref) - r(y_ref, y_ref)
+    return np.stack([four["wl"] - four["ll"], four["lw"] - four["ww"]])
+
+
+def eq1_scores(model, pairs):
+    """The scores of Eq. 1, the candidate's letter first -> {"ww": (n,), "lw": ..., "wl", "ll"}."""
+    texts = {"w": [pair.chosen for pair in pairs], "l": [pair.rejected for pair in pairs]}
+    four = {}
+    for reference in "wl":
+        contexts = [improve_prompt(p.prompt, y_ref) for p, y_ref in zip(pairs, texts[reference])]
+        for candidate in "wl":
+            four[candidate + reference] = model.score(contexts, texts[candidate])
+    return four
 
 
 # ---- for other judges --------------------------------------------------------------------------
@@ -433,19 +418,16 @@ def write_answers(run, views, keys):
 
 
 def add_votes(run):
-    """Make rows of Table 1 of all votes (votes.py), and print them -> results.json."""
+    """Turn all votes (votes.py) into rows of Table 1, and print them -> results.json."""
     votes, results = read_votes(run), run.results()
     voters = sorted({judge for judge, _ in votes})
     if not voters:
         return
-    # 1. the votes on each pair of sides, and whether a voter says the same as another judge
+    # 1. the votes on each pair of sides, and whether a voter says the same as each other judge
     cast, same = defaultdict(list), defaultdict(list)
     lines = read_answers(run)
     for question in questions_about(lines):
-        verdicts = {}
-        for judge, scores in lines[question.line]["scores"].items():
-            margin = results["judges"][judge]["margin"]
-            verdicts[judge] = outcomes(scores[question.a], scores[question.b], margin)
+        verdicts = scored_verdicts(question, lines, results["judges"])
         for judge in voters:
             if (judge, question.id()) in votes:
                 verdicts[judge] = votes[judge, question.id()]["vote"]
@@ -453,34 +435,39 @@ def add_votes(run):
         for judge, other in permutations(verdicts, 2):
             if judge in voters:
                 same[judge, other].append(verdicts[judge] == verdicts[other])
-    # 2. a row for each; what answers cost is the same for all judges
+    # 2. a row for each; what an answer costs is the same for all judges
     table1 = [row for row in results["table1"] if row["judge"] not in voters]
     measured = {(row["a"], row["b"]): row for row in table1}
     for (judge, a, b), said in cast.items():
         row = measured[a, b] | {"judge": judge} | compare(said, np.zeros(len(said)))
         table1.append(row)
-        low, high = row["ci95"]
-        print(f"{judge}: {a} vs {b}, delta {row['delta']:+.2f} [{low:+.2f}, {high:+.2f}]", end="")
-        print(f", {row['win']:.0%} won, {row['lose']:.0%} lost of {row['n']}")
+        print(VOTED.format(low=row["ci95"][0], high=row["ci95"][1], **row))
     # 3. how far to trust them
-    trust = {judge: {"agreement": {}} | position_bias(votes, judge) for judge in voters}
+    trust = {judge: position_bias(votes, judge) for judge in voters}
     for (judge, other), agrees in same.items():
-        trust[judge]["agreement"][other] = {"same": mean(agrees), "n": len(agrees)}
+        trust[judge][other] = {"same": mean(agrees), "n": len(agrees)}
         print(f"{judge} agrees with {other} on {mean(agrees):.0%} of {len(agrees)} pairs.")
     run.add_results(table1=table1, votes=trust)
 
 
+def scored_verdicts(question, lines, judges):
+    """What the judges that score say of a pair: 1, a is better; -1, b is; 0, a tie."""
+    verdicts = {}
+    for judge, scores in lines[question.line]["scores"].items():
+        margin = judges[judge]["margin"]
+        verdicts[judge] = int(outcomes(scores[question.a], scores[question.b], margin))
+    return verdicts
+
+
 def position_bias(votes, judge):
-    """Of a language model: how often the order of the answers decided, what could not be read."""
+    """For a language model: how often the order decided, and how many replies made no sense."""
     lines = [line for (who, _), line in votes.items() if who == judge and "order_decides" in line]
     if not lines:
         return {}
     bias = mean([line["order_decides"] for line in lines])
     unreadable = sum(line["unreadable"] for line in lines)
-    print(
-        f"{judge}: the order of the two answers decided {bias:.0%} of {len(lines)} pairs,", end=""
-    )
-    print(f" which are ties; {unreadable} replies could not be read.")
+    print(f"{judge}: the order of the answers decided {bias:.0%} of {len(lines)} pairs: ties.")
+    print(f"{judge}: {unreadable} replies could not be read, and count as ties.")
     return {"position_bias": bias, "unreadable": unreadable}
 
 

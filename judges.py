@@ -136,7 +136,7 @@ def hub_judge(lm, name, cfg):
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
-    except Exception as error:  # of many kinds
+    except Exception as error:  # missing files, other architectures, bad configs ...
         if out_of_memory(error):
             raise
         raise UserError(
@@ -165,7 +165,7 @@ def classifier_input(tokenizer, prompt, text):
     return {"text": "\n\n".join(turn["content"] for turn in prompt), "text_pair": text}
 
 
-# How --judge names a kind -> what makes it. One more kind is one more line.
+# What --judge accepts, and what makes a judge of it
 KINDS = {
     "quality": exact_judge,
     "judge": adapter_judge,

@@ -56,7 +56,8 @@ def read_answers(run):
     """The lines of answers.jsonl, a dict each."""
     path = run.path / "answers.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with open(path, encoding="utf-8") as file:  # splitlines() would split at U+2028 too
+            return [json.loads(line) for line in file]
     except (OSError, ValueError):
         again = f"python pit.py eval --run {run.path}"
         raise UserError(f"{path} is missing or damaged. Write it with: {again}") from None
@@ -142,9 +143,8 @@ def ask_llm(run, url, llm, n=128):
         try:
             for done in progress(as_completed(asked), total=len(asked)):
                 add_vote(run, llm, asked[done], **done.result())
-        except UserError:
+        finally:  # after an error, or Ctrl-C: ask no more
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def ask_both_orders(client, llm, question):

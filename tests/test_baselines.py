@@ -49,8 +49,8 @@ def run(tmp_path):
 def all_sides(run, pairs):
     """Write every side -> the language model, which knows its calls, and the answers."""
     lm = Scribe()
-    answers = Answers(lm, run, pairs, "pit_rl1")
-    answers.reward_policy = judges.Judge(lambda prompts, texts: [0.0] * len(texts))
+    no_matter = judges.Judge(lambda prompts, texts: [0.0] * len(texts))
+    answers = Answers(lm, run, pairs, "pit_rl1", no_matter)
     for key in baselines.all_keys(["pit", "self_refine"], "pit_rl1"):
         answers.side(key)
     return lm, answers
@@ -169,7 +169,9 @@ def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path)
     lm.add("reward_policy", head=True)
     shake(lm, "reward_policy")
     cfg = SimpleNamespace(micro_batch=5, max_response=30, seed=0)
-    answers = Answers(lm, SimpleNamespace(path=tmp_path, config=cfg), pairs)
+    run = SimpleNamespace(path=tmp_path, config=cfg)
+    r_p = judges.adapter_judge(lm, "reward_policy", cfg)
+    answers = Answers(lm, run, pairs, reward_policy=r_p)
     samples = [[p.chosen for p in pairs], [p.rejected for p in pairs], ["north"] * len(pairs)]
     for method, texts in zip(baselines.SAMPLES, samples):
         lengths = np.array([len(lm.encode_response(text)) for text in texts])

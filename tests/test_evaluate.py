@@ -237,14 +237,14 @@ def test_table_1_from_texts(measured):
     assert {(a, b) for judge, a, b in rows} == {
         sides for sides in evaluate.COMPARISONS if not any("self_refine" in s for s in sides)
     }
+    scores, margins = {}, {"quality": 1e-4, "judge": 0.1}
+    for side in {side for sides in evaluate.COMPARISONS for side in sides if side in texts}:
+        scores["quality", side] = exact_scores(pairs, texts[side])
+        learned = reward.rewards(lm, "judge", prompts, texts[side], run.config)
+        scores["judge", side] = learned.tolist()
     for (judge, a, b), row in rows.items():
-        if judge == "quality":
-            scores = [exact_scores(pairs, texts[side]) for side in (a, b)]
-            assert row["delta"] == pytest.approx(delta_of(*scores))
-        else:
-            scores = [reward.rewards(lm, "judge", prompts, texts[s], run.config) for s in (a, b)]
-            assert row["delta"] == pytest.approx(delta_of(*scores, margin=0.1))
-        assert row["win"] - row["lose"] == pytest.approx(row["delta"])
+        delta = delta_of(scores[judge, a], scores[judge, b], margins[judge])
+        assert row["delta"] == pytest.approx(delta) == pytest.approx(row["win"] - row["lose"])
         lengths = [len(lm.encode_response(text)) for text in texts[a]]
         assert row["tokens_a"] == pytest.approx(np.mean(lengths))
     cost = rows["quality", "pit", "original"]

@@ -160,9 +160,9 @@ def run(tmp_path):
 
 
 class Server:
-    """An OpenAI-compatible server of its own mind: think(prompt, number of the request) -> reply.
+    """An OpenAI-compatible server that replies think(prompt, number of the request).
 
-    A number as the reply is an HTTP status; None: it hangs up.
+    A number as the reply is an HTTP status.
     """
 
     def __init__(self, think):
@@ -243,7 +243,7 @@ def test_a_language_model_becomes_rows_of_table_1(run, serve, capsys):
     }
     assert rows["pit", "original"]["tokens_a"] == 3.0 and rows["pit", "original"]["n"] == N
     trust = run.results()["votes"]["some/model"]
-    assert trust["position_bias"] == 0 and trust["agreement"]["quality"] == {"same": 1, "n": 4 * N}
+    assert trust["position_bias"] == 0 and trust["quality"] == {"same": 1, "n": 4 * N}
     assert "agrees with quality on 100% of 24 pairs" in capsys.readouterr().out
     # nothing is asked again
     votes.ask_llm(run, server.url, "some/model", n=100)
@@ -385,7 +385,7 @@ def test_a_person_who_knows_the_sides_always_wins_whatever_the_order(run, monkey
     evaluate.add_votes(run)
     rows = rows_by(run, "me")
     assert rows["pit", "original"]["delta"] == 1 and rows["pit", "y_w"]["delta"] == -1
-    assert run.results()["votes"]["me"]["agreement"]["quality"] == {"same": 1, "n": 4 * N}
+    assert run.results()["votes"]["me"]["quality"] == {"same": 1, "n": 4 * N}
 
 
 def test_the_order_on_the_screen_is_a_fair_coin():
