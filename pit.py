@@ -58,19 +58,19 @@ PRESETS = {
     ),
     "real": dict(
         data="hh",
-        pairs=20_000,
+        pairs=32_000,  # of 160,000 in HH; each stage goes over its share about once
         max_prompt=384,  # holds most dialogues of HH-RLHF; PIT reads that and two answers
         max_response=128,
         save_every=10,
         micro_batch=8,
         eval_n=256,
-        sft_steps=600,
+        sft_steps=250,
         sft_batch=32,
         sft_lr=1e-4,
-        rm_steps=600,
+        rm_steps=250,  # one pass: reward models overfit after one or two
         rm_batch=32,
         rm_lr=1e-4,
-        rl_steps=150,
+        rl_steps=100,
         rl_batch=64,
         minibatch=32,
         rl_lr=2e-5,
