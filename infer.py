@@ -143,7 +143,7 @@ def answer(lm, cfg, settings, turns, response=None):
     if cfg.data == "synthetic":
         # a prompt from samples.md may come with the line breaks that it has there
         question = " ".join(turns[-1]["content"].split())
-        turns = [{"role": "user", "content": question}]
+        turns = [*turns[:-1], turns[-1] | {"content": question}]
         if is_other_task(question, response):
             print(OTHER_TASK)
     (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])

@@ -25,8 +25,6 @@ from errors import UserError, explain
 
 TINY = Path(__file__).parent / "tiny"
 Stage = Literal["sft", "reward", "rl", "eval"]
-PresetInt = int | None  # None: from PRESETS
-PresetFloat = float | None
 NOT_STORED = {
     "run",
     "smoke",
@@ -85,9 +83,9 @@ PRESETS = {
     ),
     # a step of a real model takes seconds on a CPU: few, short texts; a checkpoint after each step
     "smoke real": dict(
-        pairs=1_000,  # most answers of HH-RLHF are longer than 32 tokens, and are dropped
+        pairs=3_000,  # most answers of HH-RLHF are longer than 64 tokens, and are dropped
         max_prompt=64,
-        max_response=32,
+        max_response=64,
         save_every=1,
         eval_n=8,
         sft_steps=2,
@@ -109,95 +107,68 @@ app = typer.Typer(
 )
 
 
-def option(panel, text, *names, min=1, max=None):
-    """An option of `all`; numbers are at least 1 unless said otherwise."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, min=min, max=max)
+def option(kind, text, panel=None, *names, **limits):
+    """The type of an option, with its help and its limits, as Typer wants to have it."""
+    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=panel, **limits)]
 
 
 @app.command(name="all")
 def run_all(
-    run: Annotated[
-        Path | None, option("Run", "Folder of the run. [dim](default: runs/MODEL)[/dim]")
-    ] = None,
-    smoke: Annotated[
-        bool, option("Run", "Every stage in miniature, to see that it works.")
-    ] = False,
-    overwrite: Annotated[bool, option("Run", "Replace the run in that folder.")] = False,
-    from_run: Annotated[
-        Path | None, option("Run", "Take over what this run has trained alike.", "--from")
-    ] = None,
-    until: Annotated[Stage, option("Run", "The last stage to run.")] = "eval",
-    save_every: Annotated[PresetInt, option("Run", "Steps between checkpoints.")] = None,
-    seed: Annotated[
-        int, option("Run", "Seed of data, sampling, initialisation.", min=0, max=2**63 - 1)
-    ] = 0,
-    model: Annotated[
-        str, option("Model", "tiny (built in), Qwen2-0.5B, a local folder, a hub id.")
-    ] = "tiny",
-    bits: Annotated[
-        Literal[4, 16], option("Model", "4: NF4 by bitsandbytes. 16: not quantised.")
-    ] = 4,
-    lora_r: Annotated[int, option("Model", "Rank of each adapter.", max=512)] = 16,
-    lora_alpha: Annotated[int, option("Model", "Scale of each adapter: alpha / r.", max=4096)] = 32,
-    vram: Annotated[
-        float | None,
-        option("Model", "GPU memory in GiB [dim](default: what is free)[/dim].", max=4096),
-    ] = None,
-    target_modules: Annotated[
-        str, option("Model", "Layers with adapters: all-linear, or a pattern.")
-    ] = "all-linear",
-    data: Annotated[
-        str | None, option("Data", "synthetic (built in), hh, tldr, a file, a folder, a hub id.")
-    ] = None,
-    columns: Annotated[
-        str | None, option("Data", "Names in the data: prompt=A,chosen=B.C,rejected=D.")
-    ] = None,
-    pairs: Annotated[
-        PresetInt, option("Data", "Use at most this many pairs.", min=80, max=10**7)
-    ] = None,
-    skip_bad: Annotated[bool, option("Data", "Leave out rows that are not pairs.")] = False,
-    max_prompt: Annotated[
-        PresetInt, option("Data", "Longest prompt in tokens; older turns are cut.", min=8)
-    ] = None,
-    max_response: Annotated[
-        PresetInt, option("Data", "Longest answer in tokens; pairs with longer ones go.", min=4)
-    ] = None,
-    sft_steps: Annotated[PresetInt, option("SFT", "Steps of each SFT stage.")] = None,
-    sft_lr: Annotated[PresetFloat, option("SFT", "Learning rate.", min=0, max=1)] = None,
-    sft_batch: Annotated[PresetInt, option("SFT", "Pairs per step.")] = None,
-    keep_better: Annotated[
-        float, option("SFT", "Weight beta of -log M(y_w | x, y_w).", min=0, max=100)
-    ] = 0.0,
-    unlikelihood: Annotated[
-        float, option("SFT", "Weight gamma of -log(1 - M(y_l | x, y_w)).", min=0, max=100)
-    ] = 0.0,
-    rm_steps: Annotated[PresetInt, option("Reward models", "Steps of each reward model.")] = None,
-    rm_lr: Annotated[PresetFloat, option("Reward models", "Learning rate.", min=0, max=1)] = None,
-    rm_batch: Annotated[PresetInt, option("Reward models", "Pairs per step.")] = None,
-    rounds: Annotated[
-        str, option("RL", "Who writes y_ref, round by round: annotated, policy, sft, given.")
-    ] = "annotated,policy",
-    rl_steps: Annotated[PresetInt, option("RL", "PPO iterations of each RL stage.")] = None,
-    rl_batch: Annotated[PresetInt, option("RL", "Answers per iteration.", min=2)] = None,
-    rl_lr: Annotated[
-        PresetFloat, option("RL", "Learning rate of the policy.", min=0, max=1)
-    ] = None,
-    critic_lr: Annotated[
-        PresetFloat, option("RL", "Learning rate of the critic.", min=0, max=1)
-    ] = None,
-    kl: Annotated[
-        PresetFloat, option("RL", "Weight beta of the KL penalty.", min=0, max=1000)
-    ] = None,
-    target_kl: Annotated[
-        float, option("RL", "Adapt beta to this KL, in nats per answer; 0: off.", min=0, max=1000)
-    ] = 0.0,
-    epochs: Annotated[int, option("RL", "Passes over each iteration's answers.")] = 2,
-    minibatch: Annotated[PresetInt, option("RL", "Answers per update.")] = None,
-    micro_batch: Annotated[PresetInt, option("RL", "Sequences in memory at a time.")] = None,
-    temperature: Annotated[
-        float, option("RL", "Sampling temperature, also of log-probs.", min=0.01, max=2)
-    ] = 1.0,
-    eval_n: Annotated[PresetInt, option("Evaluation", "Held-out prompts.", min=8)] = None,
+    run: option(Path, "Folder of the run. [dim](default: runs/MODEL)[/dim]", "Run") = None,
+    smoke: option(bool, "Every stage in miniature, to see that it works.", "Run") = False,
+    overwrite: option(bool, "Replace the run in that folder.", "Run") = False,
+    from_run: option(Path, "Take over what this run has trained alike.", "Run", "--from") = None,
+    until: option(Stage, "The last stage to run.", "Run") = "eval",
+    save_every: option(int, "Steps between checkpoints.", "Run", min=1) = None,
+    seed: option(int, "Seed of data, sampling, initialisation.", "Run", min=0, max=2**63 - 1) = 0,
+    model: option(str, "tiny (built in), Qwen2-0.5B, a local folder, a hub id.", "Model") = "tiny",
+    bits: option(Literal[4, 16], "4: NF4 by bitsandbytes. 16: not quantised.", "Model") = 4,
+    lora_r: option(int, "Rank of each adapter.", "Model", min=1, max=512) = 16,
+    lora_alpha: option(int, "Scale of each adapter: alpha / r.", "Model", min=1, max=4096) = 32,
+    vram: option(
+        float, "GPU memory in GiB [dim](default: what is free)[/dim].", "Model", min=1, max=4096
+    ) = None,
+    target_modules: option(
+        str, "Layers with adapters: all-linear, or a pattern.", "Model"
+    ) = "all-linear",
+    data: option(str, "synthetic (built in), hh, tldr, a file, a folder, a hub id.", "Data") = None,
+    columns: option(
+        str, "Their names in your data: prompt=A,chosen=B.C,rejected=D.", "Data"
+    ) = None,
+    pairs: option(int, "Use at most this many pairs.", "Data", min=80, max=10**7) = None,
+    skip_bad: option(bool, "Leave out rows that are not pairs.", "Data") = False,
+    max_prompt: option(int, "Longest prompt in tokens; older turns are cut.", "Data", min=8) = None,
+    max_response: option(
+        int, "Longest answer in tokens; pairs with longer ones go.", "Data", min=4
+    ) = None,
+    sft_steps: option(int, "Steps of each SFT stage.", "SFT", min=1) = None,
+    sft_lr: option(float, "Learning rate.", "SFT", min=0, max=1) = None,
+    sft_batch: option(int, "Pairs per step.", "SFT", min=1) = None,
+    keep_better: option(float, "Weight beta of -log M(y_w | x, y_w).", "SFT", min=0, max=100) = 0.0,
+    unlikelihood: option(
+        float, "Weight gamma of -log(1 - M(y_l | x, y_w)).", "SFT", min=0, max=100
+    ) = 0.0,
+    rm_steps: option(int, "Steps of each reward model.", "Reward models", min=1) = None,
+    rm_lr: option(float, "Learning rate.", "Reward models", min=0, max=1) = None,
+    rm_batch: option(int, "Pairs per step.", "Reward models", min=1) = None,
+    rounds: option(
+        str, "Who writes y_ref, by round: annotated, policy, sft, given.", "RL"
+    ) = "annotated,policy",
+    rl_steps: option(int, "PPO iterations of each RL stage.", "RL", min=1) = None,
+    rl_batch: option(int, "Answers per iteration.", "RL", min=2) = None,
+    rl_lr: option(float, "Learning rate of the policy.", "RL", min=0, max=1) = None,
+    critic_lr: option(float, "Learning rate of the critic.", "RL", min=0, max=1) = None,
+    kl: option(float, "Weight beta of the KL penalty.", "RL", min=0, max=1000) = None,
+    target_kl: option(
+        float, "Adapt beta to this KL, in nats per answer; 0: off.", "RL", min=0, max=1000
+    ) = 0.0,
+    epochs: option(int, "Passes over each iteration's answers.", "RL", min=1) = 2,
+    minibatch: option(int, "Answers per update.", "RL", min=1) = None,
+    micro_batch: option(int, "Sequences in memory at a time.", "RL", min=1) = None,
+    temperature: option(
+        float, "Sampling temperature, also of log-probs.", "RL", min=0.01, max=2
+    ) = 1.0,
+    eval_n: option(int, "Held-out prompts.", "Evaluation", min=8) = None,
 ):
     """Run every stage of PIT, or continue a run where it stopped.
 
@@ -397,11 +368,10 @@ def open_run(path):
     return opened
 
 
-StageRun = Annotated[Path, typer.Option(help="Folder of a run that `all` has started.")]
-Judges = Annotated[
-    list[str] | None,
-    typer.Option("--judge", help="quality, judge, FILE.py, folder, hub id; the first one decides."),
-]
+StageRun = option(Path, "Folder of a run that `all` has started.")
+Judges = option(
+    list[str], "quality, judge, FILE.py, folder, hub id; the first one decides.", None, "--judge"
+)
 
 
 @app.command(name="sft")
@@ -435,9 +405,7 @@ def rl_command(run: StageRun):
 def eval_command(
     run: StageRun,
     judge: Judges = None,
-    judge_base: Annotated[
-        str | None, typer.Option(help="Train one more judge, on this base: a folder or hub id.")
-    ] = None,
+    judge_base: option(str, "Train one more judge, on this base: a folder or hub id.") = None,
 ):
     """Judge a run again: scorecard, tables, figures.
 
@@ -492,9 +460,9 @@ def ablate(run: StageRun, judge: Judges = None):
 @app.command(name="judge")
 def judge_command(
     run: StageRun,
-    by: Annotated[str, typer.Option(help="me, or the address of an OpenAI-compatible server.")],
-    llm: Annotated[str | None, typer.Option(help="The model's name at that address.")] = None,
-    n: Annotated[int, typer.Option(help="Held-out prompts to ask about.", min=1)] = 128,
+    by: option(str, "me, or the address of an OpenAI-compatible server."),
+    llm: option(str, "The model's name at that address.") = None,
+    n: option(int, "Held-out prompts to ask about.", min=1) = 128,
 ):
     """Let a person, or a language model, compare a run's answers, blind.
 
@@ -541,33 +509,15 @@ def runs_command(
 @app.command(name="infer")
 def infer_command(
     run: StageRun,
-    prompt: Annotated[
-        str | None, typer.Argument(help="What to answer. Without it: a conversation.")
-    ] = None,
-    response: Annotated[
-        str | None, typer.Option(help="Improve this text: TEXT, @FILE, or - for a pipe.")
-    ] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file of rows with `prompt`, and `response` if there is one.",
-            exists=True,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Where the rows of --input go, as .jsonl.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Improve so many times, at most.", min=1)] = 3,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature. 0: the likeliest token.", min=0, max=2)
-    ] = 0.4,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
-    stop: Annotated[
-        str, typer.Option(help="Stop early: gap (no gain), same (no change), time; rounds: never.")
-    ] = "gap",
-    seconds: Annotated[
-        float, typer.Option(help="For --stop time: start no round after this long.", min=0)
-    ] = 60.0,
+    prompt: Annotated[str, typer.Argument(help="What to answer. Without: a conversation.")] = None,
+    response: option(str, "Improve this text: TEXT, @FILE, or - for a pipe.") = None,
+    input: option(Path, "A file of rows with `prompt`, maybe `response`.", exists=True) = None,
+    output: option(Path, "Where the rows of --input go, as .jsonl.") = None,
+    rounds: option(int, "Improve so many times, at most.", min=1) = 3,
+    temperature: option(float, "Of the sampling. 0: the likeliest token.", min=0, max=2) = 0.4,
+    seed: option(int, "Seed of the sampling.", min=0) = 0,
+    stop: option(str, "Stop early: gap (no gain), same (no change), time; rounds: never.") = "gap",
+    seconds: option(float, "For --stop time: start no round after this long.", min=0) = 60.0,
 ):
     """Answer a prompt, and improve the answer round by round.
 
@@ -652,11 +602,9 @@ def read_text(text, name):
 @app.command(name="export")
 def export_command(
     run: StageRun,
-    adapter: Annotated[str, typer.Option(help="Which role, such as pit_rl1 or policy_rl.")],
-    to: Annotated[Path, typer.Option(help="A new folder.")],
-    merge: Annotated[
-        bool, typer.Option(help="A whole transformers model, which does not need peft.")
-    ] = False,
+    adapter: option(str, "Which role, such as pit_rl1 or policy_rl."),
+    to: option(Path, "A new folder."),
+    merge: option(bool, "A whole transformers model, which does not need peft.") = False,
 ):
     """Write a role for other programs, as a PEFT adapter or a whole model.
 

@@ -18,7 +18,7 @@ from run import Run
 
 ROOT = Path(__file__).parent.parent
 MINI = """--bits 16 --pairs 100 --eval-n 8 --sft-steps 2 --sft-batch 4 --rm-steps 2 --rm-batch 4
---rl-steps 2 --rl-batch 4 --minibatch 2""".split()
+--rl-steps 1 --rl-batch 4 --minibatch 2""".split()
 ROLES = "policy_sft pit_sft reward_policy reward_gap judge policy_rl pit_rl0 pit_rl1".split()
 FIGURES = "curves.png result.png fig2.png fig3.png rounds.png stops.png".split()
 PROMPT = "Where does each look in the end? Ann north: left back."
@@ -41,10 +41,12 @@ def pit(*words, stdin=""):
         patch.setattr(Run, "__init__", remember)
         for name, stream in streams.items():
             patch.setattr(sys, name, stream)
-        with pytest.raises(SystemExit) as end:
-            command_line.main()
-    for run in runs:
-        run.close()  # the lock of a run ends with its process
+        try:
+            with pytest.raises(SystemExit) as end:
+                command_line.main()
+        finally:
+            for run in runs:
+                run.close()  # the lock of a run ends with its process
     texts = []
     for name in ("stdout", "stderr"):
         streams[name].flush()
@@ -78,7 +80,7 @@ def test_every_stage_runs_and_leaves_its_files(mini):
         assert role in out
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["stage"], line["step"]) for line in lines]
-    assert steps == [(role, step) for role in ROLES for step in (0, 1)]
+    assert steps == [(role, step) for role in ROLES for step in range(1 if "rl" in role else 2)]
     assert set(json.loads((folder / "results.json").read_text())["time_s"]) == {*ROLES, "eval"}
     report = (folder / "report.md").read_text()
     for figure in FIGURES:
@@ -87,11 +89,11 @@ def test_every_stage_runs_and_leaves_its_files(mini):
     assert (folder / "samples.md").read_text().count("## after") == 5
 
 
-def test_the_console_and_the_samples_fit_80_columns(mini):
+def test_samples_fit_80_columns_and_the_console_100(mini):
     folder, out = mini
-    for text in (out, (folder / "samples.md").read_text()):
-        wide = [line for line in text.splitlines() if len(line) > 80 and str(folder) not in line]
-        assert wide == []
+    for text, limit in (((folder / "samples.md").read_text(), 80), (out, 100)):
+        wide = [line for line in text.splitlines() if len(line) > limit]
+        assert [line for line in wide if str(folder) not in line] == []
 
 
 def test_a_finished_run_says_so_and_is_left_alone(mini):
@@ -141,13 +143,10 @@ def test_infer_shows_the_original_and_each_round_with_its_gap(mini, tmp_path):
     out = works(*words, PROMPT)
     for label in ("original\n", "round 1, gap ", "round 2, gap "):
         assert label in out
-    assert "nonsense" not in out
     draft = "Now Ann west: west east."
+    assert f"original\n{draft}\n" in works(*words, PROMPT, "--response", "-", stdin=draft + "\n")
     (tmp_path / "draft.txt").write_text(draft + "\n")
-    assert draft in works(*words, PROMPT, "--response", f"@{tmp_path / 'draft.txt'}")
-    assert draft in works(*words, PROMPT, "--response", "-", stdin=draft)
-    assert "nonsense" in works(*words, PROMPT, "--response", "<|end|>")
-    assert "nonsense" in works(*words, "What is the capital of France?")
+    assert command_line.read_text(f"@{tmp_path / 'draft.txt'}", "--response") == draft
 
 
 def test_infer_without_a_prompt_is_a_conversation(mini):
@@ -199,7 +198,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
         ("infer --run {mini} '  '", "variable"),
         ("infer --run {mini} hello --response ''", "after --response"),
         # runs
-        ("infer --run {root}/tiny", "no run in"),
+        ("infer --run {root}/tiny", "not of a run"),
         ("rl --run nowhere", "no run in"),
         ("runs {tmp}", "no runs in"),
         ("all --run {tmp}", "no config.json of a run"),
@@ -210,7 +209,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
         ("all --run {tmp}/new --model ./nowhere", "no such folder"),
         ("all --run {tmp}/new --model {mini}/adapters/pit_rl1", "PEFT adapter"),
         ("all --run {tmp}/new --model no/such-model --data synthetic", "no/such-model"),
-        ("all --run {tmp}/new --pairs 100 --target-modules *_proj", "--target-modules"),
+        ("all --run {tmp}/new --pairs 100 --target-modules nonsense", "--target-modules"),
         ("eval --run {mini} --judge no/such-judge", "no/such-judge"),
         ("judge --run {mini} --by http://127.0.0.1:9", "--llm"),
         # data
