@@ -29,11 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIST = Path(__file__).with_name("mutants.txt")
 PATIENCE = 600  # seconds: a mistake may also loop for ever
-# imported once, before the copies: the libraries, which take longer than most tests
-PRELOAD = (
-    "torch transformers transformers.models.qwen2.modeling_qwen2 peft bitsandbytes numpy pytest "
-    "safetensors.torch tqdm filelock typer"
-).split()
+# pytest without what takes longer than a test: rewritten assertions, a last collection of garbage
+QUICK = "--assert=plain -p no:cacheprovider -p no:unraisableexception -p no:threadexception".split()
 
 
 @dataclass
@@ -88,6 +85,22 @@ def mutate(mutant, text):
 # ---- running tests in a copy -------------------------------------------------------------------
 
 
+def load_libraries():
+    """Import what the project imports, which takes longer than most tests, and forget itself."""
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode = True  # a stale .pyc of a line would hide the next one
+    sys.path.insert(0, str(ROOT))
+    for name in ("models", "ppo", "evaluate", "pit", "pytest"):
+        __import__(name)
+    # some libraries are imported when they are first used
+    sys.modules["models"].load_model("tiny").generate("blank", [[5, 6]], 1)
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT):
+            del sys.modules[name]
+    sys.path.remove(str(ROOT))
+
+
 def failed_tests(copy, tests):
     """Run tests in the folder `copy` up to the first failure -> names of those that failed.
 
@@ -124,8 +137,8 @@ def run_tests(copy, tests, told):
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    options = ["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={copy}"]
-    code = pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[Listener()])
+    paths = [f"tests/{test}" for test in tests]
+    code = pytest.main(["-x", f"--rootdir={copy}", *QUICK, *paths], plugins=[Listener()])
     names = Listener.names
     if not names and code != 0:
         names = ["(nothing could be imported)"] if code < 4 else [f"(no such test: {tests})"]
@@ -147,10 +160,7 @@ def main():
         if not words or any(word in about for word in words):
             mutants.append(mutant)
 
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    sys.dont_write_bytecode = True  # a stale .pyc of a line would hide the next one
-    for name in PRELOAD:
-        __import__(name)
+    load_libraries()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         leave = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.old")
