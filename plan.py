@@ -15,7 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from curriculum import parse
+from curriculum import WRITERS, parse
 from data import PARTS, max_length
 from errors import UserError
 from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
@@ -23,7 +23,8 @@ from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
 GIB = 2**30
 DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
 TURN = 12  # tokens of IMPROVE and of the template around it: 8 in the built-in base, 16 in Qwen2
-EVAL_TEXTS = 20  # texts that the evaluation writes per prompt; twice as many with Self-Refine
+EVAL_TEXTS = 17  # that the evaluation writes per prompt
+SELF_REFINE_TEXTS = 24  # and as many more with Self-Refine, which needs a model that follows words
 # the kinds of work in `estimate_memory` that a kind of stage does
 WORK = {
     "SFT": ["SFT, PPO update"],
@@ -181,15 +182,19 @@ def plan_stages(cfg, x, y, pairs):
         Stage("policy_rl", "RL", rl / pairs["rl"], rl, epochs * answer, 3 * answer, R),
     ]
     for number, source in enumerate(parse(cfg.rounds)):
-        passes, written = rl / pairs["rl"], 2 * R
-        if source == "annotated":  # y_ref is there, and each pair serves twice
-            passes, written = passes / 2, R
+        passes, written = rl / pairs["rl"], R
+        if source == "annotated":  # each pair serves twice
+            passes = passes / 2
+        if source in WRITERS:  # of y_ref
+            written = 2 * R
         # R_PIT reads y_ref as well: "no change"
         trained, read = epochs * improved, 4 * improved
         stages.append(Stage(f"pit_rl{number}", "RL", passes, rl, trained, read, written))
     # judged by a model of answers, and by R_PIT
-    texts, read = cfg.eval_n * EVAL_TEXTS, both + prompt
-    stages.append(Stage("eval", "evaluation", 0, texts, 0, read, R))
+    texts = EVAL_TEXTS
+    if cfg.model != "tiny":
+        texts += SELF_REFINE_TEXTS
+    stages.append(Stage("eval", "evaluation", 0, cfg.eval_n * texts, 0, both + prompt, R))
     return stages
 
 
@@ -236,16 +241,15 @@ class Plan:
         self.seconds[name] = per_step * total
         if first:
             tqdm.write(self.table())
-        return f"all {clock(per_step * (total - done) + self.left())}"
+        return f"all: {clock(per_step * (total - done) + self.left())} left"
 
     def end_stage(self, name, seconds):
         """Learn how long a stage took, and say what is left."""
         self.seconds[name] = seconds
-        left = f"all that is left: about {clock(self.left())}"
+        rest = f"about {clock(self.left())} left for the other stages"
         if not self.left():
-            total = sum(self.expect(stage) for stage in self.stages)
-            left = f"all stages together: {clock(total)}"
-        print(f"  took {clock(seconds)}; {left}")
+            rest = f"{clock(sum(self.expect(stage) for stage in self.stages))} in all"
+        print(f"  took {clock(seconds)}; {rest}")
 
     def table(self):
         """The plan for people; with times as soon as something has been measured."""
@@ -288,7 +292,7 @@ def main():
     import pit
 
     options = {name: p.default for name, p in inspect.signature(pit.run_all).parameters.items()}
-    cfg = SimpleNamespace(**options | pit.PRESETS["real"])
+    cfg = SimpleNamespace(**options | pit.PRESETS["real"] | {"model": "Qwen2-0.5B"})
     pairs = {name: share * cfg.pairs for name, share in PARTS.items()}
     stages = plan_stages(cfg, *ASSUMED_LENGTHS, pairs)
     for device, speed in ASSUMED_SPEED.items():

@@ -441,11 +441,12 @@ def list_runs(folder):
         try:
             run = Run(file.parent)
             row |= {name: getattr(run.config, name) for name in ("model", "data", "seed")}
-            for stage in run.results().get("time_s", {}):
+            results = run.results()
+            for stage in results.get("time_s", {}):
                 row["stage"] = stage
-            for line in reversed(run.results().get("table1", [])):
-                if (line["a"], line["b"]) == ("pit", "original"):
-                    row["delta"] = line["delta"]  # at last that of the main judge, who is first
+            for line in results.get("table1", []):
+                if (line["a"], line["b"], line["judge"]) == ("pit", "original", results["main"]):
+                    row["delta"] = line["delta"]
         except UserError:
             row["stage"] = "damaged"
         rows.append(row)

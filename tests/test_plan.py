@@ -71,16 +71,16 @@ def test_a_plan_learns_from_steps_and_from_stages(capsys):
     left = made.end_step("policy_sft", 2, 60, 0.2)
     table = capsys.readouterr().out
     assert made.seconds["policy_sft"] == pytest.approx(12)
-    assert "reward_gap" in table and "00:12" in table and left.startswith("all 0")
+    assert "reward_gap" in table and "00:12" in table and left.startswith("all: 0")
     # reward models turn out to be three times as slow as SFT says
     judge = next(stage for stage in made.stages if stage.name == "judge")
     before = made.expect(judge)
     made.end_stage("reward_policy", 3 * before)
-    assert "all that is left: about" in capsys.readouterr().out
+    assert "left for the other stages" in capsys.readouterr().out
     assert made.expect(judge) > 2 * before
     for stage in made.stages:
         made.end_stage(stage.name, 10)
-    assert "all stages together: 01:30" in capsys.readouterr().out
+    assert "; 01:30 in all" in capsys.readouterr().out
 
 
 def test_a_plan_knows_what_is_done(lm, capsys):
