@@ -37,7 +37,6 @@ def results():
     gap = dict(model="reward_gap", n=100, calibration_error=0.03)
     sides = ["original", "y_w", "pit", "pit_sft"]
     scores = np.linspace(-1, 1, 20).tolist()
-    word = {"pit": 63, "original": 35, "y_w": 113, "y_l": 0}
     return {
         "main": "judge",
         "judges": {"judge": {"accuracy": 0.9, "margin": 0.1}},
@@ -76,17 +75,17 @@ def results():
             {"curriculum": c, "over_original": compared(0.2), "both_over_it": compared(0.1)}
             for c in CURRICULA
         ],
-        "words": {
-            "answers": 100,
-            "pairs": 1000,
-            "delta": compared(0.39, 0.16),
-            "rows": [
-                {"feature": "indeed", "z": 4.2, "texts": word, "without": compared(0.16, 0.17)},
-                {"feature": "ends with !", "z": 2.5, "texts": word},
-            ],
-        },
+        "words": learned_words(),
+        "votes": {"me": {"judge": {"same": 0.8, "n": 50}, "position_bias": 0.1}, "gone": {}},
         "time_s": {"pit_sft": 30.0, "eval": 90.0},
     }
+
+
+def learned_words():
+    texts = {"pit": 63, "original": 35, "y_w": 113, "y_l": 0}
+    word = {"feature": "indeed", "z": 4.2, "texts": texts, "without": compared(0.16, 0.17)}
+    ending = {"feature": "ends with !", "z": 2.5, "texts": texts}
+    return {"answers": 100, "pairs": 1000, "delta": compared(0.39, 0.16), "rows": [word, ending]}
 
 
 def metrics():
@@ -266,6 +265,8 @@ def test_the_page_has_all_that_it_must(drawn):
     stored = json.loads((drawn / "results.json").read_text())["scorecard"]
     assert all(f"| {line['claim']} " in page for line in stored)
     assert "Judged by me" in page and "it cannot" in page
+    assert "- me agrees with the run's own judge on 80% of 50 pairs\n  (the order" in page
+    assert "gone" not in page
 
 
 def test_tables_and_samples_fit_80_columns(drawn, capsys):
