@@ -11,9 +11,12 @@ Why it holds on other machines, too:
 - Texts are drawn by inversion from torch.rand, which is the same everywhere (see conftest). A text
   changes only where a draw falls within rounding of the border between two tokens, and the command
   above says how close the closest draw came. Where that is under 1e-6, take another seed.
-- TOLERANCE is a hundred times what was measured between one and two threads, and between AVX-512,
-  AVX2 and plain kernels on one processor (ATEN_CPU_CAPABILITY, MKL_CBWR, ONEDNN_MAX_CPU_ISA). The
-  smallest mistakes that we tried move some number by a hundred times more than TOLERANCE.
+- Numbers are compared with tolerances. On one processor, one and two threads, and AVX-512, AVX2 and
+  plain kernels (ATEN_CPU_CAPABILITY, MKL_CBWR, ONEDNN_MAX_CPU_ISA) differed by up to 0.4%, or 6e-5
+  near 0; TOLERANCE and NEAR_0 allow two and eight times as much. One thing differs more: the mean
+  score. A Bradley-Terry loss does not see what all scores have in common, so the gradient of the
+  head's bias is rounding and nothing else, and Adam makes a whole step of it. SHIFT allows for the
+  two steps of this run; 0.004 was seen.
 """
 
 import json
@@ -24,7 +27,10 @@ import pytest
 from conftest import run_miniature
 
 GOLDEN = Path(__file__).with_name("golden.json")
-TOLERANCE = 1e-3  # relative, and absolute for numbers below 1
+TOLERANCE = 1e-2  # relative
+NEAR_0 = 5e-4
+SHIFT = 1e-2  # absolute, of numbers that are mean scores
+MEAN_SCORES = ("score", "no_change")
 
 
 def numbers_of(folder):
@@ -48,7 +54,10 @@ def test_every_step_of_every_stage_has_its_golden_numbers(miniature):
     assert list(numbers) == list(golden)
     for stage in golden:
         # stage by stage: the first that differs is where the change is
-        expected = {k: pytest.approx(v, TOLERANCE, TOLERANCE) for k, v in golden[stage].items()}
+        expected = {}
+        for name, value in golden[stage].items():
+            near_0 = SHIFT if name in MEAN_SCORES else NEAR_0
+            expected[name] = pytest.approx(value, rel=TOLERANCE, abs=near_0)
         assert numbers[stage] == expected, f"{stage} differs. Meant to? python {__file__}"
 
 

@@ -146,11 +146,6 @@ def run_tests(copy, tests, told):
     os._exit(0)
 
 
-def all_tests_of(file):
-    """The test file of a module, and the golden run, which sees all of training."""
-    return [f"test_{file}", "test_golden.py"]
-
-
 def main():
     words = sys.argv[1:]
     mutants = []
@@ -172,28 +167,34 @@ def main():
 
 
 def try_all(mutants, copy):
-    """Make each mistake in `copy` -> those that no test notices, without the excused ones."""
+    """Make each mistake in `copy` -> those that no test notices. Excused ones are left out."""
     # the tests must pass where nothing is broken, or all mistakes would seem to be noticed
     tests = sorted({mutant.test for mutant in mutants if not mutant.excused})
     if failed := failed_tests(copy, tests):
         sys.exit(f"Without any mistake, a test fails: {failed[0]}")
     survivors = []
     for mutant in mutants:
-        path = copy / mutant.file
-        whole = path.read_text(encoding="utf-8")
-        path.write_text(mutate(mutant, whole), encoding="utf-8")
         started = time.monotonic()
-        tests = [] if mutant.excused else [mutant.test]
-        noticed = tests and failed_tests(copy, tests)
+        noticed = [mutant.test] if mutant.excused else tests_that_notice(mutant, copy)
         if not noticed:
-            noticed = failed_tests(copy, all_tests_of(mutant.file))
-        path.write_text(whole, encoding="utf-8")
-        by = noticed[0] if noticed else mutant.test if mutant.excused else "NOBODY"
+            survivors.append(mutant)
+        by = noticed[0] if noticed else "NOBODY"
         seconds = time.monotonic() - started
         print(f"{mutant.file:14} {mutant.means:66} {seconds:4.0f} s  {by}", flush=True)
-        if not noticed and not mutant.excused:
-            survivors.append(mutant)
     return survivors
+
+
+def tests_that_notice(mutant, copy):
+    """Break the line in `copy`, and mend it afterwards -> names of the tests that failed."""
+    path = copy / mutant.file
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(mutate(mutant, whole), encoding="utf-8")
+    noticed = failed_tests(copy, [mutant.test])
+    if not noticed:
+        # all tests of the module, and the golden run, which sees all of training
+        noticed = failed_tests(copy, [f"test_{mutant.file}", "test_golden.py"])
+    path.write_text(whole, encoding="utf-8")
+    return noticed
 
 
 if __name__ == "__main__":
