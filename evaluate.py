@@ -103,8 +103,7 @@ def elo(scores, margin=SAME, resamples=200, seed=0):
     scores = np.asarray(scores, dtype=float)
     K, N = scores.shape
     # 1. what side i gets against side j on each prompt: 1, 0.5 or 0
-    difference = scores[:, None] - scores[None]  # (K, K, N)
-    points = np.where(np.abs(difference) < margin, 0.5, difference > 0)
+    points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
     # 2. how often each resample draws each prompt; the first one is the prompts themselves
     drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=resamples)
     times = np.vstack([np.ones(N), drawn])  # (S, N), S = 1 + resamples

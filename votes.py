@@ -200,7 +200,7 @@ def explain_failure(error, status, url, llm):
         return f"{url} has no model {llm}, or is not the right address: {said}"
     if status:
         return f"{url} answers with error {status}: {said}"
-    return f"No answer from {url}: {said}. Votes so far are kept; the same command goes on."
+    return f"No usable answer from {url}: {said}. Votes are kept; the same command goes on."
 
 
 # ---- a person ----------------------------------------------------------------------------------

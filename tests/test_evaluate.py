@@ -23,9 +23,9 @@ from run import Run
 
 
 def test_compare_counts_wins_losses_and_ties():
-    row = evaluate.compare([1.0, 2.0, 3.0, 4.0], [0.0, 3.0, 3.0, 3.0])
-    assert (row["n"], row["win"], row["lose"], row["tie"]) == (4, 0.5, 0.25, 0.25)
-    assert row["delta"] == 0.25
+    row = evaluate.compare([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0, 3.0, 3.0, 3.0, 4.0, 7.0])
+    shares = (row["n"], row["win"], row["lose"], row["tie"], row["delta"])
+    assert shares == pytest.approx((6, 3 / 6, 2 / 6, 1 / 6, 1 / 6))
 
 
 def test_a_margin_makes_near_scores_a_tie():

@@ -263,7 +263,8 @@ def test_nonsense_is_asked_once_more_and_then_a_tie(run, serve):
     assert len(server.requests) == 2 * 3 * 2 * 2
     assert [m["role"] for m in server.requests[-1]["messages"]] == ["user", "assistant", "user"]
     evaluate.add_votes(run)
-    assert run.results()["votes"]["chatty"]["unreadable"] == 2 * 3 * 2
+    trust = run.results()["votes"]["chatty"]
+    assert (trust["unreadable"], trust["position_bias"]) == (2 * 3 * 2, 0)
     assert {row["tie"] for row in rows_by(run, "chatty").values()} == {1}
 
 
@@ -297,14 +298,14 @@ def test_no_answer_and_no_address_get_one_line(run, serve, monkeypatch):
     server = serve(longer)
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(UserError, match="No answer from http://127.0.0.1"):
+    with pytest.raises(UserError, match="No usable answer from http://127.0.0.1"):
         votes.ask_llm(run, server.url, "x", n=1)
     with pytest.raises(UserError, match="starts with http"):
         votes.ask_llm(run, "localhost:8000", "x", n=1)
     monkeypatch.setattr(votes, "TIMEOUT", 0.02)
     monkeypatch.setattr(votes, "ATTEMPTS", 2)
     slow = serve(lambda prompt, number: threading.Event().wait(0.1) or "A")
-    with pytest.raises(UserError, match="No answer from"):
+    with pytest.raises(UserError, match="No usable answer from"):
         votes.ask_llm(run, slow.url, "x", n=1)
 
 
