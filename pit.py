@@ -83,9 +83,9 @@ PRESETS = {
     ),
     # a step of a real model takes seconds on a CPU: few, short texts; a checkpoint after each step
     "smoke real": dict(
-        pairs=3_000,  # most answers of HH-RLHF are longer than 64 tokens, and are dropped
+        pairs=5_000,  # most answers of HH-RLHF are longer than 32 tokens, and are dropped
         max_prompt=64,
-        max_response=64,
+        max_response=32,  # the evaluation writes some fifty texts per prompt, token by token
         save_every=1,
         eval_n=8,
         sft_steps=2,
@@ -461,7 +461,7 @@ def ablate(run: StageRun, judge: Judges = None):
 def judge_command(
     run: StageRun,
     by: option(str, "me, or the address of an OpenAI-compatible server."),
-    llm: option(str, "The model's name at that address.") = None,
+    llm: option(str, "The model's name there; its key: JUDGE_API_KEY in the environment.") = None,
     n: option(int, "Held-out prompts to ask about.", min=1) = 128,
 ):
     """Let a person, or a language model, compare a run's answers, blind.
