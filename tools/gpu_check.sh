@@ -49,7 +49,7 @@ END
 resume() {
     python pit.py all --smoke --save-every 1 --run "$work/killed" >/dev/null 2>&1 &
     local pid=$!
-    until ls "$work"/killed/checkpoints/pit_rl0/0* >/dev/null 2>&1; do
+    until ls "$work"/killed/checkpoints/p*_rl*/0* >/dev/null 2>&1; do
         sleep 0.2
         kill -0 $pid 2>/dev/null || return 1  # it ended before it could be killed
     done
@@ -62,7 +62,7 @@ resume() {
         cmp -s "$folder/adapter_model.safetensors" \
             "$work/killed/adapters/$(basename "$folder")/adapter_model.safetensors" && ((same += 1))
     done
-    echo "killed in pit_rl0 and continued: $same of $all adapters are equal bit for bit"
+    echo "killed in RL and continued: $same of $all adapters are equal bit for bit"
 }
 export -f resume machine
 export work
