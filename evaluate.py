@@ -7,7 +7,6 @@ results.json, which report.py draws; texts and scores go to answers.jsonl, for a
 Run: python pit.py eval --run runs/tiny, under a minute
 """
 
-import json
 from collections import defaultdict
 from itertools import permutations, product
 
@@ -17,7 +16,7 @@ import infer
 from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair, improve_prompt
 from judges import SAME, adapter_judge
-from run import progress, write_text
+from run import progress, write_lines
 from votes import questions_about, read_answers, read_votes
 
 COMPARISONS = [
@@ -405,15 +404,21 @@ def eq1_scores(model, pairs):
 
 def write_answers(run, views, keys):
     """A line per prompt: the answers of Table 1's sides, and their scores -> answers.jsonl."""
+    answers, scores = views[0].answers, {}
+    texts = {key.method: answers.side(key).texts for key in keys}
+    for view in views:
+        scores[view.name] = {key.method: view.scores(key).tolist() for key in keys}
     lines = []
-    for i, prompt in enumerate(views[0].answers.prompts):
-        line = {"prompt": prompt, "answers": {}, "scores": {}}
-        for key in keys:
-            line["answers"][key.method] = views[0].answers.side(key).texts[i]
-        for view in views:
-            line["scores"][view.name] = {key.method: view.scores(key)[i] for key in keys}
-        lines.append(json.dumps(line) + "\n")
-    write_text(run.path / "answers.jsonl", "".join(lines))
+    for i, prompt in enumerate(answers.prompts):
+        lines.append({"prompt": prompt, "answers": at(i, texts), "scores": {}})
+        for judge, columns in scores.items():
+            lines[i]["scores"][judge] = at(i, columns)
+    write_lines(run.path / "answers.jsonl", lines)
+
+
+def at(i, columns):
+    """Row i of columns by name."""
+    return {name: column[i] for name, column in columns.items()}
 
 
 def add_votes(run):
