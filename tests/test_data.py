@@ -150,10 +150,12 @@ def prompts_of(parts):
 
 
 def test_split_keeps_a_prompt_on_one_side_and_does_not_depend_on_the_order():
-    pairs = data.synthetic_pairs(200, seed=0) + data.synthetic_pairs(40, seed=0)
+    pairs = data.synthetic_pairs(200, seed=0)
+    pairs += [data.Pair(pair.prompt, "another answer", pair.rejected) for pair in pairs[:40]]
     parts = data.split(pairs, seed=0)
     prompts = prompts_of(parts)
     assert sum(map(len, parts.values())) == 240 and sum(map(len, prompts.values())) == 200
+    assert len(set.union(*prompts.values())) == 200
     assert abs(len(prompts["sft"]) - len(prompts["rl"])) <= 1 and abs(len(prompts["rm"]) - 50) <= 1
     assert prompts_of(data.split(pairs[::-1], seed=0)) == prompts
     assert prompts_of(data.split(pairs, seed=1)) != prompts

@@ -5,7 +5,7 @@ import torch
 from conftest import FakeRun
 
 import sft
-from data import improve_prompt, synthetic_pairs
+from data import IMPROVE, improve_prompt, synthetic_pairs
 
 OPTIONS = dict(sft_steps=6, sft_batch=8, sft_lr=1.5e-3, keep_better=0.0, unlikelihood=0.0)
 
@@ -70,6 +70,12 @@ def test_pit_learns_to_go_from_the_worse_answer_to_the_better_one(lm):
     better = rise(lm, "pit_sft", pit_examples(lm, pairs[48:], "rejected", "chosen"))
     worse = rise(lm, "pit_sft", pit_examples(lm, pairs[48:], "chosen", "rejected"))
     assert better > 0.2 and better > worse + 0.2
+
+
+def test_to_improve_is_to_answer_once_more_after_ones_own_answer():
+    x = {"role": "user", "content": "x"}
+    y_ref = {"role": "assistant", "content": "y_ref"}
+    assert improve_prompt([x], "y_ref") == [x, y_ref, {"role": "user", "content": IMPROVE}]
 
 
 def test_each_term_reads_and_writes_the_answers_of_its_formula(lm, pairs, monkeypatch):
