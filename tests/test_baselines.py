@@ -192,3 +192,9 @@ def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path)
             assert side.lengths[i] == len(lm.encode_response(best))
             assert side.spent[i] == sum(len(lm.encode_response(text)) for text in candidates)
     assert len(taken) > 1  # else it could be the first by chance
+
+
+def test_after_one_round_pit_rl0_is_pit_itself():
+    one, two = (baselines.all_keys(["pit", "self_refine"], last) for last in ("pit_rl0", "pit_rl1"))
+    assert Key("pit_rl0") not in one and set(two) - set(one) == {Key("pit_rl0")}
+    assert len(two) == len(set(two))

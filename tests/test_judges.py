@@ -363,6 +363,8 @@ def type_in(run, monkeypatch, keys):
 
 
 def test_a_person_votes_undoes_quits_and_goes_on(run, monkeypatch, capsys):
+    type_in(run, monkeypatch, "u1uq")
+    assert votes.read_votes(run) == {}
     type_in(run, monkeypatch, "1?2u2q")
     assert len(votes.read_votes(run)) == 2
     type_in(run, monkeypatch, "t" * 99)
