@@ -241,7 +241,8 @@ class Run:
             if out_of_memory(error):
                 raise
             raise UserError(
-                f"{self.adapter(role)} does not fit: {first_line(error)}\n"
+                f"{self.adapter(role)} does not fit {self.config.model} with rank "
+                f"{self.config.lora_r}: {first_line(error)}\n"
                 "Undo what was changed in this run, or delete the adapter to train it again."
             ) from None
 

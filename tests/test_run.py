@@ -177,7 +177,7 @@ def test_sigterm_and_sigkill_in_real_processes(whole, tmp_path):
     with pytest.raises(UserError, match="in use by another process"):
         Run.start(folder, MINI)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 143, err
     assert "To continue: python pit.py all --run" in err and "Traceback" not in err
     process = start_all(folder)
@@ -329,7 +329,9 @@ def test_an_adapter_under_another_name_or_of_another_shape_is_refused(whole, lm,
         with pytest.raises(UserError, match=f"{role} does not fit"):
             run.load(lm, role)
     run.config.target_modules = ".*v_proj"
-    with pytest.raises(UserError, match="does not fit: its weights belong to other layers"):
+    with pytest.raises(
+        UserError, match="does not fit tiny with rank 2: its weights belong to other layers"
+    ):
         run.load(pit.load_base(run.config), "pit_sft")
     run.config.target_modules = MINI["target_modules"]
     own = pit.load_base(run.config)
@@ -401,7 +403,8 @@ def test_an_overwritten_run_stays_until_there_is_a_new_adapter(tmp_path):
     for seed in (1, 2):  # the second one replaces one that never had an adapter
         with pytest.raises(Killed):
             toy(folder, stop=5, seed=seed, overwrite=True)
-        assert (aside / "adapters" / "toy" / "value").exists() and (aside / "config.json").exists()
+        assert (aside / "adapters" / "toy" / "value").exists()
+        assert json.loads((aside / "config.json").read_text())["seed"] == 0
         assert not (folder / "adapters").exists()
     assert toy(folder, seed=2) != expected
     assert not aside.exists() and (folder / "mine.txt").exists()
