@@ -135,6 +135,22 @@ def test_a_damaged_cache_is_written_again(run, pairs, damage):
     assert path.read_text() == whole
 
 
+def test_each_side_is_sampled_by_itself_at_its_own_temperature(run, pairs):
+    asked = []
+
+    class Thermometer(Scribe):
+        def generate(self, role, chats, max_tokens, temperature):
+            asked.append(temperature)
+            return super().generate(role, chats, max_tokens, temperature)
+
+    no_matter = judges.Judge(lambda prompts, texts: [0.0] * len(texts))
+    answers = Answers(Thermometer(), run, pairs, "pit_rl1", no_matter)
+    for T in (1.0, 0.4):
+        answers.side(Key("pit", temperature=T))
+    assert asked == [1.0, 1.0, 0.4]  # the first is the original
+    assert answers.side(Key("second_sample")).texts != answers.side(ORIGINAL).texts
+
+
 @pytest.mark.parametrize(
     "name, role", [("self_refine", "policy_rl"), ("self_refine_sft", "policy_sft")]
 )
