@@ -56,6 +56,37 @@ def test_stop_rules(monkeypatch, stop, texts, rounds):
     assert "".join(text for text, _ in steps) == texts
 
 
+def test_the_gap_rule_goes_back_from_a_text_that_is_no_better_or_the_same():
+    def said(text, gap):
+        return infer.after_round("gap", "a", text, gap, seconds=0.0, budget=0.0)
+
+    assert [said("b", gap) for gap in (0.5, 0.0, -0.5)] == ["next", "back", "back"]
+    assert said("a", 0.5) == "back"
+
+
+def test_each_round_improves_and_is_measured_against_the_text_before_it(monkeypatch):
+    asked, measured = [], []
+
+    def answer(role, chats, cfg, temperature):
+        asked.append((role, chats, temperature))
+        return ["y" if len(chat) == 1 else chat[-2]["content"] + "+" for chat in chats]
+
+    def gaps(lm, prompts, answers, references, cfg):
+        measured.append((prompts, answers, references))
+        return torch.ones(len(answers))
+
+    monkeypatch.setattr(infer, "gaps", gaps)
+    lm, x = SimpleNamespace(answer=answer), [{"role": "user", "content": "x"}]
+    how = settings(2, temperature=0.7)
+    rounds = list(infer.improve_rounds(lm, CFG, how, [x, x], [None, "z"]))
+    texts = [["y", "z"], ["y+", "z+"], ["y++", "z++"]]
+    assert rounds == [(texts[0], None), (texts[1], [1.0, 1.0]), (texts[2], [1.0, 1.0])]
+    assert asked[0] == ("policy_rl", [x], 0.7)
+    for call, before in zip(asked[1:], texts):
+        assert call == ("pit_rl1", [improve_prompt(x, y_ref) for y_ref in before], 0.7)
+    assert measured == [([x, x], texts[1], texts[0]), ([x, x], texts[2], texts[1])]
+
+
 def test_changed_words_are_marked():
     old = "Ann north: west south.\n\nBen west: back."
     assert infer.mark_changes(old, old) == old
