@@ -43,7 +43,7 @@ GAP_MODELS = {
     "reward_gap2": "Eq. 2 as published",
     "reward_gap3": "Eq. 2, first three terms",
 }
-VOTED = "{judge}: {a} vs {b}, delta {delta:+.2f} [{low:+.2f}, {high:+.2f}], {win:.0%} won of {n}"
+VOTED = "{judge}: {a} vs {b}, delta {delta:+.2f} [{low:+.2f}, {high:+.2f}], won {win:.0%} of {n}"
 Z = 1.96  # standard deviations on either side in a 95% interval
 
 
