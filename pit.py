@@ -83,7 +83,7 @@ PRESETS = {
     ),
     # a step of a real model takes seconds on a CPU: few, short texts; a checkpoint after each step
     "smoke real": dict(
-        pairs=5_000,  # most answers of HH-RLHF are longer than 32 tokens, and are dropped
+        pairs=2_000,  # most answers of HH-RLHF are longer than 32 tokens, and are dropped
         max_prompt=64,
         max_response=32,  # the evaluation writes some fifty texts per prompt, token by token
         save_every=1,

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import baselines
 import curriculum
+import evaluate
 import pit as command_line
 from run import Run
 
@@ -65,7 +67,11 @@ def works(*words, stdin=""):
 def mini(tmp_path_factory):
     """A whole run in miniature -> its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "mini"
-    return folder, works("all", "--run", folder, *MINI)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (baselines, evaluate):  # fewer texts to write
+            patch.setattr(module, "TEMPERATURES", (0.4, 1.0))
+            patch.setattr(module, "ROUNDS", 2)
+        yield folder, works("all", "--run", folder, *MINI)
 
 
 # ---- whole runs --------------------------------------------------------------------------------
