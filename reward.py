@@ -212,19 +212,6 @@ def score_pairs(lm, role, contexts_of, pairs, micro_batch):
     return torch.cat(scores, 1).cpu()
 
 
-def pair_gaps(lm, role, pairs, micro_batch):
-    """The gap of y_w over y_l, and of y_l over y_w -> (2, number of pairs); 0 is "no change".
-
-    By a gap model r(x, y, y_ref) - r(x, y_ref, y_ref); by R_P, which reads no reference,
-    R_P(y) - R_P(y_ref).
-    """
-    if role == "reward_policy":
-        chosen, rejected = score_pairs(lm, role, answer_contexts, pairs, micro_batch)
-        return torch.stack([chosen - rejected, rejected - chosen])
-    ww, lw, wl, ll = score_pairs(lm, role, gap_contexts, pairs, micro_batch)
-    return torch.stack([wl - ll, lw - ww])
-
-
 # ---- scores of texts: what RL, evaluation and `infer` see --------------------------------------
 
 
