@@ -32,8 +32,8 @@ WORK = {
     "RL": ["SFT, PPO update", "sampling"],
     "evaluation": ["sampling"],
 }
-# time to read and to write a token, as shares of training one: the first of all measured on the
-# built-in base and on SmolLM2, on a CPU, the second assumed for a laptop GPU too
+# time to read and to write a token, as shares of training one: fitted to the stages of one run of
+# the built-in base on a CPU, and assumed for everything else until a stage of the kind is measured
 READING = 0.4
 WRITING = 2.5
 # for `python plan.py`, not measured: tokens per second that Qwen2-0.5B trains in 4-bit (a T4 has no
