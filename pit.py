@@ -446,7 +446,7 @@ def ablate(run: StageRun, judge: Judges = None):
             loss_of=loss_of,
             loss_name=evaluate.GAP_MODELS[role],
         )
-    # Table 2: each curriculum ends with an adapter of its own
+    # Table 2: one adapter per curriculum, its last
     lasts = {}
     for name in curriculum.CURRICULA:
         prefix = f"ablate_{name.replace(',', '-')}_"
@@ -570,7 +570,7 @@ def check_request(prompt, response, input, output, stop):
     if input and (prompt or response):
         raise UserError("Give a prompt, or --input and --output, not both.")
     if response and not prompt:
-        raise UserError("--response answers a prompt: give the prompt too.")
+        raise UserError("--response needs its prompt: give the prompt too.")
     if stop not in infer.STOPS:
         raise UserError(f"--stop {stop}: choose one of {', '.join(infer.STOPS)}.")
     if stop == "time" and input:
@@ -696,7 +696,7 @@ def licence_of(base):
     card = Path(base) / "README.md"
     try:
         return ModelCard.load(card if Path(base).exists() else base).data.license or "unknown"
-    except Exception:  # no card, no network, no valid header: of many kinds
+    except Exception:  # no card, no network, a broken header
         return "unknown"
 
 
