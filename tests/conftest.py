@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the built-in base, batches of its own language, and a run in miniature."""
+"""Fixtures of all tests: the built-in base, batches in its language, and a run in miniature."""
 
 import contextlib
 import os
