@@ -159,12 +159,12 @@ def finish(lm, run, role, measured, n):
     """Print, store and save; n is the number of comparisons behind the accuracy."""
     two_standard_errors = n**-0.5
     if measured["accuracy"] < 0.5 + two_standard_errors:
-        run.warn(
-            f"{role} is no better than chance. Try more --rm-steps, more --pairs, another --rm-lr."
-        )
+        run.warn(f"{role} is no better than chance. Try more --rm-steps or --pairs.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
-    shown = [f"{name} {x:.2f}" for name, x in measured.items() if not name.startswith("mean_")]
-    print("  held out: " + "  ".join(shown))
+    print(f"  held out: right on {measured['accuracy']:.0%}")
+    if "order" in measured:
+        no_change = f"{measured['no_change']:.2f} +- {measured['no_change_std']:.2f}"
+        print(f"  Eq. 1 in full on {measured['order']:.0%}; 'no change' is worth {no_change}")
     run.keep(lm, role)
 
 
