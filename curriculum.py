@@ -123,16 +123,15 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         prompts = [
             lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
         ]
-        unchanged = [encode_written(lm, y_ref, cfg) for y_ref in references]
+        same_answer = [encode_written(lm, y_ref, cfg) for y_ref in references]
 
         def score(tokens, states):
             changed = lm.scores_from_states("reward_gap", tokens, states)
-            return gap(lm, changed, prompts, unchanged, cfg.micro_batch)
+            return gap(lm, changed, prompts, same_answer, cfg.micro_batch)
 
         return prompts, score
 
-    equation = 4 if source == "annotated" else 5
-    with run.stage(role, f"PPO: larger gaps by R_PIT over {source} answers (Eq. {equation})"):
+    with run.stage(role, f"PPO: larger gaps by R_PIT over {source} answers (Eqs. 4 and 5)"):
         lm.add(role, like=start)
         # shift=0 keeps 0 for "no change": a positive reward means better than y_ref
         train(

@@ -43,7 +43,7 @@ GAP_MODELS = {
     "reward_gap2": "Eq. 2 as published",
     "reward_gap3": "Eq. 2, first three terms",
 }
-VOTED = "{judge}: {a} vs {b}, delta {delta:+.2f} [{low:+.2f}, {high:+.2f}], won {win:.0%} of {n}"
+VOTED = "{judge}: {a} vs {b}, delta {points:+.1f} [{low:+.1f}, {high:+.1f}], won {win:.0%} of {n}"
 Z = 1.96  # standard deviations on either side in a 95% interval
 
 
@@ -445,7 +445,9 @@ def add_votes(run):
     for (judge, a, b), said in cast.items():
         row = measured[a, b] | {"judge": judge} | compare(said, np.zeros(len(said)))
         table1.append(row)
-        print(VOTED.format(low=row["ci95"][0], high=row["ci95"][1], **row))
+        low, high = row["ci95"]
+        in_points = {"points": 100 * row["delta"], "low": 100 * low, "high": 100 * high}
+        print(VOTED.format(**in_points, **row))
     # 3. how far to trust them
     trust = {judge: position_bias(votes, judge) for judge in voters}
     for (judge, other), agrees in same.items():

@@ -27,8 +27,10 @@ POLICY = "policy_rl"  # writes the original answer
 STOPS = ("gap", "same", "time", "rounds")  # what ends the rounds, see `after_round`
 BEGIN = b'{"improved": '  # how each line of an output begins: so half a line is known to be ours
 OTHER_TASK = """Note: this run knows one kind of question only. To others it answers nonsense. Try:
-Where does each look in the end? Ann north: left left back. Ben west: right left right. Eva south:
-left back right."""
+
+Where does each look in the end? Ann north: left left back.
+Ben west: right left right. Eva south: left back right.
+"""
 
 
 @dataclass

@@ -544,7 +544,7 @@ def infer_command(
     rows = read_rows(input) if input else []
     if output:
         done = infer.rows_done(output, rows, rounds)
-        print(f"{input}: {len(rows):,} rows, {done:,} of them are in {output} already")
+        print(f"{input}: {len(rows):,} rows, {done:,} of them already in {output}")
     turns = prompt and read_turns(read_text(prompt, "the prompt"), "prompt")
     if response is not None:
         response = read_text(response, "--response")
@@ -707,7 +707,9 @@ def check_words(words):
     """Complain about empty words, which unset variables leave, and about broken UTF-8."""
     for before, word in zip(["pit.py", *words], words):
         if not word.strip() or (word.startswith("--") and word.endswith("=")):
-            raise UserError(f"Nothing stands after {before} {word}. Is a shell variable not set?")
+            raise UserError(
+                f"The word after {before} is empty: {word!r}. Is a shell variable not set?"
+            )
         if re.search("[\ud800-\udfff]", word):
             raise UserError(
                 f"{word!a} is not valid UTF-8. Rename it; in a C locale, set PYTHONUTF8=1."

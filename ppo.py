@@ -163,7 +163,8 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     def logprobs(part):
         return lm.logprobs(part, cfg.temperature)
 
-    # one pass of the reward model serves the scores and the critic
+    # One pass of the reward model serves the scores and the critic. There is a state before the
+    # first token and one after each: R + 1.
     lm.activate(reward_role)
     states = in_parts(lm.hidden, tokens, cfg.micro_batch).float()  # (B, R + 1, D)
     # The policy's log-probs are not the sampler's, but those of the same pass as in training, so
@@ -201,7 +202,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, beta, decay, c
     history = defaultdict(list)  # each metric: one value per minibatch
     lm.activate(policy, train=True)
     for rows in minibatches(len(mask), cfg.minibatch, cfg.epochs):
-        # the policy, unless it has moved too far already
+        # the policy; once it has moved too far, the whole update ends, the critic's too
         loss, kl, clip_fraction = policy_gradient(lm, sample, advantages, rows, cfg)
         if kl > STOP_KL:
             policy_optimizer.zero_grad()  # drop this gradient, too
@@ -310,7 +311,7 @@ def train(
     # what later iterations need besides the parameters: it goes into the checkpoints
     state = {"beta": cfg.kl, "shift": shift, "scale": None}
     for step in run.steps(steps, optimizers, state):
-        # what to answer, and how to score it; the seed is the same however many draws that took
+        # what to answer, and how to score it; then seed again, since that may have drawn numbers
         prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")
         tokens = lm.generate(role, prompts, cfg.max_response, cfg.temperature)

@@ -26,7 +26,7 @@ from tokens import in_parts, micro_batches
 # weight of (r^ww)^2 + (r^ll)^2: what TRL recommends for centring scores (Eisenstein et al., 2023,
 # Eq. 2)
 CENTRE = 0.01
-# share of the steps: Adam's first steps at full size would undo what R_PIT has from R_P
+# share of the steps: Adam's first steps at full size would undo what R_PIT took over from R_P
 WARMUP = 0.2
 ADVICE = "Lower --rm-lr, or look for odd texts in the data."
 
@@ -121,7 +121,7 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
             loss = loss_of(*scores).sum() / len(batch)
             loss.backward()
             total += loss.detach()
-            # y_w and y_l alternate: is y_w above y_l, in each context?
+            # y_w and y_l alternate (see score_batch): is y_w above y_l, in each context?
             of_chosen, of_rejected = scores[0::2], scores[1::2]  # (c, B)
             right += (of_chosen > of_rejected).float().mean(0).sum()
         # warm up, then decay linearly to 0
@@ -132,6 +132,7 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
 
 
 def pair_length(pair):
+    """Characters, which go with tokens well enough to sort by."""
     return len(pair.key())
 
 

@@ -179,7 +179,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
     works(*words, "--merge")
     assert (tmp_path / "whole" / "model.safetensors").is_file()
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "Please improve your answer." in card and "8 prompts, judged by quality" in card
+    assert "Please improve your answer." in card and "8 prompts, judged by" in card
     code, _, err = pit(*words)
     assert code == 2 and "there already" in err
 
