@@ -1,0 +1,200 @@
+"""Your own task on a real base model: plain-English instructions, and a rule that checks answers.
+
+    Write about a rainy day. Use the words tea and coat. Begin with the word Look.
+    Avoid the word was. Write exactly 2 sentences. End with an exclamation mark.
+
+A run needs pairs and a judge. Here the base writes sentences, drafts are built from them, and the
+one that meets more requirements is preferred. `quality` is the judge; no training stage sees it.
+
+    python -m examples.instructions SmolLM2-135M-Instruct task
+    python pit.py all --model SmolLM2-135M-Instruct --data task/pairs.jsonl --run runs/mine
+    python pit.py eval --run runs/mine --judge examples/instructions.py
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import torch
+import typer
+from tqdm import trange
+
+from models import load_model
+
+# One line per topic, with words that a text about it can use: "a rainy day: umbrella tea window".
+LINES = Path(__file__).with_name("topics.txt").read_text().splitlines()
+TOPICS = dict(line.split(": ") for line in LINES)
+OPENERS = "Today Sometimes Honestly Well Now Look So Oh".split()
+
+
+# ---- The rule: what a prompt may ask for, and whether a text does it.
+def words_of(text):
+    return re.findall(r"[\w']+", text.lower())
+
+
+REQUIREMENTS = {
+    r"Use the words (\w+) and": lambda text, words, word: word in words,
+    r"Use the words \w+ and (\w+)": lambda text, words, word: word in words,
+    r"Avoid the word (\w+)": lambda text, words, word: word not in words,
+    r"Begin with the word (\w+)": lambda text, words, word: words[0] == word.lower(),
+    r"Begin with a title": lambda text, words: words[0] == words[-1] and ":" in text.split()[0],
+    r"End with an? (\w)": lambda text, words, mark: text.endswith({"e": "!", "q": "?"}[mark]),
+    r"Write exactly (\d)": lambda text, words, n: re.fullmatch("[^.!?]+[.!?]+" * int(n), text),
+    r"Use at most (\d+)": lambda text, words, n: len(words) <= int(n),
+    r"Use at least (\d+)": lambda text, words, n: len(words) >= int(n),
+    r"Use small letters only": lambda text, words: text == text.lower(),
+}
+
+
+def quality(prompt, answer):
+    """The share of the prompt's requirements that the answer meets, in [0, 1]."""
+    words = words_of(answer)
+    met = []
+    for wording, check in REQUIREMENTS.items():
+        if stated := re.search(wording, prompt):
+            # An empty answer avoids every word, but it is no answer.
+            met.append(len(words) > 3 and bool(check(answer.strip(), words, *stated.groups())))
+    return sum(met) / len(met)
+
+
+def draw_prompt(rng):
+    """A topic and six requirements: two words, and four of the six kinds below -> prompt, topic."""
+    topic, words = rng.choice(LINES).split(": ")
+    one, other = rng.sample(words.split(), 2)
+    count = rng.randint(1, 3)
+    # A title comes first, but only the whole text says what it is: hard to plan, easy to add.
+    first = rng.choice(["a title, your last word", f"the word {rng.choice(OPENERS)}"])
+    last = rng.choice(["an exclamation mark", "a question mark"])
+    kinds = [f"Avoid the word {rng.choice(['the', 'a', 'was'])}.", f"Begin with {first}."]
+    kinds += [f"End with {last}.", f"Write exactly {count} sentence{'s'[: count - 1]}."]
+    kinds += [
+        f"Use at {rng.choice(['most', 'least'])} {8 * count} words.",
+        "Use small letters only.",
+    ]
+    stated = [f"Write about {topic}. Use the words {one} and {other}.", *rng.sample(kinds, 4)]
+    return " ".join(stated), topic
+
+
+# ---- The base writes. Before it does, it sees two answers of the kind that we want.
+SENTENCES = "The old bear sleeps in the sun all day.", "My costume was too big, but nobody laughed."
+QUESTIONS = "Have you ever seen a bear so close?", "Who made your lovely costume?"
+
+
+def writer_prompt(topic, word, kind):
+    bear, costume = SENTENCES if kind == "sentence" else QUESTIONS
+    turns = [("system", f"Write one short {kind} with the word.")]
+    turns += [("user", "a zoo: bear"), ("assistant", bear), ("user", "a school play: costume")]
+    turns += [("assistant", costume), ("user", f"{topic}: {word}")]
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def write_sentences(model, path, batch=64):
+    """Five sentences and two questions for each word of each topic, one per line of the file."""
+    lm = load_model(model, bits=16)
+    jobs = []
+    for topic in TOPICS:
+        for word in TOPICS[topic].split():
+            jobs += [(topic, word, "sentence")] * 5 + [(topic, word, "question")] * 2
+    path.touch()
+    for start in trange(len(path.read_text().splitlines()), len(jobs), batch):
+        some = jobs[start : start + batch]
+        prompts = [lm.encode_prompt(writer_prompt(*job)) for job in some]
+        torch.manual_seed(start)
+        texts = lm.decode(lm.generate("blank", prompts, 22, temperature=0.6).responses)
+        with open(path, "a") as file:
+            for (topic, _, _), text in zip(some, texts):
+                print(json.dumps([topic, text]), file=file)
+
+
+def fluent_sentences(path):
+    """{topic: sentences}: the first of each text, unless it is long or repeats a word."""
+    pools = {topic: [] for topic in TOPICS}
+    for line in path.read_text().splitlines():
+        topic, text = json.loads(line)
+        found = re.match(r"[A-Z][A-Za-z', -]*[.!?]", text)
+        words = words_of(found[0]) if found else []
+        long = [word for word in words if len(word) > 3]
+        if 4 <= len(words) <= 12 and len(long) == len(set(long)) and found[0] not in pools[topic]:
+            pools[topic].append(found[0])
+    return pools
+
+
+# ---- Pairs of drafts. The parts of a draft, besides its sentences, and what each may be:
+PARTS = {"opener": ["", "title", "title", *OPENERS], "mark": [".", "!"], "small": [False, True]}
+
+
+def tell(draft):
+    *before, last = draft["sentences"]
+    text = " ".join([*before, last.replace(".", draft["mark"])])
+    if draft["opener"] == "title":
+        text = f"{words_of(text)[-1].capitalize()}: {text}"
+    elif draft["opener"]:
+        start = "I" if re.match(r"I\b", text) else text[0].lower()
+        text = f"{draft['opener']}, {start}{text[1:]}"
+    return text.lower() if draft["small"] else text
+
+
+def change(draft, pool, rng):
+    """Change one part at random, for better or worse, or one sentence, which may come or go."""
+    part = rng.choice(["sentences"] * 4 + [*PARTS])
+    if part != "sentences":
+        return draft | {part: rng.choice(PARTS[part])}
+    sentences = [*draft["sentences"]]
+    at = rng.randrange(len(sentences) + 1)
+    sentences[at : at + rng.randint(0, 1)] = rng.sample(pool, rng.randint(0, 1))
+    allowed = 1 <= len(set(sentences)) == len(sentences) <= 4
+    return draft | {"sentences": sentences} if allowed else draft
+
+
+def revise(draft, prompt, pool, steps, rng):
+    """Try 200 changes, and keep those that meet more requirements: at most `steps` of them."""
+    best = quality(prompt, tell(draft))
+    for _ in range(200):
+        new = change(draft, pool, rng)
+        score = quality(prompt, tell(new))
+        if steps and score > best:
+            draft, best, steps = new, score, steps - 1
+    return draft
+
+
+def draw_pair(prompt, pool, rng):
+    """A better and a worse text. In three of four pairs, the better one revises the worse one."""
+    plain = {"opener": "", "mark": ".", "small": False}
+    drafts = [plain | {"sentences": rng.sample(pool, rng.randint(1, 3))} for _ in range(2)]
+    for _ in range(3):
+        drafts = [change(draft, pool, rng) for draft in drafts]
+    worse = revise(drafts[0], prompt, pool, rng.randint(0, 3), rng)
+    start = worse if rng.random() < 0.75 else drafts[1]
+    return tell(revise(start, prompt, pool, rng.randint(1, 4), rng)), tell(worse)
+
+
+def draw_rows(pools, pairs, prompts, rng):
+    """Rows with a prompt, a chosen and a rejected answer, and rows with a prompt of no pair."""
+    drawn = dict(draw_prompt(rng) for _ in range(prompts))
+    rows, lead = [], 0
+    while len(rows) < pairs:
+        prompt, topic = draw_prompt(rng)
+        better, worse = draw_pair(prompt, pools[topic], rng)
+        gain = quality(prompt, better) - quality(prompt, worse)
+        longer = len(words_of(better)) - len(words_of(worse))
+        # The longer text wins as often as the shorter one, so that length says nothing.
+        if gain > 0 and longer * lead <= 0 and prompt not in drawn:
+            drawn[prompt] = topic
+            rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
+            lead += (longer > 0) - (longer < 0)
+    return rows, [{"prompt": prompt} for prompt in [*drawn][:prompts]]
+
+
+def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int = 0):
+    """Make OUT/pairs.jsonl and OUT/prompts.jsonl: 15 minutes on one core; a second call goes on."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_sentences(model, out / "sentences.jsonl")
+    pools = fluent_sentences(out / "sentences.jsonl")
+    rows, fresh = draw_rows(pools, pairs, prompts, random.Random(seed))
+    (out / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (out / "prompts.jsonl").write_text("\n".join(map(json.dumps, fresh)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

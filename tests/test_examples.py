@@ -1,0 +1,96 @@
+"""The example of your own task: its rule by hand, and its pairs from a stub writer."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "examples" / "instructions.py"
+spec = importlib.util.spec_from_file_location("instructions", PATH)
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
+
+WORDS = "Use the words tea and coat."
+GOOD = "My tea is hot. I like my coat!"
+
+
+@pytest.mark.parametrize(
+    "requirement, meets, fails",
+    [
+        ("", GOOD, "My team has coats and more."),
+        ("Avoid the word the.", GOOD, "The tea is hot, and I like my coat."),
+        ("Begin with the word Look.", "look, my tea and my coat.", GOOD),
+        (
+            "Begin with a title, your last word.",
+            "Coat: the tea stained my coat!",
+            "Tea: the tea, my coat.",
+        ),
+        (
+            "Begin with a title, your last word.",
+            "coat: the tea stained my coat.",
+            "Coat, the tea, my coat.",
+        ),
+        ("End with an exclamation mark.", GOOD, "My tea and my coat!."),
+        ("End with a question mark.", "Is my tea on my coat?", GOOD),
+        ("Write exactly 1 sentence.", "My tea wets my coat.", GOOD),
+        ("Write exactly 2 sentences.", GOOD, "My tea is hot. I like my coat! And then"),
+        ("Write exactly 3 sentences.", GOOD + " So it is.", GOOD),
+        ("Use at most 8 words.", GOOD, GOOD + " Yes."),
+        ("Use at least 8 words.", GOOD, "My tea wets my coat."),
+        ("Use small letters only.", GOOD.lower(), GOOD),
+    ],
+)
+def test_rule_by_hand(requirement, meets, fails):
+    prompt = f"Write about a rainy day. {WORDS} {requirement}"
+    assert example.quality(prompt, meets) == 1
+    assert example.quality(prompt, fails) < 1
+
+
+def test_rule_counts_requirements():
+    prompt = f"Write about a rainy day. {WORDS} Avoid the word was. Use small letters only."
+    assert example.quality(prompt, GOOD) == 0.75
+    assert example.quality(prompt, "My tea was hot, and it was late.") == 0.25
+    assert example.quality(prompt, "") == example.quality(prompt, "tea coat") == 0
+
+
+def test_every_requirement_is_read():
+    """Each prompt states six requirements, and together they are of all kinds."""
+    rng = random.Random(0)
+    kinds = set()
+    for _ in range(300):
+        prompt, _ = example.draw_prompt(rng)
+        stated = [wording for wording in example.REQUIREMENTS if example.re.search(wording, prompt)]
+        assert len(stated) == 6, prompt
+        kinds |= set(stated)
+    assert kinds == set(example.REQUIREMENTS)
+    assert len(example.TOPICS) >= 60
+
+
+def test_pairs_of_a_stub_writer(tmp_path):
+    path = tmp_path / "sentences.jsonl"
+    lines = []
+    for topic, words in example.TOPICS.items():
+        for word in words.split():
+            for text in (
+                f"I see one {word}.",
+                f"The {word} was here again!",
+                f"Do you have a {word}?",
+                "Cut off",
+            ):
+                lines.append(example.json.dumps([topic, text]) + "\n")
+    path.write_text("".join(lines))
+    pools = example.fluent_sentences(path)
+    assert {len(pool) for pool in pools.values()} == {15}  # without what is cut off
+    rows, fresh = example.draw_rows(pools, pairs=24, prompts=40, rng=random.Random(0))
+    for row in rows:
+        assert example.quality(row["prompt"], row["chosen"]) > example.quality(
+            row["prompt"], row["rejected"]
+        )
+    prompts = {row["prompt"] for row in rows}
+    assert len(prompts) == 24 and len(fresh) == 40
+    assert prompts.isdisjoint(row["prompt"] for row in fresh)
+    lengths = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
+    longer = sum((a > b) + (a == b) / 2 for a, b in zip(*lengths))
+    assert 0.35 < longer / 24 < 0.65
+    assert example.draw_rows(pools, pairs=24, prompts=40, rng=random.Random(0)) == (rows, fresh)
