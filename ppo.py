@@ -226,7 +226,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, beta, decay, c
 
 
 def minibatches(n, size, epochs):
-    """The rows of each minibatch: `epochs` passes over n responses, each in an order of its own.
+    """The rows of each minibatch: `epochs` passes over n responses, each in a new order.
 
     Drawn on the CPU: a CPU index selects from tensors on any device.
     """

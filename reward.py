@@ -35,7 +35,11 @@ ADVICE = "Lower --rm-lr, or look for odd texts in the data."
 
 
 def bradley_terry(chosen, rejected):
-    """-log sigma(r_w - r_l) of each pair -> (B,). log 2 at a tie."""
+    """-log sigma(r_w - r_l) of each pair -> (B,). log 2 at a tie.
+
+    A shift that all scores share changes nothing, so the zero of R_P is arbitrary: the head's bias
+    moves by rounding alone. Compare scores, never read one.
+    """
     return -F.logsigmoid(chosen - rejected)
 
 

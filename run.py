@@ -232,7 +232,7 @@ class Run:
         return True
 
     def load(self, lm, role):
-        """Load the trained `role` into `lm`; UserError where it does not fit."""
+        """Load the trained `role` into `lm`; UserError if it does not fit."""
         try:
             lm.load(role, self.adapter(role))
             if (role in lm.heads) != role.startswith(("reward", "judge")):
