@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,6 +161,60 @@ def test_with_noisy_labels_the_minimum_of_eq_2_is_not_the_probability():
 
 
 # ---- a whole evaluation, made again from its texts ---------------------------------------------
+
+
+class Scores:
+    """A model that knows its scores: {(candidate, y_ref): score}."""
+
+    def __init__(self, known):
+        self.known = known
+
+    def score(self, contexts, texts):
+        references = [context[-2]["content"] for context in contexts]
+        return np.array([self.known[pair] for pair in zip(texts, references)])
+
+
+QUESTION = [{"role": "user", "content": "x"}]
+
+
+def test_gaps_of_pairs_are_measured_against_no_change_in_both_directions():
+    pair = data.Pair(QUESTION, "good", "bad")
+    known = {("good", "good"): 0.5, ("bad", "good"): 1.5, ("good", "bad"): 3.0, ("bad", "bad"): 1.0}
+    better, worse = evaluate.pair_gaps("reward_gap", Scores(known), [pair])
+    assert better == [2.0] and worse == [1.0]
+    # right in one direction only: half right
+    row = evaluate.gap_evidence({"reward_gap": Scores(known)}, [pair], [])["eq2"][0]
+    assert row["accuracy"] == 0.5
+
+
+def test_the_gap_of_a_round_is_that_over_the_round_before():
+    known = {("b", "a"): 2.0, ("a", "a"): 0.5}
+    texts = {Key("pit", round=2): ["b"], Key("pit"): ["a"]}
+    answers = SimpleNamespace(
+        prompts=[QUESTION],
+        side=lambda key: SimpleNamespace(texts=texts[key]),
+        before=lambda key: SimpleNamespace(texts=texts[key._replace(round=key.round - 1)]),
+    )
+    gaps = evaluate.View("gap", Scores(known), answers).gaps(Key("pit", round=2))
+    assert gaps.tolist() == [1.5]
+
+
+def test_pairs_by_models_are_in_the_order_of_the_judge():
+    texts = {Key("pit"): ["a", "b", "c"], ORIGINAL: ["d", "e", "f"]}
+    scores = {Key("pit"): np.array([2.0, 0.0, 1.0]), ORIGINAL: np.ones(3)}
+    answers = SimpleNamespace(
+        prompts=["x", "y", "z"], side=lambda key: SimpleNamespace(texts=texts[key])
+    )
+    view = SimpleNamespace(answers=answers, scores=scores.get, judge=SimpleNamespace(margin=0.1))
+    pairs = [(pair.prompt, pair.chosen, pair.rejected) for pair in evaluate.written_pairs(view)]
+    assert pairs == [("x", "a", "d"), ("y", "e", "b")]  # and a tie is no pair
+
+
+def test_a_rise_is_the_end_less_the_start():
+    rewards = {Key("before"): np.array([1.0, 2.0]), Key("after"): np.array([3.0, 5.0])}
+    row = evaluate.rise("R_P", rewards.get, "before", "after")
+    assert row["start"] == 1.5 and row["end"] == 4.0
+    assert row["ci95"] == [2.0, 3.0]
 
 
 @pytest.fixture(scope="module")
