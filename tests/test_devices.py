@@ -54,7 +54,7 @@ class Accelerator(TorchFunctionMode):
                 return ACCELERATOR if here else CPU
             if func == torch.Tensor.is_cuda.__get__:
                 return bool(here)
-            # where the result is to be, if the call says so
+            # the device that the call asks for, if it asks
             target = kwargs.get("device")
             if func in (torch.Tensor.to, torch.Tensor.cpu):
                 target = CPU if func is torch.Tensor.cpu else target

@@ -529,3 +529,24 @@ def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
             and before[work]["adapters"] == 9 * lora / 2**30
         )
         assert after[work]["activations"] < before[work]["activations"] / 2
+
+
+@pytest.mark.parametrize(
+    "max_prompt, max_response, rl_batch, rows",
+    [
+        (48, 30, 64, 256),  # short texts: four batches of PPO
+        (384, 128, 8, 32),
+        (384, 128, 64, 64),  # long ones: one batch, which PPO writes at a time anyway
+    ],
+)
+def test_one_to_four_batches_of_ppo_are_written_at_a_time(max_prompt, max_response, rl_batch, rows):
+    cfg = SimpleNamespace(max_prompt=max_prompt, max_response=max_response, rl_batch=rl_batch)
+    assert models.rows_at_a_time(cfg) == rows
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(lm, tmp_path):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has .* tokens, its embedding only 64"):
+        models.load_model(str(tmp_path), bits=16)
