@@ -33,6 +33,7 @@ CURRICULA = [
 ]
 WRITERS = {"policy": "policy_rl", "sft": "policy_sft"}  # roles that write y_ref
 SOURCES = ("annotated", "given", *WRITERS)
+EQUATIONS = {"annotated": " (Eq. 4)", "policy": " (Eq. 5)"}  # the other sources are ours
 
 
 def parse(curriculum):
@@ -131,7 +132,8 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
 
         return prompts, score
 
-    with run.stage(role, f"PPO: larger gaps by R_PIT over {source} answers (Eqs. 4 and 5)"):
+    why = f"PPO: larger gaps by R_PIT over {source} answers{EQUATIONS.get(source, '')}"
+    with run.stage(role, why):
         lm.add(role, like=start)
         # shift=0 keeps 0 for "no change": a positive reward means better than y_ref
         train(

@@ -25,7 +25,7 @@ DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
 TURN = 12  # tokens of IMPROVE and of the template around it: 8 in the built-in base, 16 in Qwen2
 EVAL_TEXTS = 17  # that the evaluation writes per prompt
 SELF_REFINE_TEXTS = 24  # and as many more with Self-Refine, which needs a model that follows words
-# the kinds of work in `estimate_memory` that a kind of stage does
+# which work of `estimate_memory` each stage does
 WORK = {
     "SFT": ["SFT, PPO update"],
     "reward models": ["reward models"],
@@ -54,7 +54,7 @@ def free_memory():
 
 
 def estimate_memory(lm, cfg):
-    """Peak memory by arithmetic -> {kind of work: {part: GiB}}.
+    """Peak memory, from the shape of the model -> {work: {part: GiB}}.
 
     At all times there are the weights, the adapters of all roles, and for the one in training its
     gradients and AdamW's two moments; adapters are in fp32. What each kind of work adds:
@@ -62,7 +62,7 @@ def estimate_memory(lm, cfg):
     training   what the backward pass needs, for each token of a micro-batch. In one layer of width
                D that is ten vectors of D (the input, two normed copies, q, k, v, the attention's
                output twice, the second norm's input, a spare) and four of the feed-forward's width
-               W, and the inputs of the LoRA matrices once more in fp32. With checkpointing, only
+               W, and the inputs of the LoRA matrices again, in fp32. With checkpointing, only
                the layers' inputs are kept, and one layer at a time is in full.
     logits     of LOGIT_CHUNK tokens: themselves, their log-softmax, its gradient, in fp32.
     sampling   PREFILL tokens of each prompt at a time, in one layer; keys and values of all tokens.
