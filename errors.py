@@ -23,12 +23,14 @@ def same_command():
     return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
 
 
-def finite(cause="The learning rate may be too high, or an input is broken.", **values):
-    """The numbers given by name; FloatingPointError for the first that is NaN or infinite."""
-    for name, value in values.items():
+def check_finite(numbers):
+    """FloatingPointError for the first of these numbers, by name, that is NaN or infinite."""
+    for name, value in numbers.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"{name} is {float(value)}. {cause}")
-    return values
+            raise FloatingPointError(
+                f"{name} is {value}. Lower the learning rate of this stage, or look for odd texts "
+                "in the data."
+            )
 
 
 def out_of_memory(error):

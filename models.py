@@ -41,7 +41,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data import max_length
-from errors import UserError, finite, first_line, out_of_memory
+from errors import UserError, first_line, out_of_memory
 from tokens import Tokens, mask_after_eos, one_row_each
 
 # cuDNN's attention gives NaN with masks on H100 and B200 (pytorch issues 196678 and 193893)
@@ -382,15 +382,10 @@ def adamw(parameters, lr, eps=1e-8):
     return torch.optim.AdamW(parameters, lr=lr, eps=eps, weight_decay=0.0)
 
 
-def take_step(optimizer, lr, advice="", clip=1.0):
-    """One optimiser step on the gradients gathered so far -> their norm before clipping.
-
-    A loss that is NaN or infinite shows in the norm: FloatingPointError, before it spoils a
-    parameter.
-    """
+def take_step(optimizer, lr, clip=1.0):
+    """One optimiser step on the gradients gathered so far -> their norm before clipping, scalar."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip).item()
-    finite(advice, grad_norm=norm)
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

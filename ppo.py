@@ -30,7 +30,6 @@ from dataclasses import dataclass
 
 import torch
 
-from errors import finite
 from models import adamw, take_step
 from run import seed_all
 from tokens import Tokens, in_parts
@@ -92,10 +91,14 @@ def normalise(scores, shift, scale):
     return ((scores - shift) / scale).clamp(-SCORE_CLIP, SCORE_CLIP)
 
 
+def ended(tokens, eos):
+    """Whether each response has an EOS, or else was cut off -> (B,) bool."""
+    return (tokens.responses == eos).any(1)
+
+
 def missing_eos(tokens, eos):
     """The penalty for answers that were cut off -> (B,): NO_EOS for each, 0 for the others."""
-    ended = (tokens.responses == eos).any(1)
-    return NO_EOS * (~ended).float()
+    return NO_EOS * (~ended(tokens, eos)).float()
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
@@ -207,17 +210,17 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, beta, decay, c
         if kl > STOP_KL:
             policy_optimizer.zero_grad()  # drop this gradient, too
             break
-        norm = take_step(policy_optimizer, cfg.rl_lr * decay, "Lower --rl-lr.")
+        norm = take_step(policy_optimizer, cfg.rl_lr * decay)
         history["policy_loss"].append(loss)
         history["clip_fraction"].append(clip_fraction)
-        history["grad_norm"].append(torch.tensor(norm))
+        history["grad_norm"].append(norm)
 
         # the critic
         values = critic(sample.states[rows]).squeeze(-1)
         per_token = value_loss(values, sample.values[rows], returns[rows])
         loss = masked_mean(per_token, mask[rows])
         loss.backward()
-        take_step(critic_optimizer, cfg.critic_lr * decay, "Lower --critic-lr.")
+        take_step(critic_optimizer, cfg.critic_lr * decay)
         history["value_loss"].append(loss.detach())
     metrics = {name: torch.stack(values).mean() for name, values in history.items()}
     metrics["approx_kl"] = distance_moved(lm, policy, sample, cfg)
@@ -362,24 +365,21 @@ def describe(sample, eos):
     """
     mask = sample.tokens.response_mask
     kl = k1(sample.logprobs, sample.ref_logprobs) * mask
-    ended = (sample.tokens.responses == eos).any(1)
     return {
         "score": sample.scores.mean(),
         "kl": kl.sum(1).mean(),
         "length": mask.sum(1).float().mean(),
-        "eos": ended.float().mean(),
+        "eos": ended(sample.tokens, eos).float().mean(),
         "k3": masked_mean(k3(sample.logprobs, sample.ref_logprobs), mask),
     }
 
 
 def check(run, sample, eos):
-    """Stop at scores that are not numbers; warn, once, of signs that training is going wrong."""
-    advice = "The reward model is broken: train it again with a lower --rm-lr."
-    finite(advice, score=sample.scores.sum())
+    """Warn, once a stage, of signs that training is going wrong."""
     mask = sample.tokens.response_mask
     if masked_mean(k1(sample.logprobs, sample.ref_logprobs), mask) > WILD_KL:
         run.warn(f"the KL is above {WILD_KL} nats per token. Try a higher --kl, a lower --rl-lr.")
-    if not (sample.tokens.responses == eos).any():
+    if not ended(sample.tokens, eos).any():
         run.warn("every answer was cut off. Try a higher --max-response, more --sft-steps.")
     answers = sample.tokens.responses * mask
     if len(answers) > 1 and len(answers.unique(dim=0)) == 1:

@@ -28,7 +28,6 @@ from tokens import in_parts, micro_batches
 CENTRE = 0.01
 # share of the steps: Adam's first steps at full size would undo what R_PIT took over from R_P
 WARMUP = 0.2
-ADVICE = "Lower --rm-lr, or look for odd texts in the data."
 
 
 # ---- the losses: pure functions of scores, all (B,) --------------------------------------------
@@ -131,7 +130,7 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
         # warm up, then decay linearly to 0
         done = step / cfg.rm_steps
         warm = min(1, (done + 1 / cfg.rm_steps) / WARMUP)
-        norm = take_step(optimizer, cfg.rm_lr * warm * (1 - done), ADVICE)
+        norm = take_step(optimizer, cfg.rm_lr * warm * (1 - done))
         run.log(loss=total, accuracy=right / len(batch), grad_norm=norm)
 
 

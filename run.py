@@ -32,7 +32,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from errors import UserError, finite, first_line, out_of_memory, same_command
+from errors import UserError, check_finite, first_line, out_of_memory, same_command
 
 # all that a run writes: nothing else in its folder is ever moved or deleted
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
@@ -300,7 +300,8 @@ class Run:
 
     def log(self, **metrics):
         """Append a line to metrics.jsonl: stage, step, numbers by name. The bar shows the first."""
-        metrics = {name: round(float(value), 6) for name, value in finite(**metrics).items()}
+        metrics = {name: round(float(value), 6) for name, value in metrics.items()}
+        check_finite(metrics)  # before a checkpoint is written
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "step": self.step} | metrics) + "\n")
         shown = [f"{name} {value:.3g}" for name, value in list(metrics.items())[:3]]

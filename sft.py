@@ -24,8 +24,6 @@ from models import adamw, take_step
 from run import shuffled_batch
 from tokens import micro_batches
 
-ADVICE = "Lower --sft-lr, or look for odd texts in the data."
-
 
 def train_policy(lm, run, pairs):
     """M_P^SFT from D_SFT -> adapter policy_sft."""
@@ -94,7 +92,7 @@ def train(lm, run, role, terms):
                 part_loss.backward()
                 loss += part_loss.detach()
         # linear decay to 0
-        norm = take_step(optimizer, cfg.sft_lr * (1 - step / cfg.sft_steps), ADVICE)
+        norm = take_step(optimizer, cfg.sft_lr * (1 - step / cfg.sft_steps))
         run.log(loss=loss, grad_norm=norm)
     run.keep(lm, role)
 

@@ -1,7 +1,6 @@
 """The base, its adapters and heads, the tokens, the log-probabilities."""
 
 import json
-import math
 import shutil
 from types import SimpleNamespace
 
@@ -261,12 +260,8 @@ def test_a_step_is_clipped_to_norm_1_taken_at_its_rate_and_leaves_no_gradient():
     optimizer = torch.optim.SGD([p], lr=9.0)
     for scale, expected in ((1.0, [2.94, 3.92]), (0.1, [2.91, 3.88])):
         (scale * p * torch.tensor([3.0, 4.0])).sum().backward()
-        assert models.take_step(optimizer, lr=0.1) == pytest.approx(5 * scale)
+        assert models.take_step(optimizer, lr=0.1).item() == pytest.approx(5 * scale)
         assert p.tolist() == pytest.approx(expected) and p.grad is None
-    (p * math.nan).sum().backward()
-    with pytest.raises(FloatingPointError, match="lower --lr"):
-        models.take_step(optimizer, lr=0.1, advice="lower --lr")
-    assert p.tolist() == pytest.approx([2.91, 3.88])
 
 
 def test_no_weight_decays_and_a_new_head_has_outputs_of_unit_variance():

@@ -101,7 +101,7 @@ def test_one_step_by_hand(lm, pairs, monkeypatch, contexts_of):
     shake(lm, "role")
     seen = []
 
-    def take_step(optimizer, lr, advice):
+    def take_step(optimizer, lr):
         seen.extend(p.grad for p in optimizer.param_groups[0]["params"])
         return 0.0
 

@@ -235,7 +235,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_the_stage_and_spoils_nothing(tmp_path, bad):
-    with pytest.raises(UserError, match=r"toy, step 5: grad_norm is (nan|inf)"):
+    with pytest.raises(UserError, match=r"toy, step 5: loss is (nan|inf)"):
         toy(tmp_path / "run", loss_at=lambda step: bad if step == 5 else 1.0)
     assert toy(tmp_path / "run") == toy(tmp_path / "whole")
 

@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_the_mean_over_answer_tokens(lm, pairs, monkeypa
     ]
     seen = []
 
-    def take_step(optimizer, lr, advice):
+    def take_step(optimizer, lr):
         seen.extend(p.grad for p in optimizer.param_groups[0]["params"])
         return 0.0
 
