@@ -4,33 +4,17 @@ answer      y_0 ~ M_P^RL(x)
 improve     y_{k+1} ~ M_PIT^RL(x, y_k)
 stop        when the gap is not above 0: R_PIT(x, y_{k+1}, y_k) - R_PIT(x, y_k, y_k)
 
-Run: python pit.py infer --run runs/tiny "..."     one prompt
-     python pit.py infer --run runs/tiny           a conversation
+Run: python pit.py infer --run runs/tiny "..." (chat.py shows it)
 """
 
-import json
-import os
-import sys
 import time
 from dataclasses import dataclass
-from difflib import ndiff
-from textwrap import fill
 
-import task
-from data import improve_prompt, shorten
-from errors import UserError
-from files import is_prompt
+from data import improve_prompt
 from reward import gaps
-from run import progress, seed_all, write_text
 
 POLICY = "policy_rl"  # writes the original answer
 STOPS = ("gap", "same", "time", "rounds")  # what ends the rounds, see `after_round`
-BEGIN = b'{"improved": '  # how each line of an output begins: so half a line is known to be ours
-OTHER_TASK = """Note: this run knows one kind of question only. To others it answers nonsense. Try:
-
-Where does each look in the end? Ann north: left left back.
-Ben west: right left right. Eva south: left back right.
-"""
 
 
 @dataclass
@@ -43,9 +27,6 @@ class Settings:
     stop: str  # one of STOPS
     seconds: float  # for the stop rule "time"
     seed: int
-
-
-# ---- improve, and stop -------------------------------------------------------------------------
 
 
 def improve(lm, role, prompts, references, cfg, temperature=1.0):
@@ -112,177 +93,3 @@ def iterate(lm, cfg, settings, prompt, response=None):
         if then != "next":
             return
         before = text
-
-
-def fit_prompts(lm, cfg, rows):
-    """Check rows as `files.read_rows` reads them -> their prompts, cut where they are too long."""
-    prompts, cut = [], 0
-    for _, turns, response, place in rows:
-        if not is_prompt(turns):
-            raise UserError(
-                f"{place}: user and assistant must take turns, the user first and last."
-            )
-        prompt = shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
-        if prompt is None:
-            most = f"{cfg.max_prompt} tokens, the --max-prompt of this run"
-            raise UserError(f"{place}: even cut, the prompt is longer than {most}.")
-        if response and len(lm.encode_response(response)) > cfg.max_response + 1:
-            most = f"{cfg.max_response} tokens, the --max-response of this run"
-            raise UserError(f"{place}: the response is longer than {most}.")
-        prompts.append(prompt)
-        if prompt != turns:
-            cut += 1
-    if cut:
-        print(f"Cut to the last {cfg.max_prompt} tokens (--max-prompt): {cut:,} prompts.")
-    return prompts
-
-
-# ---- in the terminal ---------------------------------------------------------------------------
-
-
-def answer(lm, cfg, settings, turns, response=None):
-    """Answer one prompt, or take `response`, and show each improvement -> the last text."""
-    if cfg.data == "synthetic":
-        # a prompt from samples.md may come with the line breaks that it has there
-        question = " ".join(turns[-1]["content"].split())
-        turns = [*turns[:-1], turns[-1] | {"content": question}]
-        if is_other_task(question, response):
-            print(OTHER_TASK)
-    (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])
-    steps = iterate(lm, cfg, settings, prompt, response)
-    text, _ = next(steps)
-    print(f"\noriginal\n{text}", flush=True)
-    k = 0
-    for k, (better, gap) in enumerate(steps, 1):
-        print(f"\nround {k}, gap {gap:+.2f}\n{mark_changes(text, better)}", flush=True)
-        text = better
-    if k < settings.rounds:
-        why = f"Round {k + 1} was no better" if settings.stop == "gap" else "No more rounds"
-        best = f"round {k}" if k else "the original"
-        print(f"\n{why}, so {best} is the answer (--stop {settings.stop}).")
-    return text
-
-
-def is_other_task(question, response):
-    """Whether a question, or a response to improve, is not in the language of the built-in task."""
-    known = question == task.ask(task.read(question))
-    return not known or response is not None and response != task.tell(task.read(response))
-
-
-def mark_changes(old, new):
-    """`new` with *stars* around the words that are not in `old` at that place."""
-    words = []
-    for line in ndiff(old.split(" "), new.split(" ")):
-        sign, word = line[0], line[2:]
-        if sign == "+":
-            words.append(f"*{word}*")
-        elif sign == " ":
-            words.append(word)
-    return " ".join(words)
-
-
-def converse(lm, cfg, settings):
-    """Ask and answer until the input ends. It may be a pipe, with one question per line."""
-    print("Ask, and see the answer improve. Empty line: start over. Ctrl-D: stop.")
-    turns, asked = [], 0
-    while True:
-        try:
-            said = input("\nyou: ").strip()
-        except EOFError:
-            print()
-            return
-        if not sys.stdin.isatty():
-            print(said)  # a terminal shows what is typed, a pipe does not
-        if not said or cfg.data == "synthetic":  # that task has no follow-up questions
-            turns = []
-        if not said:
-            continue
-        question = {"role": "user", "content": said}
-        seed_all(settings.seed, "infer", asked)
-        asked += 1
-        try:
-            text = answer(lm, cfg, settings, [*turns, question])
-            turns += [question, {"role": "assistant", "content": text}]
-        except UserError as error:
-            print(error)
-
-
-# ---- whole files -------------------------------------------------------------------------------
-
-
-def improve_file(lm, cfg, settings, rows, path):
-    """Append each row to the JSONL file `path` with its improved text, all versions and their gaps.
-
-    A batch of rows goes through all rounds at once. Then the stop rule chooses each answer.
-    """
-    done = rows_done(path, rows, settings.rounds)
-    prompts = fit_prompts(lm, cfg, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # backslashreplace: half a character (a lone surrogate) in a row goes out as it came in
-    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for start in progress(range(done, len(rows), cfg.rl_batch)):
-            batch = slice(start, start + cfg.rl_batch)
-            seed_all(settings.seed, "infer", start)
-            responses = [response for _, _, response, _ in rows[batch]]
-            rounds = list(improve_rounds(lm, cfg, settings, prompts[batch], responses))
-            for i, (row, *_) in enumerate(rows[batch]):
-                versions = [texts[i] for texts, _ in rounds]
-                gaps = [of_round[i] for _, of_round in rounds[1:]]
-                best, _ = end_of(settings.stop, versions, gaps, [0] * len(versions), budget=0)
-                ours = {"improved": versions[best], "versions": versions}
-                ours["gaps"] = [round(gap, 3) for gap in gaps]
-                line = {"improved": None} | row | ours  # first "improved", as in BEGIN
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            file.flush()
-    print(f"Wrote {len(rows) - done:,} rows to {path}.")
-
-
-def rows_done(path, rows, rounds):
-    """How many rows an earlier start has written to `path`; half a last line is cut off."""
-    text = path.read_bytes() if path.exists() else b""
-    *lines, rest = text.split(b"\n")
-    ours = len(lines) <= len(rows) and rest[: len(BEGIN)] == BEGIN[: len(rest)]
-    for line, (row, *_) in zip(lines, rows):
-        ours = ours and answers_row(line, row, rounds)
-    if not ours:
-        raise UserError(
-            f"--output {path} exists, and is not the beginning of this work. Give another --output."
-        )
-    if rest:
-        os.truncate(path, len(text) - len(rest))
-    return len(lines)
-
-
-def answers_row(line, row, rounds):
-    """Whether a line of an output is an answer to this row, with this many rounds."""
-    try:
-        line = json.loads(line)
-        same = line["prompt"] == row["prompt"] and line.get("response") == row.get("response")
-        return same and len(line["gaps"]) == rounds
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-# ---- while training ----------------------------------------------------------------------------
-
-
-def show_samples(lm, run, stage, pairs):
-    """Answer a few prompts after a stage, and improve the answers once PIT can -> samples.md."""
-    path, title = run.path / "samples.md", f"\n## after {stage}\n"
-    page = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    if title in page:  # looked up each time: a kill may come between a stage and its samples
-        return
-    prompts = [pair.prompt for pair in pairs]
-    policy = POLICY if POLICY in lm.roles else "policy_sft"
-    seed_all(run.config.seed, "samples")
-    answers = lm.answer(policy, prompts, run.config)
-    texts = {"prompt": [prompt[-1]["content"] for prompt in prompts], policy: answers}
-    if stage.startswith("pit"):
-        texts[stage] = improve(lm, stage, prompts, answers, run.config)
-
-    samples = ""
-    for i in range(len(pairs)):
-        items = [fill(f"- {who}: {of[i]}", 80, subsequent_indent="  ") for who, of in texts.items()]
-        samples += "\n" + "\n".join(items) + "\n"
-    print(samples)
-    write_text(path, page + title + samples)

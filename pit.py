@@ -276,9 +276,9 @@ class Session:
 
     def show(self, role):
         """Answer a few held-out prompts with what has been trained so far."""
-        import infer
+        import chat
 
-        infer.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
+        chat.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
     def require(self, *commands):
         """Load the roles that earlier commands have trained."""
@@ -524,6 +524,7 @@ def infer_command(
     Example: python pit.py infer --run runs/tiny --input prompts.jsonl --output improved.jsonl
     """
     check_request(prompt, response, input, output, stop)
+    import chat
     import infer
     from files import read_rows, read_turns
     from run import seed_all
@@ -543,7 +544,7 @@ def infer_command(
         opened.need(role, "all")
     rows = read_rows(input) if input else []
     if output:
-        done = infer.rows_done(output, rows, rounds)
+        done = chat.rows_done(output, rows, rounds)
         print(f"{input}: {len(rows):,} rows, {done:,} of them already in {output}")
     turns = prompt and read_turns(read_text(prompt, "the prompt"), "prompt")
     if response is not None:
@@ -553,12 +554,12 @@ def infer_command(
     for role in roles:
         opened.load(lm, role)
     if output:
-        infer.improve_file(lm, cfg, settings, rows, output)
+        chat.improve_file(lm, cfg, settings, rows, output)
     elif prompt:
         seed_all(seed, "infer")
-        infer.answer(lm, cfg, settings, turns, response)
+        chat.answer(lm, cfg, settings, turns, response)
     else:
-        infer.converse(lm, cfg, settings)
+        chat.converse(lm, cfg, settings)
 
 
 def check_request(prompt, response, input, output, stop):

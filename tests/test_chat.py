@@ -1,0 +1,189 @@
+"""The conversation, files of prompts, and prompts that do not fit."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import shake
+
+import chat
+import files
+import infer
+from errors import UserError
+
+CFG = SimpleNamespace(max_prompt=200, max_response=12, rl_batch=2, micro_batch=2, data="mine")
+PEOPLE = ["Ann north: left.", "Ben west: right left.", "Eva east: back. Tim south: left."]
+PEOPLE += ["Zoe south: right.", "Jim north: back."]
+ROWS = [{"prompt": f"Where does each look in the end? {x}", "id": i} for i, x in enumerate(PEOPLE)]
+ROWS[1]["response"] = "Now Ben west: north west."
+
+
+def settings(rounds=2, stop="rounds"):
+    return infer.Settings("pit_rl1", rounds, 1.0, stop, seconds=0.0, seed=0)
+
+
+@pytest.fixture
+def able(lm):
+    lm.add("policy_rl")
+    lm.add("pit_rl1")
+    shake(lm, "pit_rl1", 0.02)
+    lm.add("reward_gap", head=True)
+    lm.heads["reward_gap"].weight.data *= 100  # no gap is small: the file rounds to three digits
+    return lm
+
+
+def test_changed_words_are_marked():
+    old = "Ann north: west south.\n\nBen west: back."
+    assert chat.mark_changes(old, old) == old
+    new = "Ann south: west south.\n\nBen west: back again."
+    assert chat.mark_changes(old, new) == "Ann *south:* west south.\n\nBen west: *back* *again.*"
+    assert chat.mark_changes("a b c", "a c") == "a c"
+
+
+# ---- the conversation --------------------------------------------------------------------------
+
+
+def converse(lm, cfg, monkeypatch, typed):
+    """Let the lines `typed` be asked -> the prompts that the policy answered."""
+    prompts, answer = [], lm.answer
+
+    def remember(role, chats, *more):
+        if role == infer.POLICY:
+            prompts.extend(chats)
+        return answer(role, chats, *more)
+
+    monkeypatch.setattr(lm, "answer", remember)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
+    chat.converse(lm, cfg, settings(1))
+    return [[turn["content"] for turn in prompt] for prompt in prompts]
+
+
+def test_a_conversation_remembers_until_an_empty_line(able, monkeypatch, capsys):
+    first, second, third = converse(able, CFG, monkeypatch, ["Hello.", "And you?", "", "Again."])
+    assert (first, third) == (["Hello."], ["Again."])
+    assert len(second) == 3 and second[0] == "Hello." and second[2] == "And you?"
+    out = capsys.readouterr().out
+    # a pipe does not show what is typed; without a terminal there is no colour
+    assert "you: And you?\n" in out and "\x1b" not in out
+    assert out.count("round 1, gap ") == 3
+
+
+def test_a_conversation_survives_what_it_cannot_answer_and_says_what_is_cut(
+    able, monkeypatch, capsys
+):
+    cfg = SimpleNamespace(**vars(CFG) | {"max_prompt": 20})
+    prompts = converse(able, cfg, monkeypatch, ["x" * 200, "north " * 60 + "ends here."])
+    assert len(prompts) == 1 and prompts[0][0].endswith("ends here.")
+    out = capsys.readouterr().out
+    assert "even cut" in out and "Cut to the last 20 tokens" in out
+
+
+@pytest.mark.parametrize(
+    "prompt, response, told",
+    [
+        (ROWS[0]["prompt"], None, False),
+        (ROWS[0]["prompt"].replace("? ", "?\n  "), None, False),  # as samples.md wraps it
+        (ROWS[0]["prompt"], ROWS[1]["response"], False),
+        ("What is the capital of France?", None, True),
+        (ROWS[0]["prompt"], "<|end|>", True),
+    ],
+)
+def test_the_built_in_task_is_told_from_other_questions(able, capsys, prompt, response, told):
+    cfg = SimpleNamespace(**vars(CFG) | {"data": "synthetic"})
+    chat.answer(able, cfg, settings(1), [{"role": "user", "content": prompt}], response)
+    assert ("nonsense" in capsys.readouterr().out) == told
+
+
+# ---- prompts that do not fit -------------------------------------------------------------------
+
+
+def test_a_prompt_is_cut_to_what_the_run_was_trained_on_or_refused(lm, capsys):
+    cfg = SimpleNamespace(max_prompt=40, max_response=8)
+    long = [{"role": "user", "content": "north " * 100 + "Where does Ann look in the end?"}]
+    (cut,) = chat.fit_prompts(lm, cfg, [({}, long, None, "the prompt")])
+    assert cut[0]["content"].endswith("in the end?") and len(lm.encode_prompt(cut)) <= 40
+    assert "Cut to the last 40 tokens (--max-prompt): 1 prompts." in capsys.readouterr().out
+    for turns, response, said in (
+        ([{"role": "user", "content": "x" * 200}], None, "row 3: even cut"),
+        ([{"role": "assistant", "content": "x"}], None, "row 3: user and assistant"),
+        (long, "north " * 9, "row 3: the response is longer than 8"),
+    ):
+        with pytest.raises(UserError, match=said):
+            chat.fit_prompts(lm, cfg, [({}, turns, response, "row 3")])
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def work(lm, rows, path, stop="rounds"):
+    chat.improve_file(lm, CFG, settings(stop=stop), rows, path)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return files.read_rows(tmp_path / "in.jsonl")
+
+
+def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, rows, tmp_path):
+    path = tmp_path / "out.jsonl"
+    whole = work(able, rows, path)
+    assert [row["id"] for row in whole] == [0, 1, 2, 3, 4]
+    assert whole[1]["versions"][0] == ROWS[1]["response"]
+    for row in whole:
+        assert len(row["versions"]) == 3 and len(row["gaps"]) == 2
+        assert row["improved"] == row["versions"][-1]
+    complete = path.read_bytes()
+    # killed within the third line
+    path.write_bytes(b"".join(complete.splitlines(True)[:2]) + b'{"improved": "Li')
+    assert chat.rows_done(path, rows, 2) == 2
+    work(able, rows, path)
+    assert path.read_bytes() == complete
+    work(able, rows, path)
+    assert path.read_bytes() == complete
+    # of other answers, of more rounds, of fewer rows
+    others = [(row | {"response": "x"}, *rest) for row, *rest in rows]
+    for wanted, rounds in ((others, 2), (rows, 3), (rows[:4], 2)):
+        with pytest.raises(UserError, match="not the beginning of this work"):
+            chat.rows_done(path, wanted, rounds)
+
+
+def test_the_stop_rule_chooses_each_answer_of_a_file(able, rows, tmp_path):
+    for row in work(able, rows, tmp_path / "new" / "gap.jsonl", "gap"):
+        best = 0
+        for gap, old, new in zip(row["gaps"], row["versions"], row["versions"][1:]):
+            if gap <= 0 or new == old:
+                break
+            best += 1
+        assert row["improved"] == row["versions"][best]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "notes of mine",
+        "{}\n",
+        '{"improved": \n',
+        '{"improved": "x", "prompt": "another"}\n',
+        "\n",
+        '{"a": 1}',
+    ],
+)
+def test_a_file_of_somebody_else_is_never_written_to(rows, tmp_path, content):
+    path = tmp_path / "out.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match="exists"):
+        chat.improve_file(None, CFG, settings(), rows, path)
+    assert path.read_text() == content
+
+
+def test_columns_that_are_there_already_do_not_hide_ours(able, tmp_path):
+    row = ROWS[1] | {"improved": "by somebody else", "gaps": "of teeth", "note": "half \ud800"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    (line,) = work(able, files.read_rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert line["improved"] == line["versions"][-1] and len(line["gaps"]) == 2
+    for name in ("prompt", "response", "note"):
+        assert line[name] == row[name]
