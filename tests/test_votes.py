@@ -1,0 +1,304 @@
+"""Who votes: a language model behind an address, a person in a terminal."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import constants
+
+import evaluate
+import votes
+from errors import UserError
+
+N = 6  # prompts
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with answers: `pit` is longer than `original`, and `best_of_2` is `original` itself."""
+    lines, rows = [], []
+    for i in range(N):
+        answers = {"original": f"short {i}", "pit": f"a longer text {i}", "best_of_2": f"short {i}"}
+        answers["y_w"] = f"a text of the annotators, which is the longest {i}"
+        scores = {"quality": {side: len(text) for side, text in answers.items()}}
+        prompt = [{"role": "user", "content": f"Question {i}?"}]
+        lines.append(json.dumps({"prompt": prompt, "answers": answers, "scores": scores}))
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    for a, b in votes.ROWS:
+        cost = {"tokens_a": 3.0, "tokens_b": 2.0, "generated_tokens": 5.0, "generations": 2}
+        rows.append({"a": a, "b": b, "judge": "quality", "n": N, "delta": 0.5} | cost)
+    results = {"table1": rows, "judges": {"quality": {"accuracy": 1.0, "margin": 0.5}}}
+
+    def add_results(**parts):
+        results.update(parts)
+
+    return SimpleNamespace(path=tmp_path, results=lambda: results, add_results=add_results)
+
+
+class Server:
+    """An OpenAI-compatible server that replies think(prompt, number of the request).
+
+    A number as the reply is an HTTP status.
+    """
+
+    def __init__(self, think):
+        self.think, self.requests, self.keys = think, [], set()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(request)
+                outer.keys.add(self.headers["Authorization"])
+                reply = outer.think(request["messages"][0]["content"], len(outer.requests))
+                message = {"role": "assistant", "content": reply}
+                body = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+                status = 200
+                if isinstance(reply, int):
+                    status, body = reply, {"error": {"message": f"error number {reply}"}}
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start servers; their pauses are short, and HF_HUB_OFFLINE is set as for all tests."""
+    servers = []
+
+    def start(think):
+        servers.append(Server(think))
+        return servers[-1]
+
+    monkeypatch.setattr(votes, "PAUSE", 0.001)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv(votes.KEY, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def longer(prompt, number):
+    """Prefers the longer answer."""
+    _, first, second = prompt.split("Answer ")[:3]
+    return "A" if len(first) > len(second.partition("\n\nWhich")[0]) else "B"
+
+
+def lines_of(run):
+    lines = (run.path / "votes.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def rows_by(run, judge):
+    return {(r["a"], r["b"]): r for r in run.results()["table1"] if r["judge"] == judge}
+
+
+def test_a_language_model_becomes_rows_of_table_1(run, serve, capsys):
+    server = serve(longer)
+    votes.ask_llm(run, server.url, "some/model", n=100)
+    # three rows differ, in two orders each; pit vs best_of_2 shows the texts of pit vs original
+    assert len(server.requests) == N * 3 * 2
+    assert {r["model"] for r in server.requests} == {"some/model"}
+    assert {r["temperature"] for r in server.requests} == {0.0}
+    evaluate.add_votes(run)
+    rows = rows_by(run, "some/model")
+    assert {sides: row["delta"] for sides, row in rows.items()} == {
+        ("original", "y_w"): -1,
+        ("pit", "original"): 1,
+        ("pit", "best_of_2"): 1,
+        ("pit", "y_w"): -1,
+    }
+    assert rows["pit", "original"]["tokens_a"] == 3.0 and rows["pit", "original"]["n"] == N
+    trust = run.results()["votes"]["some/model"]
+    assert trust["position_bias"] == 0 and trust["quality"] == {"same": 1, "n": 4 * N}
+    assert "agrees with quality on 100% of 24 pairs" in capsys.readouterr().out
+    # nothing is asked again
+    votes.ask_llm(run, server.url, "some/model", n=100)
+    assert len(server.requests) == N * 3 * 2
+
+
+def test_who_likes_the_first_answer_sees_ties_and_all_of_it_is_bias(run, serve):
+    votes.ask_llm(run, serve(lambda prompt, number: "Answer A.").url, "first", n=N)
+    evaluate.add_votes(run)
+    assert run.results()["votes"]["first"]["position_bias"] == 1
+    assert {row["tie"] for row in rows_by(run, "first").values()} == {1}
+
+
+def test_nonsense_is_asked_once_more_and_then_a_tie(run, serve):
+    server = serve(lambda prompt, number: "A better answer would be B")
+    votes.ask_llm(run, server.url, "chatty", n=2)
+    assert len(server.requests) == 2 * 3 * 2 * 2
+    assert [m["role"] for m in server.requests[-1]["messages"]] == ["user", "assistant", "user"]
+    evaluate.add_votes(run)
+    trust = run.results()["votes"]["chatty"]
+    assert (trust["unreadable"], trust["position_bias"]) == (2 * 3 * 2, 0)
+    assert {row["tie"] for row in rows_by(run, "chatty").values()} == {1}
+
+
+def test_what_may_pass_is_tried_again(run, serve):
+    busy = {1: 429, 2: 500, 3: 503}
+    server = serve(lambda prompt, number: busy.get(number) or longer(prompt, number))
+    votes.ask_llm(run, server.url, "busy", n=1)
+    assert len(server.requests) == 3 * 2 + len(busy)
+    assert {line["vote"] for line in lines_of(run)} == {1, -1}
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        (401, "refuses the key.*JUDGE_API_KEY"),
+        (403, "refuses the key"),
+        (404, "has no model some/model"),
+        (400, "error 400: .*error number 400"),
+        (500, "error 500: .*error number 500"),
+    ],
+)
+def test_a_refusal_gets_one_line(run, serve, status, said):
+    server = serve(lambda prompt, number: status)
+    with pytest.raises(UserError, match=said) as error:
+        votes.ask_llm(run, server.url, "some/model", n=1)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (run.path / "votes.jsonl").exists()
+
+
+def test_no_answer_and_no_address_get_one_line(run, serve, monkeypatch):
+    server = serve(longer)
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(UserError, match="No usable answer from http://127.0.0.1"):
+        votes.ask_llm(run, server.url, "x", n=1)
+    with pytest.raises(UserError, match="starts with http"):
+        votes.ask_llm(run, "localhost:8000", "x", n=1)
+    monkeypatch.setattr(votes, "TIMEOUT", 0.02)
+    monkeypatch.setattr(votes, "ATTEMPTS", 2)
+    slow = serve(lambda prompt, number: threading.Event().wait(0.1) or "A")
+    with pytest.raises(UserError, match="No usable answer from"):
+        votes.ask_llm(run, slow.url, "x", n=1)
+
+
+def test_the_key_comes_from_the_environment_and_the_hubs_is_never_sent(run, serve, monkeypatch):
+    server = serve(longer)
+    votes.ask_llm(run, server.url, "x", n=1)
+    assert server.keys == {"Bearer none"}
+    monkeypatch.setenv(votes.KEY, "sesame")
+    votes.ask_llm(run, server.url, "y", n=1)
+    assert server.keys == {"Bearer none", "Bearer sesame"}
+    assert "sesame" not in "".join(p.read_text() for p in run.path.iterdir())
+
+
+def test_votes_survive_a_kill(run, serve):
+    """The server kills whoever sends request 25 of 36; the same command asks for the rest alone."""
+    child = []
+
+    def deadly(prompt, number):
+        if number == 25:
+            os.kill(child[0], signal.SIGKILL)
+        return longer(prompt, number)
+
+    url = serve(deadly).url
+    child.append(os.fork())
+    if child[0] == 0:
+        time.sleep(0.1)  # until the parent knows whom to kill
+        votes.ask_llm(run, url, "x")
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child[0], 0)[1]) == signal.SIGKILL
+    with open(run.path / "votes.jsonl", "a") as file:
+        file.write('\n{"judge": "x", "ques')  # as if it had come while a line was written
+    before = votes.read_votes(run)
+    assert 0 < len(before) < 3 * N
+    server = serve(longer)
+    votes.ask_llm(run, server.url, "x")
+    assert len(votes.read_votes(run)) == 3 * N
+    assert len(server.requests) == 2 * (3 * N - len(before))
+
+
+# ---- a person ----------------------------------------------------------------------------------
+
+
+def type_in(run, monkeypatch, keys):
+    """A session of a person who types these keys, and then closes the terminal."""
+    typed = iter(keys)
+
+    def read(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    votes.ask_person(run, n=N)
+
+
+def test_a_person_votes_undoes_quits_and_goes_on(run, monkeypatch, capsys):
+    type_in(run, monkeypatch, "u1uq")
+    assert votes.read_votes(run) == {}
+    type_in(run, monkeypatch, "1?2u2q")
+    assert len(votes.read_votes(run)) == 2
+    type_in(run, monkeypatch, "t" * 99)
+    mine = votes.read_votes(run)
+    assert len(mine) == 3 * N and [line["vote"] for line in mine.values()].count(0) == 3 * N - 2
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) < 80
+    assert "pit" not in shown and "original" not in shown and "y_w" not in shown
+
+
+def test_a_person_who_knows_the_sides_always_wins_whatever_the_order(run, monkeypatch, capsys):
+    """Always voting for the longer answer, by what is on the screen."""
+
+    def read(prompt):
+        screen = capsys.readouterr().out
+        first, second = screen.rsplit("--- Answer ")[1:]
+        return "1" if len(first) > len(second) else "2"
+
+    monkeypatch.setattr("builtins.input", read)
+    votes.ask_person(run, n=N)
+    evaluate.add_votes(run)
+    rows = rows_by(run, "me")
+    assert rows["pit", "original"]["delta"] == 1 and rows["pit", "y_w"]["delta"] == -1
+    assert run.results()["votes"]["me"]["quality"] == {"same": 1, "n": 4 * N}
+
+
+def test_the_order_on_the_screen_is_a_fair_coin():
+    questions = [votes.Question(i, "pit", "original", f"{i}", "a", "b") for i in range(400)]
+    turned = sum(int(question.id(), 16) % 2 for question in questions)
+    assert 160 < turned < 240
+
+
+def test_a_person_in_a_terminal(run):
+    """A real terminal: no colour, long answers wrapped, q ends it."""
+    import pty
+
+    line = json.loads((run.path / "answers.jsonl").read_text().splitlines()[0])
+    line["answers"]["pit"] = "word " * 200 + "\x1b[31mred"
+    (run.path / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    child, terminal = pty.fork()
+    if child == 0:
+        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w", buffering=1)
+        votes.ask_person(run, n=1)
+        sys.stdout.flush()
+        os._exit(0)
+    screen = b""
+    for key in (b"1\n", b"u\n", b"2\n", b"q\n"):
+        while not screen.rstrip().endswith(b"q (quit):"):
+            screen += os.read(terminal, 4096)
+        os.write(terminal, key)
+        screen += b"|"
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(terminal)
+    assert b"\x1b" not in screen and max(map(len, screen.decode().splitlines())) <= 80
+    assert len(votes.read_votes(run)) == 1
