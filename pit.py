@@ -159,9 +159,6 @@ def run_all(
     rl_lr: option(float, "Learning rate of the policy.", "RL", min=0, max=1) = None,
     critic_lr: option(float, "Learning rate of the critic.", "RL", min=0, max=1) = None,
     kl: option(float, "Weight beta of the KL penalty.", "RL", min=0, max=1000) = None,
-    target_kl: option(
-        float, "Adapt beta to this KL, in nats per answer; 0: off.", "RL", min=0, max=1000
-    ) = 0.0,
     epochs: option(int, "Passes over each iteration's answers.", "RL", min=1) = 2,
     minibatch: option(int, "Answers per update.", "RL", min=1) = None,
     micro_batch: option(int, "Sequences in memory at a time.", "RL", min=1) = None,

@@ -189,14 +189,14 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     )
 
 
-def ppo_update(lm, policy, critic, optimizers, sample, scores, *, beta, decay, cfg, advantage=gae):
+def ppo_update(lm, policy, critic, optimizers, sample, scores, *, decay, cfg, advantage=gae):
     """Steps 3 to 5: update policy and critic on one rollout -> dict of metrics.
 
     scores: (B,) normalised, penalties included. decay: what the learning rates are multiplied by.
     """
     mask = sample.tokens.response_mask
     # 3. reward
-    rewards = token_rewards(scores, sample.logprobs, sample.ref_logprobs, mask, beta)
+    rewards = token_rewards(scores, sample.logprobs, sample.ref_logprobs, mask, cfg.kl)
     # 4. credit
     advantages, returns = advantage(rewards, sample.values, mask)
     advantages = whiten(advantages, mask)
@@ -312,7 +312,7 @@ def train(
         adamw(critic.parameters(), cfg.critic_lr, ADAM_EPS),
     )
     # what later iterations need besides the parameters: it goes into the checkpoints
-    state = {"beta": cfg.kl, "shift": shift, "scale": None}
+    state = {"shift": shift, "scale": None}
     for step in run.steps(steps, optimizers, state):
         # what to answer, and how to score it; then seed again, since that may have drawn numbers
         prompts, score = problem(step)
@@ -331,13 +331,9 @@ def train(
         scores = scores + penalty(tokens, lm.eos)
 
         # update; the learning rate decays linearly to 0
-        settings = dict(beta=state["beta"], decay=1 - step / steps, cfg=cfg, advantage=advantage)
+        settings = dict(decay=1 - step / steps, cfg=cfg, advantage=advantage)
         metrics = ppo_update(lm, role, critic, optimizers, sample, scores, **settings)
-        measured = describe(sample, lm.eos)
-        run.log(**measured, beta=state["beta"], **metrics)
-        if cfg.target_kl:
-            kl = float(measured["kl"])
-            state["beta"] = adapt_beta(state["beta"], kl, cfg.target_kl, len(prompts))
+        run.log(**describe(sample, lm.eos), **metrics)
     run.keep(lm, role)
 
 
@@ -384,13 +380,3 @@ def check(run, sample, eos):
     answers = sample.tokens.responses * mask
     if len(answers) > 1 and len(answers.unique(dim=0)) == 1:
         run.warn("all answers are the same. Try a higher --kl or --temperature, a lower --rl-lr.")
-
-
-def adapt_beta(beta, kl, target, batch, horizon=1000):
-    """The adaptive KL controller of Ziegler et al. (2019): beta drifts until the KL is on target.
-
-    kl, target: nats per answer. horizon: answers; their 10,000 is for runs of a million, and
-    would not move beta in runs of a few thousand.
-    """
-    error = max(-0.2, min(0.2, kl / target - 1))
-    return beta * (1 + error * batch / horizon)

@@ -33,7 +33,6 @@ MINIATURE = dict(
     minibatch=4,
     micro_batch=3,
     temperature=1.2,
-    target_kl=1.0,
 )
 
 
@@ -115,7 +114,7 @@ def run_miniature(folder):
 
     Texts are drawn so that other processors draw the same -> how close the closest draw was.
     """
-    import infer
+    import chat
     import pit
 
     closest = [1.0]
@@ -132,7 +131,7 @@ def run_miniature(folder):
 
     with pytest.MonkeyPatch.context() as patch, keep_signals():
         patch.setattr(torch, "multinomial", draw)
-        patch.setattr(infer, "show_samples", lambda *args: None)
+        patch.setattr(chat, "show_samples", lambda *args: None)
         patch.setattr(pit, "eval_stage", lambda session: None)
         pit.run_all(run=folder, **MINIATURE)
     return closest[0]

@@ -48,7 +48,6 @@ MINI = dict(
     rl_lr=1e-3,
     critic_lr=3e-3,
     kl=0.1,
-    target_kl=3.0,
     epochs=1,
     minibatch=2,
     micro_batch=64,
