@@ -13,8 +13,9 @@ import json
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from textwrap import fill
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def read_answers(run):
     """The lines of answers.jsonl, a dict each."""
     path = run.path / "answers.jsonl"
     try:
-        with open(path, encoding="utf-8") as file:  # splitlines() would split at U+2028 too
+        with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
     except (OSError, ValueError):
         again = f"python pit.py eval --run {run.path}"
@@ -75,6 +76,23 @@ def questions_about(lines):
     return questions
 
 
+def questions_left(run, judge, n):
+    """What `judge` has not said yet about the first n prompts -> a list of questions.
+
+    Sorted by their hashes: an order that says nothing, and is the same again after a break.
+    """
+    votes, left = read_votes(run), {}
+    for question in questions_about(read_answers(run)[:n]):
+        key = question.id()
+        if (judge, key) in votes:
+            continue
+        if question.text_a == question.text_b:
+            add_vote(run, judge, question, 0)
+        else:
+            left[key] = question
+    return [left[key] for key in sorted(left)]
+
+
 def read_votes(run):
     """votes.jsonl -> {(judge, id of the question): line}; a later line overrides an earlier one.
 
@@ -82,8 +100,8 @@ def read_votes(run):
     """
     path, votes = run.path / "votes.jsonl", {}
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.splitlines():
-        with suppress(ValueError):  # a line that a kill cut off
+    for line in text.split("\n"):
+        with suppress(ValueError):  # an empty line, or one that a kill cut off
             vote = json.loads(line)
             votes[vote["judge"], vote["question"]] = vote
     return {key: vote for key, vote in votes.items() if vote["vote"] is not None}
@@ -102,8 +120,7 @@ def add_vote(run, judge, question, vote, **more):
 
 KEY = "JUDGE_API_KEY"  # the environment variable with the key, which is written nowhere
 WORKERS = 8  # pairs at a time
-ATTEMPTS = 6  # of a request that is refused for now: again after 1, 2, 4, 8 and 16 seconds
-PAUSE = 1.0
+PAUSES = (0, 1, 2, 4, 8, 16)  # seconds before each attempt at a request
 TIMEOUT = 120  # seconds for a reply
 REPLY = 8  # tokens
 ASK = """Here is a prompt, and two answers to it.
@@ -129,41 +146,30 @@ def ask_llm(run, url, llm, n=128):
     """
     from huggingface_hub import InferenceClient, constants
 
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"--by {url}: give me, or an address that starts with http:// or https://.")
     # HF_HUB_OFFLINE makes the client refuse every address, but this one is not the hub's
     constants.HF_HUB_OFFLINE = False
     # without any key the client would send the user's token for the hub
     client = InferenceClient(base_url=url, api_key=os.environ.get(KEY) or "none", timeout=TIMEOUT)
-    votes = read_votes(run)
-    questions = questions_about(read_answers(run)[:n])
-    new = {q.id(): q for q in questions if (llm, q.id()) not in votes}
+    questions = questions_left(run, llm, n)
     with ThreadPoolExecutor(WORKERS) as pool:
-        asked = {pool.submit(ask_both_orders, client, llm, q): q for q in new.values()}
-        try:
-            for done in progress(as_completed(asked), total=len(asked)):
-                add_vote(run, llm, asked[done], **done.result())
-        finally:  # after an error, or Ctrl-C: ask no more
-            pool.shutdown(cancel_futures=True)
+        asked = pool.map(partial(ask_both_orders, run, client, llm), questions)
+        for _ in progress(asked, total=len(questions)):
+            pass  # each vote is in votes.jsonl by now; an error ends the loop, and asks no more
 
 
-def ask_both_orders(client, llm, question):
-    """The language model's vote, a tie if the order changes its mind -> the rest of its line."""
-    if question.text_a == question.text_b:
-        return {"vote": 0}
-    votes, unreadable = [], 0
-    for first, second in ((question.text_a, question.text_b), (question.text_b, question.text_a)):
-        vote = ask(client, llm, ASK.format(question.prompt, first, second))
-        unreadable += vote is None
-        votes.append(vote or 0)
-    forward, turned = votes
+def ask_both_orders(run, client, llm, question):
+    """Add the language model's vote to votes.jsonl: a tie if the order changes its mind."""
+    prompt, a, b = question.prompt, question.text_a, question.text_b
+    votes = [ask(client, llm, prompt, a, b), ask(client, llm, prompt, b, a)]
+    forward, turned = (vote or 0 for vote in votes)
     same = forward == -turned
-    return {"vote": forward if same else 0, "order_decides": not same, "unreadable": unreadable}
+    vote = forward if same else 0
+    add_vote(run, llm, question, vote, order_decides=not same, unreadable=votes.count(None))
 
 
-def ask(client, llm, question):
+def ask(client, llm, prompt, first, second):
     """1: the first answer is better, -1: the second, 0: a tie, None: no reply that can be read."""
-    messages = [{"role": "user", "content": question + FORM}]
+    messages = [{"role": "user", "content": ASK.format(prompt, first, second) + FORM}]
     for _ in range(2):
         reply = send(client, llm, messages)
         letter = re.fullmatch(r"\W*(?:answer )?(a|b|tie)\W*", reply.lower())
@@ -176,31 +182,21 @@ def ask(client, llm, question):
 
 def send(client, llm, messages):
     """The model's reply. Failures that may pass (429, 5xx, no reply in time) are tried again."""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+    for pause in PAUSES:
+        time.sleep(pause)
         try:
             reply = client.chat_completion(messages, model=llm, max_tokens=REPLY, temperature=0.0)
             return reply.choices[0].message.content or ""
         except Exception as error:  # HTTP, network, or a reply of another form
             failure = error
         status = getattr(getattr(failure, "response", None), "status_code", 0)
-        may_pass = status == 429 or status >= 500 or isinstance(failure, TimeoutError)
-        if not may_pass:
+        if not (status == 429 or status >= 500 or isinstance(failure, TimeoutError)):
             break
-    raise UserError(explain_failure(failure, status, client.model, llm))
-
-
-def explain_failure(error, status, url, llm):
-    """Why a language model cannot be asked, in one line."""
-    said = getattr(error, "server_message", None) or first_line(error)
-    if status in (401, 403):
-        return f"{url} refuses the key. Put the right one into the environment variable {KEY}."
-    if status == 404:
-        return f"{url} has no model {llm}, or is not the right address: {said}"
-    if status:
-        return f"{url} answers with error {status}: {said}"
-    return f"No usable answer from {url}: {said}. Votes are kept; the same command goes on."
+    said = getattr(failure, "server_message", None) or first_line(failure)
+    raise UserError(
+        f"No verdict of {llm} at {client.model}: {said}\nCheck the address, the name, and the key "
+        f"in {KEY}. The same command then asks for the rest."
+    )
 
 
 # ---- a person ----------------------------------------------------------------------------------
@@ -212,25 +208,18 @@ CHOICES = "Which is better? 1, 2, t (tie), u (undo), q (quit): "
 
 def ask_person(run, n=128):
     """Let a person compare answers to the first n prompts in the terminal, blind -> votes.jsonl."""
-    votes = read_votes(run)
-    questions = {q.id(): q for q in questions_about(read_answers(run)[:n])}
-    # by their hashes: an order that says nothing, and is the same again after a break
-    left = [questions[key] for key in sorted(questions) if (ME, key) not in votes]
+    left = questions_left(run, ME, n)
     voted = []  # in this session, for undo
     while left:
-        question = left[0]
-        if question.text_a == question.text_b:
-            add_vote(run, ME, left.pop(0), 0)
-            continue
-        print(f"\n{'=' * WIDTH}\nPair {len(questions) - len(left) + 1} of {len(questions)}")
-        turned = int(question.id(), 16) % 2  # a coin: b is shown first
-        show(question, turned)
+        print(f"\n{'=' * WIDTH}\n{len(left)} pairs to go")
+        turned = int(left[0].id(), 16) % 2  # a coin: b is shown first
+        show(left[0], turned)
         key = read_key()
         if key == "q":
             break
         if key in KEYS:
             vote = -KEYS[key] if turned else KEYS[key]
-            add_vote(run, ME, question, vote)
+            add_vote(run, ME, left[0], vote)
             voted.append(left.pop(0))
         elif voted:  # undo
             left.insert(0, voted.pop())
@@ -252,10 +241,9 @@ def show(question, turned):
 
 def read_key():
     """1, 2, t, u or q; the end of the input is q."""
-    key = ""
-    while key not in (*KEYS, "u", "q"):
-        try:
-            key = input(CHOICES).strip().lower()
-        except EOFError:
-            return "q"
+    try:
+        while (key := input(CHOICES).strip().lower()) not in (*KEYS, "u", "q"):
+            print("Please type 1, 2, t, u or q.")
+    except EOFError:
+        return "q"
     return key
