@@ -15,7 +15,6 @@ size.
 import copy
 import logging
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 # Notices that the libraries print at each start and nobody can act on: an optional kernel is
@@ -30,9 +29,9 @@ from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -57,25 +56,19 @@ PUBLISHERS = {  # who publishes a model, by how its name begins
     "SmolLM": "HuggingFaceTB",
     "Llama": "meta-llama",
     "gemma": "google",
-    "OLMo": "allenai",
-    "pythia": "EleutherAI",
-    "TinyLlama": "TinyLlama",
 }
+# the chat template of models that have none
+PLAIN_DIALOGUE = """{% for m in messages %}{{ m.role | capitalize }}:
+{{ m.content }}
+
+{% endfor %}{% if add_generation_prompt %}Assistant:
+{% endif %}"""
 # model types in which two candidates can share a row: they obey any attention mask (tested)
 SHARED_ROW = "gemma gpt2 gpt_neox llama olmo olmo2 phi qwen2 qwen3".split()
-PREFILL = (
-    128  # prompt tokens that `generate` reads at a time: same states, a fraction of the memory
-)
+# prompt tokens that `generate` reads at a time: same states, a fraction of the memory
+PREFILL = 128
 SAMPLED = 32_768  # tokens in memory while `answer` writes, prompts included
 LOGIT_CHUNK = 256  # tokens whose (n, V) logits exist at a time; 256 x 152k in fp32 is 150 MiB
-# options by which a model changes its logits after the LM head; the log-probs here would be wrong
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-)
 
 
 class LM:
@@ -83,9 +76,16 @@ class LM:
 
     def __init__(self, base, tokenizer, lora):
         self.tokenizer, self.lora, self.device = tokenizer, lora, base.device
-        self.eos = end_of_turn(tokenizer)
-        self.pad = padding_token(tokenizer, self.eos)
+        if not tokenizer.chat_template:
+            begin = "{{ bos_token }}" if getattr(tokenizer, "add_bos_token", False) else ""
+            tokenizer.chat_template = begin + PLAIN_DIALOGUE
         self.control = control_tokens(tokenizer)
+        self.eos = end_of_turn(tokenizer)
+        # Masks hide padding, so any token will do but EOS: with that, padding would look like the
+        # end of an answer, and a mask made by `ids != pad` would hide the EOS. The model would
+        # never learn to stop.
+        self.pad = 1 if self.eos == 0 else 0
+        self.size = base.num_parameters()
         window = getattr(base.config, "sliding_window", None)
         self.shared_row = base.config.model_type in SHARED_ROW and not window
         self.backbone = base.get_decoder()
@@ -99,15 +99,10 @@ class LM:
 
     def describe(self):
         """The base in one line."""
-        kind = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        size = 0
-        for name, p in self.peft.get_base_model().named_parameters():
-            if p.dtype == torch.uint8:
-                kind = "4-bit"
-                size += 2 * p.numel()  # two weights in a byte
-            elif "lora" not in name:
-                size += p.numel()
-        return f"{size / 1e6:.1f}M parameters in {kind} on {self.device.type}, LoRA r={self.lora.r}"
+        base = self.peft.get_base_model()
+        kind = "4-bit" if getattr(base, "is_loaded_in_4bit", False) else base.dtype
+        size = f"{self.size / 1e6:.1f}M parameters"
+        return f"{size} in {kind} on {self.device.type}, LoRA r={self.lora.r}"
 
     def checkpoint_layers(self):
         """Keep only each layer's input for the backward pass and recompute the rest: 1/3 slower."""
@@ -123,15 +118,21 @@ class LM:
         if role not in self.roles:
             self.peft.add_adapter(role, copy.deepcopy(self.lora))
             self.roles.add(role)
-        weights = get_peft_model_state_dict(
-            self.peft, adapter_name=like, save_embedding_layers=False
-        )
-        copies = {name: weight.clone() for name, weight in weights.items()}
-        set_peft_model_state_dict(self.peft, copies, adapter_name=role)
+        self.set_weights(role, self.weights(like))
         if head and like in self.heads:
             self.heads[role] = copy.deepcopy(self.heads[like])
         elif head:
             self.heads[role] = new_head(self.hidden_size, self.device)
+
+    def weights(self, role):
+        """LoRA's A and B of `role` in all layers, by their names in a file of PEFT's."""
+        return get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
+
+    def set_weights(self, role, weights):
+        """Copy weights such as `weights` gives into `role`."""
+        if weights.keys() != self.weights(role).keys():  # peft would leave them out without a word
+            raise ValueError("its weights belong to other layers")
+        set_peft_model_state_dict(self.peft, weights, adapter_name=role)
 
     def activate(self, role, train=False):
         """Compute with `role` from now on. Only with `train` do its parameters require gradients.
@@ -158,14 +159,8 @@ class LM:
 
     def save(self, role, folder):
         """Write `role` to the Path `folder` as standard PEFT, and its head to head.safetensors."""
-        config = copy.deepcopy(self.peft.peft_config[role])
-        config.inference_mode = True
-        config.save_pretrained(folder)
-        weights = get_peft_model_state_dict(
-            self.peft, adapter_name=role, save_embedding_layers=False
-        )
-        weights = {name: weight.contiguous() for name, weight in weights.items()}
-        (folder / "adapter_model.safetensors").write_bytes(save(weights))
+        self.peft.peft_config[role].save_pretrained(folder)
+        (folder / "adapter_model.safetensors").write_bytes(save(self.weights(role)))
         if role in self.heads:
             (folder / "head.safetensors").write_bytes(save(self.heads[role].state_dict()))
 
@@ -173,21 +168,15 @@ class LM:
         """Add `role` as `save` wrote it to the Path `folder`. Never opens a pickle."""
         head = folder / "head.safetensors"
         self.add(role, head=head.exists())
-        weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
-        own = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
-        if weights.keys() != own.keys():  # peft would leave them out without a word
-            raise ValueError("its weights belong to other layers")
-        set_peft_model_state_dict(self.peft, weights, adapter_name=role)
+        self.set_weights(role, load_file(folder / "adapter_model.safetensors"))
         if role in self.heads:
-            self.heads[role].load_state_dict(load_file(head, device=str(self.device)))
+            self.heads[role].load_state_dict(load_file(head))
 
     # ---- text to tokens ------------------------------------------------------------------------
 
     def encode_prompt(self, messages):
         """Chat messages -> token ids, up to the point where the assistant starts to write."""
         messages = [m | {"content": self.escape(m["content"]).strip()} for m in messages]
-        if not self.tokenizer.chat_template:
-            return self.encode_plain_dialogue(messages)
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         try:
             text = self.tokenizer.apply_chat_template(
@@ -203,17 +192,9 @@ class LM:
             return self.encode_prompt([{"role": "user", "content": user}, *messages[2:]])
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def encode_plain_dialogue(self, messages):
-        """The form for models without a chat template: "User: ... Assistant:"."""
-        text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages)
-        ids = self.tokenizer(text + "Assistant:", add_special_tokens=False)["input_ids"]
-        begins = getattr(self.tokenizer, "add_bos_token", False)
-        return [self.tokenizer.bos_token_id, *ids] if begins else ids
-
     def encode_response(self, text):
         """An answer -> token ids, with EOS at the end."""
-        space = "" if self.tokenizer.chat_template else " "  # "Assistant: text" in plain dialogue
-        text = space + self.escape(text).strip()
+        text = self.escape(text).strip()
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos]
 
     def escape(self, text):
@@ -223,8 +204,8 @@ class LM:
         return text
 
     def decode(self, responses):
-        """(B, R) token ids, or lists of ids -> answers as text. EOS and what follows is dropped."""
-        rows = [row.tolist() if torch.is_tensor(row) else row for row in responses]
+        """(B, R) token ids -> answers as text. EOS and what follows is dropped."""
+        rows = responses.tolist()
         rows = [row[: row.index(self.eos)] if self.eos in row else row for row in rows]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -235,16 +216,17 @@ class LM:
         The mask comes from lengths. `ids != pad` would also hide a pad token that is part of a
         text.
         """
-        P = max(map(len, prompts))
-        R = max(map(len, responses))
-        ids, mask = [], []
-        for prompt, response in zip(prompts, responses):
-            left, right = P - len(prompt), R - len(response)
-            ids.append([self.pad] * left + prompt + response + [self.pad] * right)
-            mask.append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
-        ids = torch.tensor(ids, device=self.device)  # (B, L)
-        mask = torch.tensor(mask, device=self.device)  # (B, L)
-        return Tokens(ids, mask, mask[:, P:])
+        ids = [self.pad_rows(prompts, self.pad, "left"), self.pad_rows(responses, self.pad)]
+        prompt_mask = self.pad_rows([[1] * len(prompt) for prompt in prompts], 0, "left")
+        response_mask = self.pad_rows([[1] * len(response) for response in responses], 0)
+        mask = torch.cat([prompt_mask, response_mask], 1)
+        return Tokens(torch.cat(ids, 1), mask, response_mask)
+
+    def pad_rows(self, rows, value, side="right"):
+        """Lists of ints -> (B, the length of the longest), padded with `value`."""
+        rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+        padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+        return padded.to(self.device)
 
     # ---- forward passes with the active adapter ------------------------------------------------
 
@@ -306,29 +288,20 @@ class LM:
                 [self.scores(role, self.collate(prompts, kth)) for kth in by_place], 1
             )
         ids, part, position, ends = one_row_each(prompts, candidates)
-        part = self.pad_right(part, -1)
+        part = self.pad_rows(part, -1)
         # a token sees the prompt (part 0) and its own part, up to itself
         query, key = part[:, :, None], part[:, None, :]
         sees = ((key == 0) | (key == query)).tril()  # (B, L, L)
-        dtype = self.lm_head.weight.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
-        mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
         out = self.backbone(
-            input_ids=self.pad_right(ids, self.pad),
-            attention_mask=mask[:, None],
-            position_ids=self.pad_right(position, 0),
+            input_ids=self.pad_rows(ids, self.pad),
+            attention_mask=sees[:, None],
+            position_ids=self.pad_rows(position, 0),
             use_cache=False,
         )
         rows = torch.arange(len(prompts), device=self.device)[:, None]
         ends = torch.tensor(ends, device=self.device)
         states = out.last_hidden_state[rows, ends]  # (B, k, D)
         return self.heads[role](states.float()).squeeze(-1)
-
-    def pad_right(self, rows, value):
-        """Lists of ints -> (B, L), padded on the right with `value`."""
-        longest = max(map(len, rows))
-        padded = [row + [value] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded, device=self.device)
 
     # ---- writing -------------------------------------------------------------------------------
 
@@ -340,22 +313,19 @@ class LM:
         """
         self.activate(role)
         start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
-        greedy = temperature <= 1e-6
-        sampling = (
-            {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature}
-        )
         # top_k, top_p: the whole distribution, or samples and log-probs would not be of the same
         # policy
         out = self.peft.generate(
             input_ids=start.ids,
             attention_mask=start.mask,
             max_new_tokens=max_tokens,
+            do_sample=temperature > 0,
+            temperature=max(temperature, 1e-6),  # of a greedy answer: any but 0
             top_k=0,
             top_p=1.0,
             prefill_chunk_size=PREFILL,
             pad_token_id=self.pad,
             eos_token_id=self.eos,
-            **sampling,
         )  # (B, P + R)
         response_mask = mask_after_eos(out[:, start.ids.shape[1] :], self.eos)
         return Tokens(out, torch.cat([start.mask, response_mask], 1), response_mask)
@@ -396,9 +366,7 @@ def take_step(optimizer, lr, clip=1.0):
 def token_logprobs(lm_head, states, targets, temperature):
     """(N, D) states, (N,) token ids -> (N,) log-probabilities at the temperature."""
     logits = lm_head(states.to(lm_head.weight.dtype)).float()  # (N, V)
-    if temperature != 1.0:  # saves a pass over (N, V)
-        logits = logits / temperature
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return -F.cross_entropy(logits / temperature, targets, reduction="none")
 
 
 def new_head(hidden_size, device):
@@ -422,37 +390,21 @@ def end_of_turn(tokenizer):
     model is why: its EOS, <|endoftext|>, is also its padding, while its template ends turns in
     <|im_end|>.
     """
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        after = text.rpartition("ANSWER")[2]
-        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        if first and first[0] in tokenizer.all_special_ids:
-            return first[0]
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token.")
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    if ids and ids[0] in tokenizer.all_special_ids:
+        return ids[0]
     return tokenizer.eos_token_id
-
-
-def padding_token(tokenizer, eos):
-    """The id of the token to pad with: the tokenizer's own, unless that is EOS.
-
-    Any token but EOS will do, since masks hide padding. With EOS, padding would look like the end
-    of an answer, and a mask made by `ids != pad` would hide the EOS: the model would never learn
-    to stop.
-    """
-    special = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id
-    return next(token for token in (*special, 0, 1) if token is not None and token != eos)
 
 
 def control_tokens(tokenizer):
     """The tokens that give a chat its structure: special ones, and the template's turn markers."""
-    template = tokenizer.chat_template or ""
-    found = set(tokenizer.all_special_tokens)
+    found = []
     for token in tokenizer.added_tokens_decoder.values():
-        marks_turns = token.content.strip() and token.content in template
-        if token.special or marks_turns:
-            found.add(token.content)
+        text = token.content
+        if token.special or (text.strip() and text in tokenizer.chat_template):
+            found.append(text)
     return sorted(found)
 
 
@@ -466,18 +418,15 @@ def find_model(name):
     """
     if name == "tiny":
         return TINY
-    if "/" not in name and not Path(name).exists():
-        for start, publisher in PUBLISHERS.items():
-            if name.startswith(start):
-                return f"{publisher}/{name}"
+    for start, publisher in PUBLISHERS.items():
+        if name.startswith(start) and "/" not in name and not Path(name).exists():
+            return f"{publisher}/{name}"
     return name
 
 
 def check_folder(name):
     """Raise UserError for a name that is plainly not that of a base model."""
     folder = Path(name)
-    if not name.strip():
-        raise UserError("--model is empty. Give tiny, a local folder or a hub id.")
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or folder.exists():
             raise UserError(f"--model {name}: there is no such folder.")
@@ -503,39 +452,32 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         check_folder(name)
     if not Path(source).exists():
         print(f"{source}: looking in the download cache, then on the hub", flush=True)
+    advice = (
+        f"Give a local folder, or fetch it where there is a network (hf download {source}), "
+        "or use --model tiny (built in)."
+    )
     try:
         tokenizer = load_tokenizer(source)
         base = load_base(source, bits)
-        check_base(base, tokenizer)
+        advice = f"Does --target-modules {target_modules} name layers of this model?"
         lora = LoraConfig(
             r=lora_r,
             lora_alpha=lora_alpha,
             target_modules=target_modules,
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
+            base_model_name_or_path=str(source),
         )
         # LoRA's A is drawn here, once, for "blank": every role starts from the same one
         torch.manual_seed(seed)
-        try:
-            lm = LM(base, tokenizer, lora)
-        except ValueError as error:
-            if "arget modules" not in str(error):
-                raise
-            raise UserError(
-                f"--target-modules {target_modules}: no layer of {name} matches it."
-            ) from None
-        check_causal(lm)
-        return lm
-    except UserError:
-        raise
+        lm = LM(base, tokenizer, lora)
+        advice = "PIT cannot train such a model: give another --model."
+        check_base(lm)
     except Exception as error:  # files, config fields, patterns, templates, shapes: all kinds
         if out_of_memory(error):
             raise
-        raise UserError(
-            f"Cannot load the model {name!r}: {first_line(error)}\n"
-            f"Give a local folder, or fetch it where there is a network (hf download {source}), "
-            "or use --model tiny (built in)."
-        ) from None
+        raise UserError(f"Cannot load the model {name!r}: {first_line(error)}\n{advice}") from None
+    return lm
 
 
 def load_tokenizer(source):
@@ -560,9 +502,11 @@ def best_device():
 def load_base(source, bits):
     """The frozen base on the best device there is."""
     device, dtype = best_device()
-    options = {}
-    if bits == 4 and has_4bit(device):
-        options["quantization_config"] = BitsAndBytesConfig(
+    quantization = None
+    if bits == 4 and device == "mps":
+        print("bitsandbytes has no 4-bit for mps: the base stays unquantised, as with --bits 16.")
+    elif bits == 4:
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -574,7 +518,7 @@ def load_base(source, bits):
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=False,
-        **options,
+        quantization_config=quantization,
     )
     base.requires_grad_(False)
     # the model's own penalties and cuts would show in samples, but not in log-probs
@@ -586,37 +530,27 @@ def load_base(source, bits):
     return base
 
 
-def has_4bit(device):
-    """Whether bitsandbytes can hold 4-bit weights on this device; prints a line where it cannot."""
-    found = device != "mps" and find_spec("bitsandbytes") is not None
-    if not found:
-        print(f"No bitsandbytes for {device}: the base stays unquantised, as with --bits 16.")
-    return found
-
-
-def check_base(base, tokenizer):
-    """Raise ValueError for a base on which the log-probs here would be wrong, or would fail."""
-    if any(getattr(base.config, name, None) for name in LOGIT_CHANGES):
-        raise ValueError("it changes its logits after the LM head, which is not supported here.")
-    rows = base.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its embedding only {rows}.")
-
-
 @torch.no_grad()
-def check_causal(lm):
-    """Raise ValueError for a model that reads what comes after a token, or reads padding."""
-    # row 1 is row 0 with another last token; row 2 is a longer one, which puts padding before 0
-    # and 1
-    prompts = [[5, 6], [5, 6], [5, 6, 7]]
-    responses = [[7], [8], [9]]
-    states = lm.hidden(lm.collate(prompts, responses))  # (3, 2, D): before and after the response
-    before, after = states[0]
-    other_response = states[1][0]  # must equal `before`: the response comes later
-    padded_less = states[2][0]  # must equal `after`: the same tokens, without padding
-    difference = (before - other_response).norm() + (after - padded_less).norm()
-    if not difference < 0.1 * after.norm():  # `not <`, so that NaN fails too
-        raise ValueError("its states depend on later tokens, or on padding.")
+def check_base(lm):
+    """Raise ValueError for a base on which training would fail, or would go wrong in silence."""
+    tokens, rows = len(lm.tokenizer), lm.peft.get_input_embeddings().num_embeddings
+    if tokens > rows:
+        raise ValueError(f"its tokenizer has {tokens} tokens, its embedding only {rows}.")
+    if lm.eos is None:
+        raise ValueError("its tokenizer has no end-of-sequence token.")
+    # Log-probs as in training, of a row that is padded on the left: (3,) ...
+    text, other = [9, 5, 8, 6, 7], [5, 6, 7, 8, 9]
+    ours = lm.logprobs(lm.collate([text[:2], other[:3]], [text[2:], other[3:]]))[0]
+    # ... and as in sampling, where neither padding nor later tokens are there, and after all that
+    # the model does to its logits
+    for place, logprob in enumerate(ours.tolist(), 2):
+        ids = torch.tensor([text[:place]], device=lm.device)
+        sampled = lm.peft(input_ids=ids).logits[0, -1].float().log_softmax(-1)[text[place]].item()
+        if not abs(logprob - sampled) < 0.1 + 0.05 * abs(sampled):  # `not <`: NaN fails too
+            raise ValueError(
+                "the log-probs of its tokens depend on padding, on later tokens, or on something "
+                "that it does to its logits at the end."
+            )
 
 
 # ---- for other programs ------------------------------------------------------------------------
@@ -629,19 +563,15 @@ def export(lm, role, source, folder, merge):
     moves the logits.
     """
     lm.load(role, source)
-    model = lm.peft.get_base_model()
-    # pad with a special token: decoding leaves out the padding, and a word would be lost
-    pad = lm.pad if lm.pad in lm.tokenizer.all_special_ids else lm.eos
-    lm.tokenizer.eos_token = lm.tokenizer.convert_ids_to_tokens(lm.eos)
-    lm.tokenizer.pad_token = lm.tokenizer.convert_ids_to_tokens(pad)
-    lm.tokenizer.save_pretrained(folder)
+    tokenizer = lm.tokenizer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(lm.eos)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
     if not merge:
-        lm.peft.peft_config[role].base_model_name_or_path = str(model.name_or_path)
         lm.save(role, folder)
         return
     model = lm.peft.merge_and_unload(adapter_names=[role])
-    for config in (model.config, model.generation_config):  # answers end where ours do
-        config.eos_token_id = lm.eos
-        config.pad_token_id = pad
-    dtype = AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype
-    model.to(dtype).save_pretrained(folder)
+    model.generation_config = GenerationConfig(
+        eos_token_id=lm.eos, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)

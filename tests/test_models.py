@@ -197,7 +197,7 @@ def test_an_answer_ends_in_eos_and_comes_back_without(lm):
     ids = lm.encode_response(" tea: tea. ")
     assert ids[-1] == lm.eos and ids.count(lm.eos) == 1
     # nor with what may follow the EOS
-    assert lm.decode([[*ids, lm.pad, *ids]]) == ["tea: tea."]
+    assert lm.decode(torch.tensor([[*ids, lm.pad, *ids]])) == ["tea: tea."]
 
 
 def test_all_chats_are_answered_in_order_a_part_at_a_time(lm, pairs, monkeypatch):
@@ -213,7 +213,7 @@ def test_all_chats_are_answered_in_order_a_part_at_a_time(lm, pairs, monkeypatch
     monkeypatch.setattr(lm, "generate", generate)
     cfg = SimpleNamespace(max_prompt=48, max_response=7, rl_batch=5)
     chats = [pair.prompt for pair in pairs]
-    expected = lm.decode([lm.encode_prompt(chat)[-8:] for chat in chats])
+    expected = lm.decode(torch.tensor([lm.encode_prompt(chat)[-8:] for chat in chats]))
     assert lm.answer("role", chats, cfg, 0.7) == expected
     assert asked == [("role", 5, 7, 0.7), ("role", 5, 7, 0.7), ("role", 2, 7, 0.7)]
     lm.answer("role", chats[:1], cfg)
@@ -367,9 +367,20 @@ def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, mo
     assert other.shared_row == (model_type in models.SHARED_ROW)
 
 
-def test_a_model_that_reads_from_both_sides_is_refused(lm, tmp_path):
-    with pytest.raises(UserError, match="depend on later tokens"):
-        random_model(lm, tmp_path, "bert")
+# these would train on other log-probs than those by which they write: bert reads what comes later,
+# the others change their logits after the LM head
+MISTAKEN = {
+    "bert": {},
+    "gemma2": dict(head_dim=16, final_logit_softcapping=0.5),
+    "granite": dict(logits_scaling=8.0),
+    "cohere": dict(logit_scale=0.0625),
+}
+
+
+@pytest.mark.parametrize("model_type", MISTAKEN)
+def test_a_model_whose_log_probs_would_be_wrong_is_refused(lm, tmp_path, model_type):
+    with pytest.raises(UserError, match="on later tokens, or on something.*\n.*another --model"):
+        random_model(lm, tmp_path, model_type, **MISTAKEN[model_type])
 
 
 @pytest.mark.parametrize(
@@ -473,16 +484,17 @@ def test_a_template_without_system_messages_gets_them_in_the_users_turn(lm, then
     )
 
 
-def test_without_a_template_a_prompt_is_a_plain_dialogue_that_begins_as_the_tokenizer_wants(lm):
-    lm.tokenizer.chat_template = None
-    ids = lm.encode_prompt([{"role": "user", "content": "map"}])
-    assert lm.tokenizer.decode(ids) == "User: map\n\nAssistant:"
-    lm.tokenizer.bos_token, lm.tokenizer.add_bos_token = "<|user|>", True
-    assert lm.encode_prompt([{"role": "user", "content": "map"}]) == [
-        lm.tokenizer.bos_token_id,
-        *ids,
-    ]
-    assert lm.decode([lm.encode_response("map")]) == ["map"]
+def test_a_model_without_a_template_gets_a_plain_dialogue_that_begins_as_its_tokenizer_wants(lm):
+    messages = [as_user("map"), {"role": "assistant", "content": "a"}, as_user("b")]
+    for begin in (False, True):
+        lm.tokenizer.chat_template = None
+        lm.tokenizer.bos_token, lm.tokenizer.add_bos_token = "<|user|>", begin
+        plain = models.LM(lm.peft.unload(), lm.tokenizer, lm.lora)
+        text = "User:\nmap\n\nAssistant:\na\n\nUser:\nb\n\nAssistant:\n"
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        bos = [lm.tokenizer.bos_token_id] if begin else []
+        assert plain.encode_prompt(messages) == bos + ids
+        assert plain.eos == lm.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("bits", [4, 16])
