@@ -15,6 +15,7 @@ size.
 import copy
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
 
 # Notices that the libraries print at each start and nobody can act on: an optional kernel is
@@ -32,6 +33,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -57,6 +59,10 @@ PUBLISHERS = {  # who publishes a model, by how its name begins
     "Llama": "meta-llama",
     "gemma": "google",
 }
+HOW_TO_GET = (
+    "Give a local folder, or fetch it where there is a network (hf download {}), or use "
+    "--model tiny (built in)."
+)
 # the chat template of models that have none
 PLAIN_DIALOGUE = """{% for m in messages %}{{ m.role | capitalize }}:
 {{ m.content }}
@@ -424,13 +430,10 @@ def find_model(name):
     return name
 
 
-def check_folder(name):
-    """Raise UserError for a name that is plainly not that of a base model."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or folder.exists():
-            raise UserError(f"--model {name}: there is no such folder.")
-        return
+@cache  # `all` checks before it reads any data, and load_model once more
+def check_model(name):
+    """Raise UserError unless `name` is a base model with a config and a tokenizer."""
+    folder, source = Path(name), find_model(name)
     if (folder / "adapters").is_dir():
         raise UserError(f"--model {name} is a run, not a model. To continue it: --run {name}")
     if (folder / "adapter_config.json").exists():
@@ -438,6 +441,16 @@ def check_folder(name):
             f"--model {name} is a PEFT adapter. Give its base, or merge the two first: "
             "peft's merge_and_unload, or export --merge."
         )
+    if not Path(source).exists():
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"--model {name}: there is no such folder.")
+        print(f"{source}: looking in the download cache, then on the hub", flush=True)
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
+        load_tokenizer(source)
+    except Exception as error:  # no such name, no network, other files: all kinds
+        advice = HOW_TO_GET.format(source)
+        raise UserError(f"Cannot load the model {name!r}: {first_line(error)}\n{advice}") from None
 
 
 def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
@@ -447,15 +460,9 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     where there is no bf16). Raises UserError, in one or two lines, when there is no such model.
     Never runs code from a hub, never opens a pickle.
     """
+    check_model(name)
     source = find_model(name)
-    if source != TINY:
-        check_folder(name)
-    if not Path(source).exists():
-        print(f"{source}: looking in the download cache, then on the hub", flush=True)
-    advice = (
-        f"Give a local folder, or fetch it where there is a network (hf download {source}), "
-        "or use --model tiny (built in)."
-    )
+    advice = HOW_TO_GET.format(source)
     try:
         tokenizer = load_tokenizer(source)
         base = load_base(source, bits)

@@ -185,8 +185,7 @@ def run_all(
     from run import Run
 
     curriculum.parse(rounds)
-    if options["model"] != "tiny":
-        models.check_folder(model)
+    models.check_model(options["model"])
     started = Run.start(folder, options, overwrite, from_run)
     if is_finished(started):
         print(f"{folder} is finished. Its report: {folder / 'report.md'}")
