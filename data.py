@@ -104,28 +104,26 @@ def read_pairs(source, skip_bad=False, columns=""):
     that is no pair is an error, unless skip_bad.
     """
     forms = [form_of_columns(columns)] if columns else FORMS
-    read, dropped, kept = Counter(), Counter(), {}
+    notes, kept = Counter(), {}
     for place, row in rows_of(source):
-        # which form the row has, and the pair in it; each step may find that there is none
-        form = "no known form"
         try:
             row = read_columns(row)
             form = find_form(row, forms)
+            notes[f"rows of {form}"] += 1
             pair = Pair(*read_pair(row, form))
             if pair.key() in kept:
                 raise TeachesNothing("seen before")
             kept[pair.key()] = pair
         except TeachesNothing as reason:
-            dropped[f"dropped ({reason})"] += 1
+            notes[f"dropped ({reason})"] += 1
         except BadRow as error:
             if not skip_bad:
-                hint = f"\nThe row: {str(row)[:90]}{error.help}"
-                if kept:
-                    hint = " To go on without such rows: --skip-bad"
-                raise UserError(f"{source}, {place}: {error}.{hint}") from None
-            dropped["dropped (no pair)"] += 1
-        read[f"rows of {form}"] += 1
-    return list(kept.values()), read + dropped
+                hint = "To go on without such rows: --skip-bad"
+                if not kept:
+                    hint = f"The row: {str(row)[:90]}"
+                raise UserError(f"{source}, {place}: {error}.\n{hint}") from None
+            notes["dropped (no pair)"] += 1
+    return list(kept.values()), notes
 
 
 def describe(notes):
@@ -138,14 +136,14 @@ def filter_by_length(pairs, lm, cfg):
     A prompt loses its oldest turns, then the oldest words of its last one. An answer is never cut:
     truncated, it would teach the model not to stop; with an EOS added, to stop mid-sentence.
     """
-    notes, kept = Counter(), {}
+    notes, kept = Counter(), []
 
     # drop the pairs with a long answer
     lengths = [longest_answer(pair, lm) for pair in pairs]
     fitting = [pair for pair, length in zip(pairs, lengths) if length <= cfg.max_response]
     notes[f"dropped (an answer over {cfg.max_response} tokens)"] = len(pairs) - len(fitting)
 
-    # cut long prompts, after which two pairs may be the same
+    # cut long prompts
     for pair in fitting:
         prompt = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
         if prompt is None:
@@ -153,17 +151,14 @@ def filter_by_length(pairs, lm, cfg):
             continue
         if prompt != pair.prompt:
             notes[f"prompts cut to {cfg.max_prompt} tokens"] += 1
-            pair = replace(pair, prompt=prompt)
-        if pair.key() in kept:
-            notes["dropped (seen before, once cut)"] += 1
-        kept.setdefault(pair.key(), pair)
+        kept.append(replace(pair, prompt=prompt))
 
     notes["pairs kept"] = len(kept)
     print(f"{cfg.data}: {describe(notes)}")
     if len(fitting) < len(pairs) / 2:
         enough = sorted(lengths)[int(0.9 * len(pairs))]
         print(f"Most pairs have a longer answer: --max-response {enough} would keep 90% of them.")
-    return list(kept.values())
+    return kept
 
 
 def longest_answer(pair, lm):

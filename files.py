@@ -1,6 +1,6 @@
 """Every form in which people keep preference pairs, and rows to improve.
 
-FILE                 .json, .jsonl, .csv, .tsv or .parquet, plain or gzipped
+FILE                 .json, .jsonl, .csv, .tsv or .parquet, plain or packed by gzip, bzip2 or zstd
 FOLDER               with one such file, or written by `save_to_disk` of the library `datasets`
 hh, tldr, a hub id   through the same library; hh:test names a split other than train
 
@@ -9,14 +9,14 @@ To read one more form, add a line to TABLE. The tests run down the table.
 
 import codecs
 import csv
-import gzip
 import io
 import json
-import os
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
 from pyarrow import parquet
 
 from errors import UserError, first_line
@@ -57,8 +57,10 @@ SFT             text                -                -
 """
 
 HUB = {"hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
-KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-FILES = f"{', '.join(KINDS)} (or one of them with .gz)"
+KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+ENDINGS = f"{', '.join(KINDS)}, alone or followed by .gz, .bz2 or .zst"
+# the first bytes say how a file is packed, its name may not
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -71,17 +73,6 @@ ROLES = {
 
 class BadRow(ValueError):
     """A row that is no pair, and why."""
-
-    help = ""
-
-
-class NoForm(BadRow):
-    """A row whose columns fit no form."""
-
-    help = (
-        f"\nThe forms that are read:{TABLE}"
-        "For other columns: --columns prompt=...,chosen=...,rejected=..."
-    )
 
 
 class TeachesNothing(ValueError):
@@ -114,25 +105,17 @@ class Form:
 
 
 FORMS = [Form(*line.split()) for line in (TABLE.strip() + UNPAIRED).splitlines()[1:]]
+FORMS_HELP = f"What is read:{TABLE}For other columns: --columns prompt=...,chosen=...,rejected=..."
 
 
 # From a source to its rows
 
 
 def rows_of(source):
-    """Yield (place, row) of a file, a folder or a hub data set; a row may be a line in bytes."""
-    path = Path(os.path.expanduser(source))
+    """Yield (place, row) of a file, a folder or a hub data set."""
     place = "the start"
     try:
-        if path.is_dir():
-            rows = rows_of_folder(path)
-        elif path.exists():
-            rows = rows_of_file(path)
-        elif kind_of(path) in KINDS or source.startswith(("/", ".", "~")):
-            raise UserError(f"{source}: there is no such file.")
-        else:
-            rows = rows_of_hub(source)
-        for place, row in rows:
+        for place, row in find_rows(source, Path(source).expanduser()):
             yield place, row
     except UserError:
         raise
@@ -140,8 +123,18 @@ def rows_of(source):
         raise UserError(f"{source}: it cannot be read after {place}: {first_line(error)}") from None
 
 
+def find_rows(source, path):
+    if path.is_dir():
+        return rows_of_folder(path)
+    if path.exists():
+        return rows_of_file(path)
+    if kind_of(path) in KINDS or source.startswith(("/", ".", "~")):
+        raise UserError(f"{source}: there is no such file.")
+    return rows_of_hub(source)
+
+
 def kind_of(path):
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    return Path(re.sub(r"\.(gz|bz2|zst)$", "", path.name.lower())).suffix
 
 
 def numbered(rows):
@@ -154,78 +147,58 @@ def rows_of_hub(source):
 
     name, _, part = source.partition(":")
     name = HUB.get(name, name)
-    print(f"{name}: looking for it in the download cache and on the hub", flush=True)
-    try:
-        return numbered(load_dataset(name, split=part or "train"))
-    except Exception as error:  # anything: no network, no such id, no such split, a loading script
-        raise UserError(
-            f"{source}: there is no such file, and the hub does not give it: {first_line(error)}\n"
-            f"Give a file, {FILES}; a hub id, or id:split; or synthetic, the built-in task."
-        ) from None
+    print(f"{name}: no file here; looking in the download cache and on the hub", flush=True)
+    return numbered(load_dataset(name, split=part or "train"))
 
 
 def rows_of_folder(path):
     """Rows of a folder of `save_to_disk`, or of the only file of data in any other folder."""
-    if (path / "train").is_dir():
-        path = path / "train"
-    if (path / "state.json").exists():
-        from datasets import load_from_disk
+    for saved in (path, path / "train"):
+        if (saved / "state.json").exists():
+            from datasets import load_from_disk
 
-        return numbered(load_from_disk(path))
-    files = [file for file in path.iterdir() if kind_of(file) in KINDS]
+            return numbered(load_from_disk(saved))
+    files = sorted(file.name for file in path.iterdir() if kind_of(file) in KINDS)
     if len(files) != 1:
-        found = ", ".join(sorted(file.name for file in files)) or "no file of data"
-        raise UserError(f"{path} is a folder with {found[:300]}. Give one file.")
-    return rows_of_file(files[0])
+        raise UserError(f"{path} is a folder with {len(files)} files of data. Give one file.")
+    return rows_of_file(path / files[0])
 
 
 def rows_of_file(path):
     kind = kind_of(path)
     if kind not in KINDS:
-        raise UserError(f"{path}: the ending must be {FILES}.")
-    # the first bytes say how a file is written, its name may not
+        raise UserError(f"{path}: the ending must be {ENDINGS}.")
     content = path.read_bytes()
-    if content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        content = content.decode("utf-16").encode()
+    for first_bytes, codec in PACKED.items():
+        if content.startswith(first_bytes):
+            content = pyarrow.input_stream(io.BytesIO(content), compression=codec).read()
     if kind == ".parquet":
         return numbered(parquet.read_table(io.BytesIO(content)).to_pylist())
-    return rows_of_table(content) if kind in (".csv", ".tsv") else rows_of_json(content)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:
+        text = content.decode("utf-8-sig", "surrogateescape")  # `real_text` finds what is no UTF-8
+    return rows_of_table(text) if kind in (".csv", ".tsv") else rows_of_json(text)
 
 
-def rows_of_table(content):
+def rows_of_table(text):
     """Rows between commas, semicolons or tabs; the place of a row is its last line."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError('it is not in UTF-8. In Excel, save it as "CSV UTF-8"') from None
     header = text.partition("\n")[0]
     separator = max("\t;,", key=header.count)
     csv.field_size_limit(2**31 - 1)
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     for row in table:
-        yield f"line {table.line_num}", {name: read_cell(cell) for name, cell in row.items()}
+        yield f"line {table.line_num}", row
 
 
-def read_cell(text):
-    """A cell of a table: messages if it holds them as JSON, else its text."""
-    if isinstance(text, str) and re.match(r'\[?\{"(role|content|from|value)"', text):
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-    return text
-
-
-def rows_of_json(content):
+def rows_of_json(text):
     """Rows of one JSON value that holds them all, or one per line."""
     try:
-        value = json.loads(content)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):  # one list of rows, and a broken one
+        if text.lstrip().startswith("["):  # one list of rows, and a broken one
             raise
-        lines = enumerate(io.BytesIO(content), 1)
+        lines = enumerate(text.split("\n"), 1)
         return ((f"line {number}", line) for number, line in lines if line.strip())
     if isinstance(value, dict):
         value = rows_of_object(value)
@@ -251,14 +224,13 @@ def rows_of_object(table):
 def read_columns(row):
     """A line of JSON, or what should be a dict already -> {column: value}, without empty ones."""
     try:
-        row = json.loads(row.decode("utf-8-sig")) if isinstance(row, bytes) else row
-    except (ValueError, RecursionError):
-        raise BadRow("this is not JSON in UTF-8") from None
-    if not isinstance(row, dict):
-        raise BadRow("this is not an object with columns")
+        row = json.loads(row) if isinstance(row, str) else row
+        columns = row.items()
+    except (ValueError, RecursionError, AttributeError):
+        raise BadRow('this is not a row in JSON, {"column": ...}') from None
     if None in row:
         raise BadRow("it has more cells than the header has names: is a comma not in quotes?")
-    return {name: value for name, value in row.items() if value is not None}
+    return {name: value for name, value in columns if value is not None}
 
 
 def find(row, path):
@@ -286,12 +258,12 @@ def form_of_columns(text):
 def find_form(row, forms):
     """The first of `forms` that fits a row."""
     columns = ", ".join(row)[:200]
-    form = next((form for form in forms if form.fits(row)), None)
-    if form is None:
-        raise NoForm(f"it fits no form; its columns: {columns}")
-    if form.rejected == "-":
-        raise BadRow(f"it has one answer ({form.name}), and a pair has two; its columns: {columns}")
-    return form
+    for form in forms:
+        if form.fits(row):
+            if form.rejected == "-":
+                raise BadRow(f"{form.name} data has one answer per row, a pair has two: {columns}")
+            return form
+    raise BadRow(f"no prompt with two answers in these columns: {columns}\n{FORMS_HELP}")
 
 
 def read_pair(row, form):
@@ -308,7 +280,7 @@ def read_pair(row, form):
     if chosen == rejected:
         raise TeachesNothing("equal answers")
     if before != also_before:
-        raise TeachesNothing("transcripts that part too early")
+        raise TeachesNothing("conversations that differ before the last answer")
     if not before:
         raise TeachesNothing("no prompt")
     # the conversation may have a system message; if not, the row may have one in a column
@@ -345,17 +317,17 @@ def read_answer(row, column, prompt):
 def label_is_high(row, form):
     """Whether the label prefers `form.rejected`. Files write it as 1, 1.0, "1" or true."""
     text = str(find(row, form.label)).strip().lower()
+    low, high = float(form.low), float(form.high)
     try:
-        low, high, label = float(form.low), float(form.high), float(json.loads(text))
-        if not low <= label <= high:
-            raise ValueError
+        label = float(json.loads(text))
     except (ValueError, TypeError, RecursionError):
-        raise BadRow(
-            f"`{form.label}` must be a number from {form.low} to {form.high}, not {text[:20]!r}"
-        ) from None
-    if label == (low + high) / 2:
+        label = math.nan
+    if not low <= label <= high:
+        raise BadRow(f"`{form.label}` must be a number from {form.low} to {form.high}: {text[:20]}")
+    middle = (low + high) / 2
+    if label == middle:
         raise TeachesNothing("no preference")
-    return label > (low + high) / 2
+    return label > middle
 
 
 def read_turns(value, column, speaker="user"):
@@ -381,10 +353,7 @@ def read_message(message, column):
         raise BadRow(f"`{column}` must be text, or messages with `role` and `content`")
     speaker = str(message.get("role", message.get("from"))).lower()
     if speaker not in ROLES or message.get("tool_calls"):
-        raise BadRow(
-            f"`{column}` has a message by {speaker[:20]!r} or a call of a tool: "
-            "only turns of system, user and assistant are read"
-        )
+        raise BadRow(f"`{column}` has a turn of a tool, or by none of {', '.join(ROLES)}")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):  # parts, such as {"type": "text", "text": ...}
         content = "\n\n".join(real_text(find(part, "text"), column) for part in content)
@@ -406,7 +375,7 @@ def real_text(value, column):
     if not isinstance(value, str):
         raise BadRow(f"`{column}` must be text, and nothing else")
     if re.search("[\ud800-\udfff]", value):
-        raise BadRow(f"`{column}` holds half a character (a lone surrogate)")
+        raise BadRow(f'`{column}` is not in UTF-8. In Excel, save the file as "CSV UTF-8"')
     return value.strip()
 
 
@@ -419,7 +388,7 @@ def read_rows(source):
             prompt = read_turns(row.get("prompt", ""), "prompt")
             response = real_text(row.get("response", ""), "response")
             if not prompt:
-                raise BadRow(f"it has no `prompt`; its columns: {', '.join(row)[:200]}")
+                raise BadRow(f"no `prompt` in these columns: {', '.join(row)[:200]}")
         except BadRow as error:
             raise UserError(f"{source}, {place}: {error}.") from None
         rows.append((row, prompt, response or None, f"{source}, {place}"))
