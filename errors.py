@@ -1,6 +1,5 @@
 """What people are told when something goes wrong: in a line or two, what, where, and what to do."""
 
-import errno
 import math
 import shlex
 import sys
@@ -18,9 +17,14 @@ def first_line(error):
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
-def same_command():
-    """What the user typed, to be typed again."""
-    return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+def typed():
+    """The command that the user typed."""
+    return shlex.join(["python", *sys.argv])
+
+
+def to_continue():
+    """How to go on after a stop: the same command once more, which overwrites nothing."""
+    return f"To continue: {typed().replace(' --overwrite', '')}"
 
 
 def check_finite(numbers):
@@ -39,23 +43,14 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
-def disk_full(error):
-    # libraries in Rust have exceptions of their own, with the system's number in the text
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in first_line(error)
-
-
 def explain(error):
     """What to tell the user; None for a mistake of ours, whose traceback is worth seeing."""
-    said = first_line(error)
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, BrokenPipeError):
-        return f"Nobody reads the output any more. To continue: {same_command()}"
-    if disk_full(error):
-        return f"The disk is full. Free some space, then continue: {same_command()}"
+    said = first_line(error)
+    # a full disk, for one; libraries in Rust have exceptions of their own, with the system's number
     if isinstance(error, OSError) or "(os error" in said:
-        return f"{said}. Once that is fixed, continue: {same_command()}"
+        return f"{said}. Nothing is lost. {to_continue()}"
     if out_of_memory(error):
         return f"Out of memory: {said[:100]}\n{OUT_OF_MEMORY}"
     return None

@@ -3,20 +3,18 @@
 Memory is arithmetic on the shape of the model, held against what the device has free. Time is the
 tokens of a stage, at the speed that the first steps of the run measure. From then on each stage
 corrects what is expected of the later ones of its kind.
-
-Run: python plan.py (the default job on a laptop RTX 4060 and on a T4, by assumed speeds)
 """
 
+import time
 from dataclasses import dataclass
 from statistics import mean
-from types import SimpleNamespace
 
 import psutil
 import torch
 from tqdm import tqdm
 
-from curriculum import WRITERS, parse
-from data import PARTS, max_length
+from curriculum import WRITERS
+from data import max_length
 from errors import UserError
 from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
 
@@ -25,7 +23,7 @@ DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
 TURN = 12  # tokens of IMPROVE and of the template around it: 8 in the built-in base, 16 in Qwen2
 EVAL_TEXTS = 17  # that the evaluation writes per prompt
 SELF_REFINE_TEXTS = 24  # and as many more with Self-Refine, which needs a model that follows words
-# which work of `estimate_memory` each stage does
+# which work of `estimate_memory` each kind of stage does
 WORK = {
     "SFT": ["SFT, PPO update"],
     "reward models": ["reward models"],
@@ -36,10 +34,6 @@ WORK = {
 # the built-in base on a CPU, and assumed for everything else until a stage of the kind is measured
 READING = 0.4
 WRITING = 2.5
-# for `python plan.py`, not measured: tokens per second that Qwen2-0.5B trains in 4-bit (a T4 has no
-# bf16, and computes in fp32), and mean tokens of a prompt and of an answer in HH
-ASSUMED_SPEED = {"laptop RTX 4060": 2600, "T4": 1250}
-ASSUMED_LENGTHS = (150, 65)
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -82,7 +76,7 @@ def estimate_memory(lm, cfg):
         elif "lora" not in name:
             weights += p.numel() * p.element_size()
     # blank, two of SFT, three reward models, policy_rl, and PIT's rounds
-    roles = 7 + len(parse(cfg.rounds))
+    roles = 7 + len(cfg.rounds.split(","))
     always = {"weights": weights, "adapters": roles * lora, "optimiser, gradients": 3 * lora}
 
     layer = size * (10 * D + 4 * W)  # bytes that one layer keeps of one token
@@ -123,9 +117,7 @@ def plan_memory(lm, cfg):
     parts = ", ".join(f"{part} {number:.2f}" for part, number in work[kind].items())
     print(f"memory: about {most:.1f} of {room:.1f} GiB at most, in {kind}: {parts}")
     if most > room:
-        # half of the rows: up to four batches are written at a time
-        rl_batch = max(1, rows_at_a_time(cfg) // 8)
-        print(f"  That is too much. Lower --micro-batch; in sampling, --rl-batch to {rl_batch}.")
+        print("  That is too much. Lower --micro-batch and --rl-batch.")
     shape = lm.peft.get_base_model().config.get_text_config()
     context = getattr(shape, "max_position_embeddings", None)
     if context and max_length(cfg) > context:
@@ -149,7 +141,7 @@ class Stage:
     trained: float  # read, with a backward pass
     read: float = 0  # scored
     written: int = 0  # sampled, padding included
-    memory: str = ""
+    memory: float = 0  # GiB
 
     def work(self):
         """Its tokens, in the time that training one takes."""
@@ -164,36 +156,31 @@ def plan_stages(cfg, x, y, pairs):
     sft = cfg.sft_steps * cfg.sft_batch
     rm = cfg.rm_steps * cfg.rm_batch
     rl = cfg.rl_steps * cfg.rl_batch
-    over_sft, over_rm, over_judge = sft / pairs["sft"], rm / pairs["rm"], rm / pairs["judge"]
-    R = cfg.max_response
+    over_sft, over_rm, over_rl = sft / pairs["sft"], rm / pairs["rm"], rl / pairs["rl"]
+    R, epochs = cfg.max_response, cfg.epochs
     answer = x + y
     prompt = answer + TURN  # (x, y_ref)
-    improved = prompt + y
     both = x + 2 * y  # x with both answers, as R_P reads a pair
     four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
-    epochs = cfg.epochs
     stages = [
         Stage("policy_sft", "SFT", over_sft, sft, answer),
-        Stage("pit_sft", "SFT", over_sft, sft, improved),
+        Stage("pit_sft", "SFT", over_sft, sft, prompt + y),
         Stage("reward_policy", "reward models", over_rm, rm, both),
         Stage("reward_gap", "reward models", over_rm, rm, four),
-        Stage("judge", "reward models", over_judge, rm, both),
+        Stage("judge", "reward models", rm / pairs["judge"], rm, both),
         # read by the reward model, the policy and the reference
-        Stage("policy_rl", "RL", rl / pairs["rl"], rl, epochs * answer, 3 * answer, R),
+        Stage("policy_rl", "RL", over_rl, rl, epochs * answer, 3 * answer, R),
     ]
-    for number, source in enumerate(parse(cfg.rounds)):
-        passes, written = rl / pairs["rl"], R
+    for k, source in enumerate(cfg.rounds.split(",")):
+        # by R_PIT, which reads y_ref as well: "no change"
+        stage = Stage(f"pit_rl{k}", "RL", over_rl, rl, epochs * (prompt + y), 4 * (prompt + y), R)
         if source == "annotated":  # each pair serves twice
-            passes = passes / 2
+            stage.passes = over_rl / 2
         if source in WRITERS:  # of y_ref
-            written = 2 * R
-        # R_PIT reads y_ref as well: "no change"
-        trained, read = epochs * improved, 4 * improved
-        stages.append(Stage(f"pit_rl{number}", "RL", passes, rl, trained, read, written))
+            stage.written = 2 * R
+        stages.append(stage)
     # judged by a model of answers, and by R_PIT
-    texts = EVAL_TEXTS
-    if cfg.model != "tiny":
-        texts += SELF_REFINE_TEXTS
+    texts = EVAL_TEXTS if cfg.model == "tiny" else EVAL_TEXTS + SELF_REFINE_TEXTS
     stages.append(Stage("eval", "evaluation", 0, cfg.eval_n * texts, 0, both + prompt, R))
     return stages
 
@@ -207,17 +194,15 @@ class Plan:
     def __init__(self, stages, seconds):
         """seconds: of the stages that are done, by name."""
         self.stages = stages
-        self.seconds = dict(seconds)  # measured, or what the present stage's steps come to
-        self.steps = []  # seconds of each step of the present stage
+        self.seconds = seconds  # measured, or what the present stage's steps come to
+        self.ends = []  # when each step of the present stage ended
 
-    def number(self, name):
+    def begin(self, name):
         """ "[3 of 9] " for a stage that begins, or nothing if it is not in the plan."""
-        self.steps = []
+        self.ends = []
         self.seconds.pop(name, None)
-        for number, stage in enumerate(self.stages, 1):
-            if stage.name == name:
-                return f"[{number} of {len(self.stages)}] "
-        return ""
+        names = [stage.name for stage in self.stages]
+        return f"[{names.index(name) + 1} of {len(names)}] " if name in names else ""
 
     def expect(self, stage):
         """Seconds that a stage takes: measured, or at the speed of its kind, or else of all."""
@@ -231,13 +216,14 @@ class Plan:
         """Seconds for all stages of which nothing has been measured."""
         return sum(self.expect(stage) for stage in self.stages if stage.name not in self.seconds)
 
-    def end_step(self, name, done, total, seconds):
+    def end_step(self, name, done, total):
         """Learn from a step of stage `name` -> the time left for all stages, in words."""
-        first = not self.seconds
-        self.steps.append(seconds)
-        if len(self.steps) == 1:  # slower than the others: caches are cold
+        self.ends.append(time.perf_counter())
+        n_steps = len(self.ends) - 1  # without the first, which is slower: caches are cold
+        if not n_steps:
             return ""
-        per_step = mean(self.steps[1:])
+        per_step = (self.ends[-1] - self.ends[0]) / n_steps
+        first = not self.seconds
         self.seconds[name] = per_step * total
         if first:
             tqdm.write(self.table())
@@ -246,23 +232,23 @@ class Plan:
     def end_stage(self, name, seconds):
         """Learn how long a stage took, and say what is left."""
         self.seconds[name] = seconds
-        rest = f"about {clock(self.left())} left for the other stages"
-        if not self.left():
-            rest = f"{clock(sum(self.expect(stage) for stage in self.stages))} in all"
+        rest = f"{clock(sum(self.seconds.values()))} in all"
+        if self.left():
+            rest = f"about {clock(self.left())} left for the other stages"
         print(f"  took {clock(seconds)}; {rest}")
 
     def table(self):
         """The plan for people; with times as soon as something has been measured."""
-        lines = ["  stage          passes  trained     read  written     memory     time"]
+        lines = ["  stage          passes  trained     read  written   memory     time"]
         for stage in self.stages:
-            tokens = (stage.trained, stage.read, stage.written)
-            tokens = "".join(f"{stage.rows * n / 1000:8,.0f}k" for n in tokens)
+            k = stage.rows / 1000
+            tokens = f"{k * stage.trained:8,.0f}k{k * stage.read:8,.0f}k{k * stage.written:8,.0f}k"
             seconds = clock(self.expect(stage)) if self.seconds else ""
-            cost = f"{tokens}{stage.memory:>11}{seconds:>9}"
+            cost = f"{tokens}{stage.memory:5.1f} GiB{seconds:>9}"
             lines.append(f"  {stage.name:14}{stage.passes:7.1f}{cost}".rstrip())
         if self.seconds:
             total = sum(self.expect(stage) for stage in self.stages)
-            lines.append(f"  {'all':59}{clock(total):>9}")
+            lines.append(f"  {'all':57}{clock(total):>9}")
         return "\n".join(lines)
 
 
@@ -275,30 +261,17 @@ def make_plan(lm, run, parts):
     pairs = parts["rl"][:200]
     x = mean(len(lm.encode_prompt(pair.prompt)) for pair in pairs)
     y = mean(len(lm.encode_response(pair.chosen)) for pair in pairs)
-    stages = plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()})
+    took = run.results().get("time_s", {})
     work = estimate_memory(lm, run.config)
-    for stage in stages:
-        gib = max(sum(work[kind].values()) for kind in WORK[stage.kind])
-        stage.memory = f"{gib:.1f} GiB"
-    plan = Plan(stages, run.results().get("time_s", {}))
+    stages, seconds = [], {}
+    for stage in plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()}):
+        name = stage.name
+        stage.memory = max(sum(work[kind].values()) for kind in WORK[stage.kind])
+        if name in took:
+            seconds[name] = took[name]
+        # an adapter that took no time was taken over from another run (--from)
+        if name in took or not run.adapter(name).exists():
+            stages.append(stage)
+    plan = Plan(stages, seconds)
     print(plan.table())
     return plan
-
-
-def main():
-    """The default job on two kinds of GPU, by assumed speeds."""
-    import inspect
-
-    import pit
-
-    options = {name: p.default for name, p in inspect.signature(pit.run_all).parameters.items()}
-    cfg = SimpleNamespace(**options | pit.PRESETS["real"] | {"model": "Qwen2-0.5B"})
-    pairs = {name: share * cfg.pairs for name, share in PARTS.items()}
-    stages = plan_stages(cfg, *ASSUMED_LENGTHS, pairs)
-    for device, speed in ASSUMED_SPEED.items():
-        print(f"{device}, {speed:,} tokens trained per second:")
-        print(Plan(stages, {"policy_sft": stages[0].work() / speed}).table())
-
-
-if __name__ == "__main__":
-    main()

@@ -13,9 +13,9 @@ from errors import UserError, check_finite, explain
     "error, said",
     [
         (UserError("do this"), "do this"),
-        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Nothing"),
         # as libraries in Rust say it
-        (Exception("No space left on device (os error 28)"), "disk is full"),
+        (Exception("No space left on device (os error 28)"), "(os error 28). Nothing is lost."),
         (PermissionError(errno.EACCES, "Permission denied", "/there/x.jsonl"), "/there/x.jsonl"),
         (OSError("Cannot call rmtree on a symbolic link"), "symbolic link"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), "To continue: python"),

@@ -61,14 +61,18 @@ def test_the_first_stage_tells_the_time_of_the_others_within_30_percent():
     assert everything == pytest.approx(sum(MEASURED.values()), rel=0.15)
 
 
-def test_a_plan_learns_from_steps_and_from_stages(capsys):
+def test_a_plan_learns_from_steps_and_from_stages(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now)
     made = plan.Plan(stages(), {})
-    assert made.number("pit_sft") == "[2 of 9] " and made.number("toy") == ""
+    assert made.begin("pit_sft") == "[2 of 9] " and made.begin("toy") == ""
     assert "00:" not in made.table()  # no time before something was measured
-    made.number("policy_sft")
-    assert made.end_step("policy_sft", 1, 60, 99.0) == ""  # a first step is no measure
+    made.begin("policy_sft")
+    now = 99.0
+    assert made.end_step("policy_sft", 1, 60) == ""  # a first step is no measure
     assert "reward_gap" not in capsys.readouterr().out
-    left = made.end_step("policy_sft", 2, 60, 0.2)
+    now = 99.2
+    left = made.end_step("policy_sft", 2, 60)
     table = capsys.readouterr().out
     assert made.seconds["policy_sft"] == pytest.approx(12)
     assert "reward_gap" in table and "00:12" in table and left.startswith("all: 0")
@@ -83,13 +87,17 @@ def test_a_plan_learns_from_steps_and_from_stages(capsys):
     assert "; 01:30 in all" in capsys.readouterr().out
 
 
-def test_a_plan_knows_what_is_done(lm, capsys):
+def test_a_plan_knows_what_is_done_and_what_was_taken_over(lm, capsys, tmp_path):
     done = {"time_s": {"policy_sft": 10.0, "an ablation": 5.0}}
-    run = SimpleNamespace(config=SimpleNamespace(**CFG), results=lambda: done)
+    for role in ("policy_sft", "judge"):  # the judge took this run no time
+        (tmp_path / role).mkdir()
+    run = SimpleNamespace(
+        config=SimpleNamespace(**CFG), results=lambda: done, adapter=lambda role: tmp_path / role
+    )
     parts = {name: synthetic_pairs(8, seed=0) for name in PARTS}
     made = plan.make_plan(lm, run, parts)
     out = capsys.readouterr().out
-    assert "GiB" in out and "00:10" in out
+    assert "GiB" in out and "00:10" in out and "judge" not in out
     assert made.left() == pytest.approx(sum(made.expect(s) for s in made.stages[1:]))
 
 

@@ -458,9 +458,9 @@ def test_shift_and_scale_are_those_of_the_first_batch_even_after_a_stop(
             return prompts, lambda tokens, states: raw[step]
 
         run = Run.start(tmp_path / "run", options)
+        run.begin()
         with suppress(KeyboardInterrupt), run.stage("policy", "scores of two batches"):
             ppo.train(lm, run, "policy", problem, 2, **models, **no_penalty)
-        run.close()
     mean = raw[0].mean() if shift is None else 0.0
     expected = [((scores - mean) / raw[0].std()).clamp(-5, 5) for scores in raw]
     for scores, its_expected in zip(updated, expected):

@@ -3,6 +3,7 @@
     python tools/bench.py speed                    seconds per PPO iteration
     python tools/bench.py stages --model FOLDER    one step of each stage: time, tokens, memory
     python tools/bench.py make FOLDER              random weights, Qwen2-0.5B's shape, for `stages`
+    python tools/bench.py hours                    the default job on two GPUs, by assumed speeds
 
 `speed` does the work of policy RL: sample, score, evaluate by policy, reference and critic, update.
 It varies the batch size at the last length, then the length at the last batch size. Each setting
@@ -36,14 +37,18 @@ import pit
 import ppo
 import reward
 import sft
-from data import Pair, load_pairs, max_length, shorten
+from data import PARTS, Pair, load_pairs, max_length, shorten
 from models import TINY, adamw, load_model
-from plan import estimate_memory, plan_memory
+from plan import Plan, estimate_memory, plan_memory, plan_stages
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 PHASES = ("sampling", "scoring", "updating")
 COLUMNS = (*PHASES, "total", "tokens per second", "peak GiB", "prompt tokens", "all roles / base")
 GIB = 2**30
+# for `hours`, not measured: tokens per second that Qwen2-0.5B trains in 4-bit (a T4 has no bf16,
+# and computes in fp32), and mean tokens of a prompt and of an answer in HH
+ASSUMED_SPEED = {"laptop RTX 4060": 2600, "T4": 1250}
+ASSUMED_LENGTHS = (150, 65)
 
 
 # ---- speed -------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def stages(
 
     --batch makes every batch that small, for a machine that is slow.
     """
-    cfg = default_options(model, vram, steps)
+    cfg = default_options(model, vram, sft_steps=steps, rm_steps=steps, rl_steps=steps)
     if batch:
         cfg.sft_batch = cfg.rm_batch = cfg.rl_batch = cfg.minibatch = batch
     empty = resident("VmRSS")
@@ -273,13 +278,12 @@ def stages(
         )
 
 
-def default_options(model, vram, steps):
-    """The options that `python pit.py all --model MODEL --vram VRAM` would have, but few steps."""
+def default_options(model, vram=None, **changes):
+    """The options that `python pit.py all --model MODEL --vram VRAM` would have, with changes."""
     signature = inspect.signature(pit.run_all)
     options = {name: option.default for name, option in signature.parameters.items()}
     options = pit.fill_in(options | {"model": model, "vram": vram}, smoke=False)
-    options |= {"sft_steps": steps, "rm_steps": steps, "rl_steps": steps}
-    return SimpleNamespace(**options)
+    return SimpleNamespace(**options | changes)
 
 
 def random_pair(lm, cfg, seed):
@@ -355,6 +359,17 @@ def peak(empty):
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resident("VmHWM") - empty
+
+
+@app.command()
+def hours():
+    """The plan of `python pit.py all --model Qwen2-0.5B` on two kinds of GPU, by assumed speeds."""
+    cfg = default_options("Qwen2-0.5B")
+    pairs = {name: share * cfg.pairs for name, share in PARTS.items()}
+    stages = plan_stages(cfg, *ASSUMED_LENGTHS, pairs)
+    for device, speed in ASSUMED_SPEED.items():
+        print(f"{device}, {speed:,} tokens trained per second:")
+        print(Plan(stages, {"policy_sft": stages[0].work() / speed}).table())
 
 
 @app.command()
