@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import improve_prompt
-from run import seed_all, write_text
+from run import read_json, seed_all, write_text
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself: for feedback, then for a new answer
 FEEDBACK = (
@@ -21,12 +21,19 @@ FEEDBACK = (
     "Do not write a new answer yet."
 )
 REFINE = "Rewrite your answer with these flaws fixed. Output only the new answer."
-# Self-Refine applies where at least this share of the feedback says anything but the answer again
-FOLLOWS = 0.5
+REFINERS = {"self_refine": "policy_rl", "self_refine_sft": "policy_sft"}  # the adapter of each
+SAMPLES = {  # answers to the prompt alone, and the adapter that writes them
+    "policy_sft": "policy_sft",
+    "original": "policy_rl",
+    "second_sample": "policy_rl",
+    "third_sample": "policy_rl",
+}
+BEST_OF = {  # what each chooses from
+    "best_of_2": ["original", "second_sample"],
+    "best_of_3": ["original", "second_sample", "third_sample"],
+}
 TEMPERATURES = (0.1, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)  # of Fig. 3
 ROUNDS = 5  # of Table 3
-SAMPLES = ("original", "second_sample", "third_sample")  # by the same policy
-BEST_OF = {"best_of_2": 2, "best_of_3": 3}  # how many of SAMPLES each chooses from
 
 
 class Key(NamedTuple):
@@ -42,6 +49,10 @@ class Key(NamedTuple):
             return f"{self.method}@{self.temperature}"
         return f"{self.method}#{self.round}" if self.round > 1 else self.method
 
+    def before(self):
+        """The side that an improvement starts from: the round before, or the original."""
+        return self._replace(round=self.round - 1) if self.round > 1 else ORIGINAL
+
 
 ORIGINAL = Key("original")
 
@@ -51,14 +62,12 @@ def round_keys(method):
     return [Key(method, round=k) for k in range(1, ROUNDS + 1)]
 
 
-def all_keys(methods, last):
+def all_keys(methods):
     """Every side of the tables and figures, an improved text after the one that it improves.
 
-    methods: those of Fig. 3 and Table 3; last: the adapter of PIT's last round.
+    methods: those of Fig. 3 and Table 3.
     """
-    keys = [Key(name) for name in ("y_w", "y_l", "policy_sft", *SAMPLES, *BEST_OF, "pit_sft")]
-    if last != "pit_rl0":  # after one round alone, pit_rl0 is `pit` itself
-        keys.append(Key("pit_rl0"))
+    keys = [Key(name) for name in ("y_w", "y_l", *SAMPLES, *BEST_OF, "pit_sft", "pit_rl0")]
     if "self_refine" in methods:
         keys.append(Key("self_refine_sft"))
     for method in methods:
@@ -89,7 +98,7 @@ class Answers:
         self.last, self.reward_policy = last, reward_policy
         self.prompts = [pair.prompt for pair in pairs]
         self.path = run.path / "answers.json"
-        self.kept = read_cache(self.path)
+        self.kept = read_json(self.path, "Delete it, then evaluate again.")
         self.sides = {}
 
     def side(self, key):
@@ -100,28 +109,26 @@ class Answers:
 
     def make(self, key):
         method = key.method
-        # the annotators' answers
         if method == "y_w":
             return self.given([pair.chosen for pair in self.pairs])
         if method == "y_l":
             return self.given([pair.rejected for pair in self.pairs])
-        # the policy's own
-        if method == "policy_sft":
-            return self.write(key, "policy_sft", self.prompts)
         if method in SAMPLES:
-            return self.write(key, "policy_rl", self.prompts)
+            return self.write(key, SAMPLES[method], self.prompts)
         if method in BEST_OF:
             return self.best_of(BEST_OF[method])
-        # improvements
-        if method == "self_refine":
-            return self.self_refine(key, "policy_rl")
-        if method == "self_refine_sft":
-            return self.self_refine(key, "policy_sft")
-        return self.improve(key, self.last if method == "pit" else method)
+        if method in REFINERS:
+            return self.self_refine(key, REFINERS[method])
+        if method == self.last:  # after one round alone, pit_rl0 is PIT itself
+            return self.side(Key("pit"))
+        # one improvement by PIT, after its last round or an earlier stage
+        role = self.last if method == "pit" else method
+        return self.write(key, role, self.to_improve(key), self.side(key.before()))
 
-    def before(self, key):
-        """The side that an improvement starts from: the round before, or the original."""
-        return self.side(key._replace(round=key.round - 1) if key.round > 1 else ORIGINAL)
+    def to_improve(self, key):
+        """What PIT reads before an improvement: each prompt, and the text that it starts from."""
+        texts = self.side(key.before()).texts
+        return [improve_prompt(x, y_ref) for x, y_ref in zip(self.prompts, texts)]
 
     def given(self, texts):
         """Texts that nobody had to write -> Side."""
@@ -147,44 +154,27 @@ class Answers:
         lengths = self.lengths(texts)
         return Side(texts, lengths, lengths + after.spent, after.generations + 1)
 
-    def improve(self, key, role):
-        """One improvement by the PIT model `role` -> Side."""
-        before = self.before(key)
-        chats = [improve_prompt(x, y_ref) for x, y_ref in zip(self.prompts, before.texts)]
-        return self.write(key, role, chats, before)
-
-    def feedback(self, key, role):
-        """What `role` says could be better in its own texts -> Side."""
-        before = self.before(key)
-        chats = [talk(x, y, FEEDBACK) for x, y in zip(self.prompts, before.texts)]
-        return self.write(key._replace(method=f"{key.method} feedback"), role, chats, before)
-
     def self_refine(self, key, role):
         """One improvement by `role` itself, after its own feedback -> Side."""
-        feedback = self.feedback(key, role)
+        before = self.side(key.before())
+        # 1. the feedback
+        chats = [talk(x, y, FEEDBACK) for x, y in zip(self.prompts, before.texts)]
+        key_of_feedback = key._replace(method=f"{key.method} feedback")
+        feedback = self.write(key_of_feedback, role, chats, before)
+        # 2. the new answer
         chats = []
-        for x, y, said in zip(self.prompts, self.before(key).texts, feedback.texts):
+        for x, y, said in zip(self.prompts, before.texts, feedback.texts):
             chats.append(talk(x, y, FEEDBACK, said, REFINE))
         return self.write(key, role, chats, feedback)
 
-    def self_refine_refusal(self):
-        """Why Self-Refine does not apply to this model, in words; None where it does."""
-        if self.run.config.model == "tiny":
-            return "the built-in base cannot follow such prompts"
-        feedback = self.feedback(Key("self_refine"), "policy_rl").texts
-        says = [bool(t) and t != y for t, y in zip(feedback, self.side(ORIGINAL).texts)]
-        if np.mean(says) >= FOLLOWS:
-            return None
-        return f"only {np.mean(says):.0%} of the policy's feedback says more than the answer again"
-
-    def best_of(self, n):
-        """Of n samples, the one that R_P scores highest, for each prompt -> Side."""
-        samples = [self.side(Key(method)) for method in SAMPLES[:n]]
+    def best_of(self, methods):
+        """Of a sample by each method, the one that R_P scores highest, for each prompt -> Side."""
+        samples = [self.side(Key(method)) for method in methods]
         scores = [self.reward_policy.score(self.prompts, sample.texts) for sample in samples]
         best = np.argmax(scores, axis=0)  # (N,)
         texts = [samples[k].texts[i] for i, k in enumerate(best)]
         spent = sum(sample.spent for sample in samples)
-        return Side(texts, self.lengths(texts), spent, generations=n)
+        return Side(texts, self.lengths(texts), spent, generations=len(samples))
 
 
 def talk(prompt, *texts):
@@ -193,14 +183,6 @@ def talk(prompt, *texts):
     for k, text in enumerate(texts):
         chat.append({"role": "user" if k % 2 else "assistant", "content": text})
     return chat
-
-
-def read_cache(path):
-    """answers.json, or an empty dict where that is missing or damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
 
 
 def is_whole(entry, made_of, n):

@@ -8,16 +8,18 @@ Run: python pit.py eval --run runs/tiny, under a minute
 """
 
 from collections import defaultdict
-from itertools import permutations, product
+from itertools import product
 
 import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
 
 import infer
 from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair, improve_prompt
-from judges import SAME, adapter_judge
+from judges import SAME, Judge, adapter_judge
 from run import progress, write_lines
-from votes import questions_about, read_answers, read_votes
+from votes import ROWS, questions_about, read_answers, read_votes
 
 COMPARISONS = [
     ("original", "y_w"),
@@ -43,36 +45,36 @@ GAP_MODELS = {
     "reward_gap2": "Eq. 2 as published",
     "reward_gap3": "Eq. 2, first three terms",
 }
-VOTED = "{judge}: {a} vs {b}, delta {points:+.1f} [{low:+.1f}, {high:+.1f}], won {win:.0%} of {n}"
+NO_SELF_REFINE = "the built-in base cannot follow such prompts"
+ENOUGH = 20  # votes: from fewer, the 95% interval of delta would be 75 points wide, or wider
 Z = 1.96  # standard deviations on either side in a 95% interval
 
 
 # ---- statistics --------------------------------------------------------------------------------
 
 
-def interval(values, bounds=None, resamples=2000, seed=0):
+def interval(values, bounds=None):
     """The 95% bootstrap interval of the mean of N values, one per prompt -> [low, high].
 
     Where all values are the same, resampling sees no doubt at all: [1, 1] for 5 wins of 5. With
     `bounds`, the lowest and the highest possible value, the interval is then Wilson's for what has
     not happened in N trials: a share of z^2 / (N + z^2) may lie at either bound.
     """
-    values = np.asarray(values, dtype=float)
-    n = len(values)
+    values, n = np.array(values), len(values)
     if bounds is not None and np.ptp(values) == 0:
         unseen = Z**2 / (n + Z**2)
         return [float(values[0] + unseen * (bound - values[0])) for bound in bounds]
-    draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    draws = np.random.default_rng(0).integers(n, size=(2000, n))
     return np.quantile(values[draws].mean(1), [0.025, 0.975]).tolist()
 
 
 def outcomes(a, b, margin):
     """1 where score a is above score b, -1 where it is below, 0 for a tie."""
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    difference = np.subtract(a, b)
     return np.where(np.abs(difference) < margin, 0, np.sign(difference))
 
 
-def compare(a, b, margin=SAME, **options):
+def compare(a, b, margin=SAME):
     """Do the scores a beat b? Both (n,), for the same prompts -> n, win, lose, tie, delta, ci95.
 
     delta = win - lose. Its interval is a paired bootstrap: a prompt is drawn with both its scores.
@@ -85,7 +87,7 @@ def compare(a, b, margin=SAME, **options):
         "lose": mean(outcome == -1),
         "tie": mean(outcome == 0),
         "delta": mean(outcome),
-        "ci95": interval(outcome, bounds=(-1, 1), **options),
+        "ci95": interval(outcome, bounds=(-1, 1)),
     }
 
 
@@ -93,44 +95,46 @@ def mean(numbers):
     return float(np.mean(numbers))
 
 
-def elo(scores, margin=SAME, resamples=200, seed=0):
+def elo(scores, margin=SAME, resamples=200):
     """Scores of K sides for the same N prompts, (K, N) -> Elo ratings (K,), 95% intervals (K, 2).
 
     Side 0 has 1000. All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for
     both, so there is no order of games to depend on. The interval is a bootstrap over prompts.
     """
-    scores = np.asarray(scores, dtype=float)
-    K, N = scores.shape
+    scores = np.array(scores)
+    N = scores.shape[1]
     # 1. what side i gets against side j on each prompt: 1, 0.5 or 0
     points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
-    # 2. how often each resample draws each prompt; the first one is the prompts themselves
-    drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=resamples)
-    times = np.vstack([np.ones(N), drawn])  # (S, N), S = 1 + resamples
-    # 3. points of i against j in each resample, and half a drawn game more, which keeps the rating
-    #    of a side that never wins finite
-    wins = np.einsum("sn,ijn->sij", times, points) + 0.25
-    wins[:, range(K), range(K)] = 0  # nobody plays himself
-    # 4. ratings
-    ratings = 1000 + 400 * np.log10(bradley_terry(wins))  # (S, K)
+    # 2. how often i wins against j: on the prompts themselves, then on S prompts drawn from them
+    draws = np.random.default_rng(0).integers(N, size=(resamples, N))
+    wins = np.stack([points[:, :, draw].sum(2) for draw in [np.arange(N), *draws]])  # (1 + S, K, K)
+    # 3. half a drawn game more keeps the rating of a side that never wins finite
+    wins += 0.25
+    # 4. ratings: 400 points more are odds of 10 to 1
+    ratings = 1000 + 400 / np.log(10) * bradley_terry(wins)  # (1 + S, K)
     return ratings[0].tolist(), np.quantile(ratings[1:], [0.025, 0.975], axis=0).T.tolist()
 
 
-def bradley_terry(wins, tolerance=1e-9):
-    """S fits to `wins` of i over j, (S, K, K), of P(i beats j) = p_i / (p_i + p_j) -> p, (S, K).
+def bradley_terry(wins):
+    """The strengths that make `wins` of i over j, (S, K, K), likeliest -> (S, K), the first 0.
 
-    Hunter's MM iteration (2004), p_i <- wins_i / sum_j games_ij / (p_i + p_j), until no p changes,
-    which takes thousands of steps where a side hardly ever loses. p_0 = 1.
+    P(i beats j) = sigmoid(strength_i - strength_j), as in a reward model.
     """
-    games = wins + wins.transpose(0, 2, 1)  # (S, K, K)
-    strength = np.ones(wins.shape[:2])  # (S, K)
-    change = np.inf
-    while change > tolerance:
-        before = strength
-        expected = games / (before[:, :, None] + before[:, None])  # (S, K, K), per unit of strength
-        strength = wins.sum(2) / expected.sum(2)
-        strength = strength / strength[:, :1]
-        change = np.abs(strength / before - 1).max()
-    return strength
+    wins = torch.tensor(wins)
+    strength = torch.zeros(wins.shape[:2], dtype=torch.float64, requires_grad=True)  # (S, K)
+    optimizer = torch.optim.LBFGS(
+        [strength], max_iter=1000, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        difference = strength[:, :, None] - strength[:, None]  # (S, K, K)
+        loss = -(wins * logsigmoid(difference)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss)  # until the gradient is below 1e-7
+    return (strength - strength[:, :1]).detach().numpy()
 
 
 def calibration(gaps, bins=10):
@@ -142,11 +146,8 @@ def calibration(gaps, bins=10):
     """
     p = 1 / (1 + np.exp(-np.concatenate(gaps)))  # (2n,)
     better = np.repeat([1.0, 0.0], len(gaps[0]))
-    bin_of = np.minimum((p * bins).astype(int), bins - 1)
-    error = 0.0
-    for k in range(bins):
-        error += abs((p - better)[bin_of == k].sum())
-    return float(error / len(p))
+    too_high, _ = np.histogram(p, bins, range=(0, 1), weights=p - better)  # in each bin, in total
+    return float(np.abs(too_high).sum() / len(p))
 
 
 # ---- measuring ---------------------------------------------------------------------------------
@@ -167,8 +168,8 @@ class View:
 
     def gaps(self, key):
         """By R_PIT: how much better each text is than the one that it improves -> (N,)."""
-        texts, before = self.answers.side(key).texts, self.answers.before(key).texts
-        contexts = [improve_prompt(x, y_ref) for x, y_ref in zip(self.answers.prompts, before)]
+        contexts = self.answers.to_improve(key)
+        texts, before = self.answers.side(key).texts, self.answers.side(key.before()).texts
         return self.judge.score(contexts, texts) - self.judge.score(contexts, before)
 
 
@@ -181,37 +182,34 @@ def evaluate(lm, run, pairs, last, judges):
     answers = Answers(lm, run, pairs[: run.config.eval_n], last, models["reward_policy"])
     views = [View(name, judge, answers) for name, judge in judges.items()]
     main = views[0]
-    refusal = answers.self_refine_refusal()
-    methods = ["pit"] if refusal else ["pit", "self_refine"]
-    keys = all_keys(methods, last)
-    plain = [key for key in keys if key == Key(key.method)]  # temperature 1, one round: Table 1
+    methods = ["pit"] if run.config.model == "tiny" else ["pit", "self_refine"]
+    keys = all_keys(methods)
+    of_table1 = [key for key in keys if key == Key(key.method)]  # temperature 1, one round
     with progress(None, total=len(keys) + 1) as bar:
         # 1. every side: its texts, and their scores
         for key in keys:
             bar.set_postfix_str(f"  {key}")
-            for view in views if key in plain else [main]:
+            for view in views if key in of_table1 else [main]:
                 view.scores(key)
             bar.update()
         # 2. the gap models, on the pairs and on PIT's rounds
         bar.set_postfix_str("  gap models")
+        r_p = View("R_P", models["reward_policy"], answers)
+        r_pit = View("gap by R_PIT", models["reward_gap"], answers)
         evidence = gap_evidence(models, answers.pairs, written_pairs(main))
-        evidence |= {"rl": rl_table(answers, models), "stops": stop_table(main, models)}
+        evidence |= {"rl": rl_table(r_p, r_pit), "stops": stop_table(main, r_pit)}
         bar.update()
     # 3. the tables, which look at the scores in every way
-    rows, missing = table1(views, plain, refusal)
     run.add_results(
         main=main.name,
         judges=judge_accuracy(views),
-        table1=rows,
-        not_applicable=missing,
-        mean_score=mean_scores(views, plain),
-        mean_tokens={key.method: mean(answers.side(key).lengths) for key in plain},
+        table1=table1(views, of_table1),
+        sides=sides_table(views, of_table1),
         fig3=temperature_table(main, methods),
-        cooler=main.compare(Key("pit", temperature=0.4), Key("pit")),
         table3=rounds_table(main, methods),
         **evidence,
     )
-    write_answers(run, views, plain)
+    write_answers(run, views, of_table1)
     add_votes(run)
 
 
@@ -220,48 +218,46 @@ def evaluate(lm, run, pairs, last, judges):
 
 def judge_accuracy(views):
     """How often each judge, and "the longer wins", prefer y_w to y_l; a tie is half right."""
-    better, worse = Key("y_w"), Key("y_l")
-    side = views[0].answers.side
-    rows = {"the longer wins": accuracy(compare(side(better).lengths, side(worse).lengths), 0)}
-    for view in views:
-        rows[view.name] = accuracy(view.compare(better, worse), view.judge.margin)
+    answers = views[0].answers
+    by_length = Judge(lambda prompts, texts: answers.lengths(texts), margin=0)
+    rows = {}
+    for view in [View("the longer wins", by_length, answers), *views]:
+        row = view.compare(Key("y_w"), Key("y_l"))
+        accuracy = row["win"] + row["tie"] / 2
+        rows[view.name] = {"accuracy": accuracy, "margin": view.judge.margin}
     return rows
 
 
-def accuracy(row, margin):
-    return {"accuracy": row["win"] + row["tie"] / 2, "margin": margin}
+def table1(views, keys):
+    """Table 1 by each judge. A row that does not apply has the reason in place of numbers."""
+    rows = []
+    for view, (a, b) in product(views, COMPARISONS):
+        row = {"a": a, "b": b, "judge": view.name}
+        if Key(a) in keys and Key(b) in keys:
+            rows.append(row | view.compare(Key(a), Key(b)))
+        else:
+            rows.append(row | {"not_applicable": NO_SELF_REFINE})
+    return rows
 
 
-def mean_scores(views, keys):
-    """The mean score of each side by each judge."""
-    means = {}
-    for view in views:
-        means[view.name] = {key.method: mean(view.scores(key)) for key in keys}
-    return means
+def sides_table(views, keys):
+    """What the sides of Table 1 are: their length, cost, and mean score by each judge.
 
-
-def table1(views, keys, refusal):
-    """Table 1 by each judge -> its rows, and those that do not apply, with the reason."""
-    rows, missing = [], []
-    for view in views:
-        for a, b in COMPARISONS:
-            row = {"a": a, "b": b, "judge": view.name}
-            if Key(a) in keys and Key(b) in keys:
-                row |= view.compare(Key(a), Key(b))
-                rows.append(row | costs(view.answers.side(Key(a)), view.answers.side(Key(b))))
-            elif "pit_rl0" not in (a, b):  # after one round alone, that is `pit` itself
-                missing.append(row | {"not_applicable": refusal})
-    return rows, missing
-
-
-def costs(a, b):
-    """The lengths of two sides, and all that was generated for one answer of a."""
-    return {
-        "tokens_a": mean(a.lengths),
-        "tokens_b": mean(b.lengths),
-        "generated_tokens": mean(a.spent),
-        "generations": a.generations,
-    }
+    tokens, texts: all that was generated for one answer. unchanged: the share of answers that are
+    the original's, or empty.
+    """
+    answers, table = views[0].answers, {}
+    for key in keys:
+        side = answers.side(key)
+        same = [y in ("", y_0) for y, y_0 in zip(side.texts, answers.side(ORIGINAL).texts)]
+        table[key.method] = {
+            "length": mean(side.lengths),
+            "tokens": mean(side.spent),
+            "texts": side.generations,
+            "unchanged": mean(same),
+            "scores": {view.name: mean(view.scores(key)) for view in views},
+        }
+    return table
 
 
 def temperature_table(view, methods):
@@ -283,64 +279,61 @@ def rounds_table(view, methods):
     rows = []
     for key, rating, ends in zip(keys, ratings, intervals):
         scores = view.scores(key)
-        row = {"method": key.method, "round": 0 if key == ORIGINAL else key.round}
-        row |= {"elo": rating, "elo_ci95": ends}
-        row |= {"mean": mean(scores), "mean_ci95": interval(scores)}
+        row = {
+            "method": key.method,
+            "round": 0 if key == ORIGINAL else key.round,
+            "elo": rating,
+            "elo_ci95": ends,
+            "mean": mean(scores),
+            "mean_ci95": interval(scores),
+        }
         row["over_original"] = view.compare(key, ORIGINAL)
-        if key.round > 1:
-            row["over_previous"] = view.compare(key, key._replace(round=key.round - 1))
+        row["over_previous"] = view.compare(key, key.before())
         if key.method == "pit" and "self_refine" in methods:
             row["over_self_refine"] = view.compare(key, key._replace(method="self_refine"))
         rows.append(row)
     return rows
 
 
-def rl_table(answers, models):
+def rl_table(r_p, r_pit):
     """What each RL stage did to its own reward on held-out prompts: before, after, the rise."""
-    policy = View("R_P", models["reward_policy"], answers)
-    pit = View("gap by R_PIT", models["reward_gap"], answers)
-    rows = [rise(policy.name, policy.scores, "policy_sft", "original")]
-    if answers.last == "pit_rl0":
-        return [*rows, rise(pit.name, pit.gaps, "pit_sft", "pit")]
-    rows.append(rise(pit.name, pit.gaps, "pit_sft", "pit_rl0"))
-    rows.append(rise(pit.name, pit.gaps, "pit_rl0", "pit"))
+    rows = []
+    for by, reward, before, after in (
+        (r_p.name, r_p.scores, "policy_sft", "original"),
+        (r_pit.name, r_pit.gaps, "pit_sft", "pit_rl0"),
+        (r_pit.name, r_pit.gaps, "pit_rl0", "pit"),
+    ):
+        start, end = reward(Key(before)), reward(Key(after))
+        row = {"before": before, "after": after, "by": by, "start": mean(start), "end": mean(end)}
+        rows.append(row | {"ci95": interval(end - start)})
     return rows
 
 
-def rise(by, reward, before, after):
-    """How far a reward rose from one side to another."""
-    start, end = reward(Key(before)), reward(Key(after))
-    row = {"before": before, "after": after, "by": by, "start": mean(start), "end": mean(end)}
-    return row | {"ci95": interval(end - start)}
-
-
-def stop_table(view, models):
+def stop_table(main, r_pit):
     """Each stop rule on the same five rounds of PIT, cut short at each limit: mean score, tokens.
 
-    For "time" the limit is the time of that many average rounds. Time goes with the tokens written,
+    For "time" the limit is what so many rounds take on average. Time goes with the tokens written,
     whatever the machine.
     """
-    r_pit = View("gap by R_PIT", models["reward_gap"], view.answers)
     rounds = round_keys("pit")
-    sides = [view.answers.side(key) for key in (ORIGINAL, *rounds)]
-    # of each prompt, a row: the texts y_0 ... y_K, their scores and gaps, the tokens up to each
-    texts = list(zip(*(side.texts for side in sides)))
-    scores = np.stack([view.scores(key) for key in (ORIGINAL, *rounds)], 1)  # (N, K + 1)
-    gaps = np.stack([r_pit.gaps(key) for key in rounds], 1)  # (N, K)
-    tokens = np.stack([side.spent for side in sides], 1)  # (N, K + 1)
-    spent = tokens - tokens[:, :1]
-    everybody = range(len(texts))
+    sides = [main.answers.side(key) for key in (ORIGINAL, *rounds)]
+    # of each prompt: the texts y_0 ... y_K, their scores, the tokens written up to each, the gaps
+    texts = zip(*[side.texts for side in sides])
+    scores = zip(*[main.scores(key) for key in (ORIGINAL, *rounds)])
+    tokens = zip(*[side.spent for side in sides])
+    gaps = zip(*[r_pit.gaps(key) for key in rounds])
+    prompts = list(zip(texts, scores, tokens, gaps))
     rows = []
     for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
-        kept = ROUNDS if stop == "time" else limit
-        budget = limit * spent[:, -1].mean() / ROUNDS
-        ends = []  # which text is the answer, after how many rounds
-        for i in everybody:
-            ends.append(infer.end_of(stop, texts[i][: kept + 1], gaps[i], spent[i], budget))
-        answer, made = zip(*ends)
-        final = scores[everybody, answer]
+        most = ROUNDS if stop == "time" else limit
+        budget = mean(sides[limit].spent)
+        final, total = [], []
+        for texts, scores, tokens, gaps in prompts:
+            answer, made = infer.end_of(stop, texts[: most + 1], gaps, tokens, budget)
+            final.append(scores[answer])
+            total.append(tokens[made])
         row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
-        rows.append(row | {"tokens": mean(tokens[everybody, made])})
+        rows.append(row | {"tokens": mean(total)})
     return rows
 
 
@@ -349,13 +342,15 @@ def stop_table(view, models):
 
 def written_pairs(view):
     """PIT's answer and the original as preference pairs, by this judge; ties are left out."""
-    pit, original = Key("pit"), ORIGINAL
-    texts = [view.answers.side(key).texts for key in (pit, original)]
-    over = outcomes(view.scores(pit), view.scores(original), view.judge.margin)
+    answers, pit = view.answers, Key("pit")
+    texts = zip(answers.prompts, answers.side(pit).texts, answers.side(ORIGINAL).texts)
+    signs = outcomes(view.scores(pit), view.scores(ORIGINAL), view.judge.margin)
     pairs = []
-    for x, a, b, sign in zip(view.answers.prompts, *texts, over):
-        if sign:
-            pairs.append(Pair(x, a, b) if sign > 0 else Pair(x, b, a))
+    for (x, a, b), sign in zip(texts, signs):
+        if sign > 0:
+            pairs.append(Pair(x, a, b))
+        elif sign < 0:
+            pairs.append(Pair(x, b, a))
     return pairs
 
 
@@ -365,10 +360,12 @@ def gap_evidence(models, annotated, written):
     for kind, pairs in (("annotated", annotated), ("written by models", written)):
         if not pairs:
             continue
-        four = eq1_scores(models["reward_gap"], pairs)
-        fig2[kind] = {name: scores.round(3).tolist() for name, scores in four.items()}
         for role, model in models.items():
-            gaps = pair_gaps(role, model, pairs)
+            four = eq1_scores(role, model, pairs)
+            if role == "reward_gap":
+                fig2[kind] = {name: scores.round(3).tolist() for name, scores in four.items()}
+            # r(y, y_ref) - r(y_ref, y_ref), of the better over the worse and the other way round
+            gaps = np.stack([four["wl"] - four["ll"], four["lw"] - four["ww"]])  # (2, n)
             # is the sign right, in both directions?
             right = np.mean([gaps[0] > 0, gaps[1] < 0], axis=0)  # (n,)
             row = {"model": role, "pairs": kind, "n": len(pairs), "accuracy": mean(right)}
@@ -377,23 +374,17 @@ def gap_evidence(models, annotated, written):
     return {"fig2": fig2, "eq2": eq2}
 
 
-def pair_gaps(role, model, pairs):
-    """The gaps of y_w over y_l, and of y_l over y_w -> (2, n); 0 is "no change"."""
-    if role == "reward_policy":  # R_P(y) - R_P(y_ref)
-        prompts = [pair.prompt for pair in pairs]
-        chosen = model.score(prompts, [pair.chosen for pair in pairs])
-        rejected = model.score(prompts, [pair.rejected for pair in pairs])
-        return np.stack([chosen - rejected, rejected - chosen])
-    four = eq1_scores(model, pairs)  # r(y, y_ref) - r(y_ref, y_ref)
-    return np.stack([four["wl"] - four["ll"], four["lw"] - four["ww"]])
+def eq1_scores(role, model, pairs):
+    """The scores of Eq. 1, the candidate's letter first -> {"ww": (n,), "lw": ..., "wl", "ll"}.
 
-
-def eq1_scores(model, pairs):
-    """The scores of Eq. 1, the candidate's letter first -> {"ww": (n,), "lw": ..., "wl", "ll"}."""
+    R_P reads no reference, so its "wl" is "ww", and its gap is R_P(y) - R_P(y_ref).
+    """
     texts = {"w": [pair.chosen for pair in pairs], "l": [pair.rejected for pair in pairs]}
     four = {}
     for reference in "wl":
-        contexts = [improve_prompt(p.prompt, y_ref) for p, y_ref in zip(pairs, texts[reference])]
+        contexts = [pair.prompt for pair in pairs]
+        if role != "reward_policy":
+            contexts = [improve_prompt(x, y_ref) for x, y_ref in zip(contexts, texts[reference])]
         for candidate in "wl":
             four[candidate + reference] = model.score(contexts, texts[candidate])
     return four
@@ -407,85 +398,77 @@ def write_answers(run, views, keys):
     answers, scores = views[0].answers, {}
     texts = {key.method: answers.side(key).texts for key in keys}
     for view in views:
-        scores[view.name] = {key.method: view.scores(key).tolist() for key in keys}
-    lines = []
-    for i, prompt in enumerate(answers.prompts):
-        lines.append({"prompt": prompt, "answers": at(i, texts), "scores": {}})
-        for judge, columns in scores.items():
-            lines[i]["scores"][judge] = at(i, columns)
-    write_lines(run.path / "answers.jsonl", lines)
+        scores[view.name] = rows_of({key.method: view.scores(key).tolist() for key in keys})
+    columns = {"prompt": answers.prompts, "answers": rows_of(texts), "scores": rows_of(scores)}
+    write_lines(run.path / "answers.jsonl", rows_of(columns))
 
 
-def at(i, columns):
-    """Row i of columns by name."""
-    return {name: column[i] for name, column in columns.items()}
+def rows_of(columns):
+    """Columns by name -> a dict for each of their rows."""
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def add_votes(run):
-    """Turn all votes (votes.py) into rows of Table 1, and print them -> results.json."""
-    votes, results = read_votes(run), run.results()
+    """Turn all votes (votes.py) into rows of Table 1, and print what they say -> results.json."""
+    votes, lines, results = read_votes(run), read_answers(run), run.results()
     voters = sorted({judge for judge, _ in votes})
-    if not voters:
-        return
-    # 1. the votes on each pair of sides, and whether a voter says the same as each other judge
-    cast, same = defaultdict(list), defaultdict(list)
-    lines = read_answers(run)
+    # 1. what the judges say of each question: 1, a is better; -1, b is; 0, a tie
+    said = []
     for question in questions_about(lines):
-        verdicts = scored_verdicts(question, lines, results["judges"])
+        verdicts = {}
+        for judge, scores in lines[question.line]["scores"].items():
+            margin = results["judges"][judge]["margin"]
+            verdicts[judge] = outcomes(scores[question.a], scores[question.b], margin)
         for judge in voters:
             if (judge, question.id()) in votes:
                 verdicts[judge] = votes[judge, question.id()]["vote"]
-                cast[judge, question.a, question.b].append(verdicts[judge])
-        for judge, other in permutations(verdicts, 2):
-            if judge in voters:
-                same[judge, other].append(verdicts[judge] == verdicts[other])
-    # 2. a row for each; what an answer costs is the same for all judges
+        said.append(((question.a, question.b), verdicts))
+    # 2. rows of Table 1, where there are enough votes
     table1 = [row for row in results["table1"] if row["judge"] not in voters]
-    measured = {(row["a"], row["b"]): row for row in table1}
-    for (judge, a, b), said in cast.items():
-        row = measured[a, b] | {"judge": judge} | compare(said, np.zeros(len(said)))
-        table1.append(row)
-        low, high = row["ci95"]
-        in_points = {"points": 100 * row["delta"], "low": 100 * low, "high": 100 * high}
-        print(VOTED.format(**in_points, **row))
+    notes = []
+    for judge, (a, b) in product(voters, ROWS):
+        cast = [
+            verdicts[judge] for sides, verdicts in said if sides == (a, b) and judge in verdicts
+        ]
+        if len(cast) >= ENOUGH:
+            table1.append({"a": a, "b": b, "judge": judge} | compare(cast, 0))
+        elif cast:
+            notes.append(f"{judge}: {a} vs {b} has {len(cast)} votes, and needs {ENOUGH}.")
     # 3. how far to trust them
-    trust = {judge: position_bias(votes, judge) for judge in voters}
-    for (judge, other), agrees in same.items():
-        trust[judge][other] = {"same": mean(agrees), "n": len(agrees)}
-        print(f"{judge} agrees with {other} on {mean(agrees):.0%} of {len(agrees)} pairs.")
-    run.add_results(table1=table1, votes=trust)
+    for judge, other in product(voters, [*voters, *lines[0]["scores"]]):
+        both = [verdicts for _, verdicts in said if judge in verdicts and other in verdicts]
+        if judge != other and len(both) >= ENOUGH:
+            same = mean([verdicts[judge] == verdicts[other] for verdicts in both])
+            notes.append(f"{judge} agrees with {other} on {same:.0%} of {len(both)} pairs.")
+    notes += position_bias(votes)
+    for note in notes:
+        print(note)
+    run.add_results(table1=table1, votes=notes)
 
 
-def scored_verdicts(question, lines, judges):
-    """What the judges that score say of a pair: 1, a is better; -1, b is; 0, a tie."""
-    verdicts = {}
-    for judge, scores in lines[question.line]["scores"].items():
-        margin = judges[judge]["margin"]
-        verdicts[judge] = int(outcomes(scores[question.a], scores[question.b], margin))
-    return verdicts
-
-
-def position_bias(votes, judge):
-    """For a language model: how often the order decided, and how many replies made no sense."""
-    lines = [line for (who, _), line in votes.items() if who == judge and "order_decides" in line]
-    if not lines:
-        return {}
-    bias = mean([line["order_decides"] for line in lines])
-    unreadable = sum(line["unreadable"] for line in lines)
-    print(f"{judge}: the order of the answers decided {bias:.0%} of {len(lines)} pairs: ties.")
-    print(f"{judge}: {unreadable} replies could not be read, and count as ties.")
-    return {"position_bias": bias, "unreadable": unreadable}
+def position_bias(votes):
+    """How often the order decided for a language model, and how many replies made no sense."""
+    by_judge = defaultdict(list)
+    for (judge, _), line in votes.items():
+        if "order_decides" in line:  # a person sees one order
+            by_judge[judge].append(line)
+    notes = []
+    for judge, lines in by_judge.items():
+        bias = mean([line["order_decides"] for line in lines])
+        unreadable = sum(line["unreadable"] for line in lines)
+        notes.append(
+            f"{judge}: the order of the answers decided {bias:.0%} of {len(lines)} pairs, "
+            f"and {unreadable} replies could not be read. These count as ties."
+        )
+    return notes
 
 
 def judge_curricula(lm, run, pairs, lasts, judges):
     """Table 2: the last adapter of each curriculum (lasts) improves the same originals."""
-    answers = Answers(lm, run, pairs[: run.config.eval_n])
-    name = next(iter(judges))
-    view = View(name, judges[name], answers)
+    name, judge = next(iter(judges.items()))
+    view = View(name, judge, Answers(lm, run, pairs[: run.config.eval_n]))
     both, rows = Key(lasts["annotated,policy"]), []
     for curriculum, role in progress(lasts.items(), total=len(lasts)):
-        row = {"curriculum": curriculum, "judge": name}
-        row["over_original"] = view.compare(Key(role), ORIGINAL)
-        row["both_over_it"] = view.compare(both, Key(role))
-        rows.append(row)
-    run.add_results(table2=rows, lasts=lasts)
+        row = {"curriculum": curriculum, "over_original": view.compare(Key(role), ORIGINAL)}
+        rows.append(row | {"both_over_it": view.compare(both, Key(role))})
+    run.add_results(table2=rows)

@@ -120,8 +120,7 @@ def table2(rows):
 
 def judged_by(results, judge):
     """The rows of Table 1 by one judge."""
-    rows = results["table1"] + results["not_applicable"]
-    return [row for row in rows if row["judge"] == judge]
+    return [row for row in results["table1"] if row["judge"] == judge]
 
 
 def examples(run, judge):
@@ -218,10 +217,10 @@ def scorecard(results, metrics):
     rounds = grouped(results["table3"], "method")["pit"]
     temperatures = grouped(results["fig3"], "method")["pit"]
     curricula = {row["curriculum"]: row["both_over_it"] for row in results.get("table2", [])}
-    best = [row.get("04_over_it") for row in temperatures]
+    cooler = {row["temperature"]: row.get("04_over_it") for row in temperatures}
     card += [
-        claim("temperature 0.4 beats 1", "yes", [results["cooler"]]),
-        claim("0.4 is the best temperature", "0.4-0.6", best),
+        claim("temperature 0.4 beats 1", "yes", [cooler[1.0]]),
+        claim("0.4 is the best temperature", "0.4-0.6", cooler.values()),
         claim("each round beats the original", "yes", [row["over_original"] for row in rounds]),
         claim("... and Self-Refine", "yes", [row.get("over_self_refine") for row in rounds]),
         claim("round 2 beats round 1", "not said", [rounds[1]["over_previous"]]),
@@ -415,7 +414,7 @@ def plot_rounds(run, results, metrics):
         rows = [original, *rows]
         bars(left, rows, "round", "elo", "elo_ci95", label=label(method))
         bars(right, rows, "round", "mean", "mean_ci95", label=label(method))
-    y_w = results["mean_score"][results["main"]]["y_w"]
+    y_w = results["sides"]["y_w"]["scores"][results["main"]]
     right.axhline(y_w, color=GRAY, linestyle="--", label="y_w, the annotators' better answers")
     left.set(title="Who beats whom", ylabel="Elo, original = 1000 (95% interval)")
     right.set(title=f"Judged by {label(results['main'])}", ylabel="mean score (95% interval)")

@@ -20,8 +20,7 @@ def compared(delta, half=0.05, **names):
 
 def table1_rows(judge, deltas):
     """Rows of Table 1 by one judge; deltas: {(a, b): delta}."""
-    costs = {"tokens_a": 12.0, "tokens_b": 11.0, "generated_tokens": 24.0, "generations": 2}
-    return [compared(d, judge=judge, a=a, b=b) | costs for (a, b), d in deltas.items()]
+    return [compared(d, judge=judge, a=a, b=b) for (a, b), d in deltas.items()]
 
 
 def results():
@@ -35,18 +34,18 @@ def results():
     }
     one_round = dict(elo=1100, elo_ci95=[1050, 1150], mean=0.9, mean_ci95=[0.8, 1.0])
     gap = dict(model="reward_gap", n=100, calibration_error=0.03)
+    one_side = dict(length=12.0, tokens=24.0, texts=2, unchanged=0.1, scores={"judge": 0.5})
     sides = ["original", "y_w", "pit", "pit_sft"]
     scores = np.linspace(-1, 1, 20).tolist()
     return {
         "main": "judge",
         "judges": {"judge": {"accuracy": 0.9, "margin": 0.1}},
-        "table1": table1_rows("judge", deltas) + table1_rows("me", {("pit", "original"): 0.01}),
-        "not_applicable": [
-            {"a": "pit", "b": "self_refine", "judge": "judge", "not_applicable": "it cannot"}
+        "table1": [
+            *table1_rows("judge", deltas),
+            {"a": "pit", "b": "self_refine", "judge": "judge", "not_applicable": "it cannot"},
+            *table1_rows("me", {("pit", "original"): 0.01}),
         ],
-        "mean_score": {"judge": dict.fromkeys(sides, 0.5)},
-        "mean_tokens": dict.fromkeys(sides, 12.0),
-        "cooler": compared(0.1),
+        "sides": dict.fromkeys(sides, one_side),
         "fig3": [
             compared(0.5, method="pit", temperature=0.1) | {"04_over_it": compared(-0.1)},
             compared(0.5, method="pit", temperature=0.4),
@@ -76,7 +75,7 @@ def results():
             for c in CURRICULA
         ],
         "words": learned_words(),
-        "votes": {"me": {"judge": {"same": 0.8, "n": 50}, "position_bias": 0.1}, "gone": {}},
+        "votes": ["me agrees with judge on 80% of 50 pairs."],
         "time_s": {"pit_sft": 30.0, "eval": 90.0},
     }
 
@@ -265,7 +264,7 @@ def test_the_page_has_all_that_it_must(drawn):
     stored = json.loads((drawn / "results.json").read_text())["scorecard"]
     assert all(f"| {line['claim']} " in page for line in stored)
     assert "Judged by me" in page and "it cannot" in page
-    assert "- me agrees with the run's own judge on 80% of 50 pairs\n  (the order" in page
+    assert "- me agrees with judge on 80% of 50 pairs." in page
     assert "gone" not in page
 
 

@@ -20,8 +20,9 @@ N = 6  # prompts
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
     """A run with answers: `pit` is longer than `original`, and `best_of_2` is `original` itself."""
+    monkeypatch.setattr(evaluate, "ENOUGH", N)
     lines, rows = [], []
     for i in range(N):
         answers = {"original": f"short {i}", "pit": f"a longer text {i}", "best_of_2": f"short {i}"}
@@ -31,8 +32,7 @@ def run(tmp_path):
         lines.append(json.dumps({"prompt": prompt, "answers": answers, "scores": scores}))
     (tmp_path / "answers.jsonl").write_text("\n".join(lines) + "\n")
     for a, b in votes.ROWS:
-        cost = {"tokens_a": 3.0, "tokens_b": 2.0, "generated_tokens": 5.0, "generations": 2}
-        rows.append({"a": a, "b": b, "judge": "quality", "n": N, "delta": 0.5} | cost)
+        rows.append({"a": a, "b": b, "judge": "quality", "n": N, "delta": 0.5})
     results = {"table1": rows, "judges": {"quality": {"accuracy": 1.0, "margin": 0.5}}}
 
     def add_results(**parts):
@@ -123,10 +123,11 @@ def test_a_language_model_becomes_rows_of_table_1(run, serve, capsys):
         ("pit", "best_of_2"): 1,
         ("pit", "y_w"): -1,
     }
-    assert rows["pit", "original"]["tokens_a"] == 3.0 and rows["pit", "original"]["n"] == N
-    trust = run.results()["votes"]["some/model"]
-    assert trust["position_bias"] == 0 and trust["quality"] == {"same": 1, "n": 4 * N}
-    assert "agrees with quality on 100% of 24 pairs" in capsys.readouterr().out
+    assert rows["pit", "original"]["n"] == N
+    agrees, bias = run.results()["votes"]
+    assert agrees == "some/model agrees with quality on 100% of 24 pairs."
+    assert "decided 0% of 18 pairs, and 0 replies could not be read" in bias
+    assert capsys.readouterr().out == f"{agrees}\n{bias}\n"
     # nothing is asked again
     votes.ask_llm(run, server.url, "some/model", n=100)
     assert len(server.requests) == N * 3 * 2
@@ -135,18 +136,18 @@ def test_a_language_model_becomes_rows_of_table_1(run, serve, capsys):
 def test_who_likes_the_first_answer_sees_ties_and_all_of_it_is_bias(run, serve):
     votes.ask_llm(run, serve(lambda prompt, number: "Answer A.").url, "first", n=N)
     evaluate.add_votes(run)
-    assert run.results()["votes"]["first"]["position_bias"] == 1
+    assert "decided 100% of 18 pairs" in run.results()["votes"][-1]
     assert {row["tie"] for row in rows_by(run, "first").values()} == {1}
 
 
 def test_nonsense_is_asked_once_more_and_then_a_tie(run, serve):
     server = serve(lambda prompt, number: "A better answer would be B")
-    votes.ask_llm(run, server.url, "chatty", n=2)
-    assert len(server.requests) == 2 * 3 * 2 * 2
+    votes.ask_llm(run, server.url, "chatty", n=N)
+    assert len(server.requests) == N * 3 * 2 * 2
     assert [m["role"] for m in server.requests[-1]["messages"]] == ["user", "assistant", "user"]
     evaluate.add_votes(run)
-    trust = run.results()["votes"]["chatty"]
-    assert (trust["unreadable"], trust["position_bias"]) == (2 * 3 * 2, 0)
+    said = run.results()["votes"][-1]
+    assert "decided 0% of 18 pairs" in said and f"{N * 3 * 2} replies could not be read" in said
     assert {row["tie"] for row in rows_by(run, "chatty").values()} == {1}
 
 
@@ -276,7 +277,16 @@ def test_a_person_who_knows_the_sides_always_wins_whatever_the_order(run, monkey
     evaluate.add_votes(run)
     rows = rows_by(run, "me")
     assert rows["pit", "original"]["delta"] == 1 and rows["pit", "y_w"]["delta"] == -1
-    assert run.results()["votes"]["me"]["quality"] == {"same": 1, "n": 4 * N}
+    assert run.results()["votes"] == ["me agrees with quality on 100% of 24 pairs."]
+
+
+def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "ENOUGH", N + 1)
+    type_in(run, monkeypatch, "t" * 99)
+    evaluate.add_votes(run)
+    assert rows_by(run, "me") == {}
+    note = f"me: pit vs original has {N} votes, and needs {N + 1}."
+    assert note in run.results()["votes"] and note in capsys.readouterr().out
 
 
 def test_the_order_on_the_screen_is_a_fair_coin():
