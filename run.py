@@ -463,10 +463,11 @@ def check_free(path):
 
 
 def versions():
-    """The versions of Python and some libraries, for people: a run goes on with others too."""
+    """The machine, Python and some libraries, for people: a run goes on with others too."""
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     found = {name: metadata.version(name) for name in libraries}
-    return {"python": platform.python_version()} | found
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return {"machine": machine, "python": platform.python_version()} | found
 
 
 # ---- files and folders, whole or absent --------------------------------------------------------
