@@ -15,6 +15,7 @@ size.
 import copy
 import logging
 import warnings
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -121,9 +122,8 @@ class LM:
 
         The head is a copy of `like`'s where that has one, else a new one.
         """
-        if role not in self.roles:
-            self.peft.add_adapter(role, copy.deepcopy(self.lora))
-            self.roles.add(role)
+        self.peft.add_adapter(role, copy.deepcopy(self.lora))
+        self.roles.add(role)
         self.set_weights(role, self.weights(like))
         if head and like in self.heads:
             self.heads[role] = copy.deepcopy(self.heads[like])
@@ -430,10 +430,22 @@ def find_model(name):
     return name
 
 
+@contextmanager
+def explained(name, advice):
+    """Turn whatever goes wrong with model `name` into a UserError, with a word of advice."""
+    try:
+        yield
+    except Exception as error:  # files, config fields, patterns, templates, shapes: all kinds
+        if out_of_memory(error):
+            raise
+        raise UserError(f"Cannot load the model {name!r}: {first_line(error)}\n{advice}") from None
+
+
 @cache  # `all` checks before it reads any data, and load_model once more
 def check_model(name):
     """Raise UserError unless `name` is a base model with a config and a tokenizer."""
-    folder, source = Path(name), find_model(name)
+    source = find_model(name)
+    folder = Path(source)
     if (folder / "adapters").is_dir():
         raise UserError(f"--model {name} is a run, not a model. To continue it: --run {name}")
     if (folder / "adapter_config.json").exists():
@@ -441,16 +453,13 @@ def check_model(name):
             f"--model {name} is a PEFT adapter. Give its base, or merge the two first: "
             "peft's merge_and_unload, or export --merge."
         )
-    if not Path(source).exists():
+    if not folder.exists():
         if name.startswith((".", "/", "~")):
             raise UserError(f"--model {name}: there is no such folder.")
         print(f"{source}: looking in the download cache, then on the hub", flush=True)
-    try:
+    with explained(name, HOW_TO_GET.format(source)):
         AutoConfig.from_pretrained(source, trust_remote_code=False)
         load_tokenizer(source)
-    except Exception as error:  # no such name, no network, other files: all kinds
-        advice = HOW_TO_GET.format(source)
-        raise UserError(f"Cannot load the model {name!r}: {first_line(error)}\n{advice}") from None
 
 
 def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
@@ -462,11 +471,10 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     """
     check_model(name)
     source = find_model(name)
-    advice = HOW_TO_GET.format(source)
-    try:
+    with explained(name, HOW_TO_GET.format(source)):
         tokenizer = load_tokenizer(source)
         base = load_base(source, bits)
-        advice = f"Does --target-modules {target_modules} name layers of this model?"
+    with explained(name, f"Does --target-modules {target_modules} name layers of this model?"):
         lora = LoraConfig(
             r=lora_r,
             lora_alpha=lora_alpha,
@@ -478,12 +486,8 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         # LoRA's A is drawn here, once, for "blank": every role starts from the same one
         torch.manual_seed(seed)
         lm = LM(base, tokenizer, lora)
-        advice = "PIT cannot train such a model: give another --model."
+    with explained(name, "PIT cannot train such a model: give another --model."):
         check_base(lm)
-    except Exception as error:  # files, config fields, patterns, templates, shapes: all kinds
-        if out_of_memory(error):
-            raise
-        raise UserError(f"Cannot load the model {name!r}: {first_line(error)}\n{advice}") from None
     return lm
 
 

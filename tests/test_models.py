@@ -465,6 +465,14 @@ def test_short_names_stand_for_hub_ids_and_folders_come_first(tmp_path, monkeypa
     assert models.find_model("Qwen2-0.5B") == "Qwen2-0.5B"
 
 
+def test_the_built_in_base_is_found_beside_a_run_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny" / "adapters").mkdir(parents=True)
+    models.check_model.__wrapped__("tiny")
+    with pytest.raises(UserError, match="./tiny is a run, not a model"):
+        models.check_model("./tiny")
+
+
 def test_a_layer_pattern_that_fits_nothing_is_said():
     with pytest.raises(UserError, match="nothing_like_it"):
         models.load_model("tiny", bits=16, target_modules="nothing_like_it")
