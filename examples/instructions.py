@@ -1,10 +1,9 @@
 """Your own task on a real base model: plain-English instructions, and a rule that checks answers.
 
-    Write about a rainy day. Use the words tea and coat. Begin with the word Look.
-    Avoid the word was. Write exactly 2 sentences. End with an exclamation mark.
+    Write about a rainy day. Use the words tea and coat. Begin with a title, your last word.
+    Write exactly 2 sentences. End with an exclamation mark.
 
-A run needs pairs and a judge. Here the base writes sentences, drafts are built from them, and the
-one that meets more requirements is preferred. `quality` is the judge; no training stage sees it.
+Of two drafts, the one that meets more requirements is preferred. No training stage sees `quality`.
 
     python -m examples.instructions SmolLM2-135M-Instruct task
     python pit.py all --model SmolLM2-135M-Instruct --data task/pairs.jsonl --run runs/mine
@@ -20,15 +19,15 @@ import torch
 import typer
 from tqdm import trange
 
+from baselines import talk
 from models import load_model
 
 # One line per topic, with words that a text about it can use: "a rainy day: umbrella tea window".
-LINES = Path(__file__).with_name("topics.txt").read_text().splitlines()
-TOPICS = dict(line.split(": ") for line in LINES)
+TOPICS = dict(line.split(": ") for line in Path(__file__).with_name("topics.txt").open())
 OPENERS = "Today Sometimes Honestly Well Now Look So Oh".split()
 
 
-# ---- The rule: what a prompt may ask for, and whether a text does it.
+# ---- What a prompt may ask for, and whether a text does it
 def words_of(text):
     return re.findall(r"[\w']+", text.lower())
 
@@ -59,21 +58,21 @@ def quality(prompt, answer):
 
 
 def draw_prompt(rng):
-    """A topic and six requirements: two words, and four of the six kinds below -> prompt, topic."""
-    topic, words = rng.choice(LINES).split(": ")
-    one, other = rng.sample(words.split(), 2)
+    """A topic and five requirements: two words, how to begin, and two of five other kinds."""
+    topic = rng.choice([*TOPICS])
+    one, other = rng.sample(TOPICS[topic].split(), 2)
     count = rng.randint(1, 3)
     # A title comes first, but only the whole text says what it is: hard to plan, easy to add.
-    first = rng.choice(["a title, your last word", f"the word {rng.choice(OPENERS)}"])
-    last = rng.choice(["an exclamation mark", "a question mark"])
-    kinds = [f"Avoid the word {rng.choice(['the', 'a', 'was'])}.", f"Begin with {first}."]
-    kinds += [f"End with {last}.", f"Write exactly {count} sentence{'s'[: count - 1]}."]
-    kinds += [
+    first = rng.choice(["a title, your last word"] * 2 + [f"the word {rng.choice(OPENERS)}"])
+    kinds = [
+        f"Avoid the word {rng.choice(['the', 'a', 'was'])}.",
+        f"End with {rng.choice(['an exclamation mark', 'a question mark'])}.",
+        f"Write exactly {count} sentence{'s'[: count - 1]}.",
         f"Use at {rng.choice(['most', 'least'])} {8 * count} words.",
         "Use small letters only.",
     ]
-    stated = [f"Write about {topic}. Use the words {one} and {other}.", *rng.sample(kinds, 4)]
-    return " ".join(stated), topic
+    stated = f"Write about {topic}. Use the words {one} and {other}. Begin with {first}. "
+    return stated + " ".join(rng.sample(kinds, 2)), topic
 
 
 # ---- The base writes. Before it does, it sees two answers of the kind that we want.
@@ -83,39 +82,36 @@ QUESTIONS = "Have you ever seen a bear so close?", "Who made your lovely costume
 
 def writer_prompt(topic, word, kind):
     bear, costume = SENTENCES if kind == "sentence" else QUESTIONS
-    turns = [("system", f"Write one short {kind} with the word.")]
-    turns += [("user", "a zoo: bear"), ("assistant", bear), ("user", "a school play: costume")]
-    turns += [("assistant", costume), ("user", f"{topic}: {word}")]
-    return [{"role": role, "content": text} for role, text in turns]
+    system = {"role": "system", "content": f"Write one short {kind} with the word."}
+    zoo = {"role": "user", "content": "a zoo: bear"}
+    return talk([system, zoo], bear, "a school play: costume", costume, f"{topic}: {word}")
 
 
 def write_sentences(model, path, batch=64):
     """Five sentences and two questions for each word of each topic, one per line of the file."""
     lm = load_model(model, bits=16)
-    jobs = []
-    for topic in TOPICS:
-        for word in TOPICS[topic].split():
-            jobs += [(topic, word, "sentence")] * 5 + [(topic, word, "question")] * 2
+    words = [(topic, word) for topic in TOPICS for word in TOPICS[topic].split()]
+    jobs = [(*word, kind) for word in words for kind in ["sentence"] * 5 + ["question"] * 2]
     path.touch()
     for start in trange(len(path.read_text().splitlines()), len(jobs), batch):
-        some = jobs[start : start + batch]
-        prompts = [lm.encode_prompt(writer_prompt(*job)) for job in some]
+        prompts = [lm.encode_prompt(writer_prompt(*job)) for job in jobs[start : start + batch]]
         torch.manual_seed(start)
         texts = lm.decode(lm.generate("blank", prompts, 22, temperature=0.6).responses)
         with open(path, "a") as file:
-            for (topic, _, _), text in zip(some, texts):
+            for (topic, _, _), text in zip(jobs[start:], texts):
                 print(json.dumps([topic, text]), file=file)
 
 
 def fluent_sentences(path):
-    """{topic: sentences}: the first of each text, unless it is long or repeats a word."""
+    """{topic: sentences}: the first of each text, if it is short, on topic, and repeats no word."""
     pools = {topic: [] for topic in TOPICS}
     for line in path.read_text().splitlines():
         topic, text = json.loads(line)
         found = re.match(r"[A-Z][A-Za-z', -]*[.!?]", text)
         words = words_of(found[0]) if found else []
         long = [word for word in words if len(word) > 3]
-        if 4 <= len(words) <= 12 and len(long) == len(set(long)) and found[0] not in pools[topic]:
+        fits = 4 <= len(words) <= 12 and len(long) == len(set(long))
+        if fits and set(words) & set(TOPICS[topic].split()) and found[0] not in pools[topic]:
             pools[topic].append(found[0])
     return pools
 
@@ -125,8 +121,8 @@ PARTS = {"opener": ["", "title", "title", *OPENERS], "mark": [".", "!"], "small"
 
 
 def tell(draft):
-    *before, last = draft["sentences"]
-    text = " ".join([*before, last.replace(".", draft["mark"])])
+    text = " ".join(draft["sentences"])
+    text = text[:-1] + draft["mark"] if text.endswith(".") else text
     if draft["opener"] == "title":
         text = f"{words_of(text)[-1].capitalize()}: {text}"
     elif draft["opener"]:
@@ -158,6 +154,15 @@ def revise(draft, prompt, pool, steps, rng):
     return draft
 
 
+def garble(text, rng):
+    """Leave out some words and swap others: a rule would not mind, but a reader does."""
+    words = text.split()
+    for _ in range(1 + len(words) // 5):
+        at, to = rng.randrange(len(words)), rng.randrange(len(words))
+        words[at], words[to] = words[to], words[at]
+    return " ".join(word for word in words if rng.random() > 0.2)
+
+
 def draw_pair(prompt, pool, rng):
     """A better and a worse text. In three of four pairs, the better one revises the worse one."""
     plain = {"opener": "", "mark": ".", "small": False}
@@ -166,24 +171,26 @@ def draw_pair(prompt, pool, rng):
         drafts = [change(draft, pool, rng) for draft in drafts]
     worse = revise(drafts[0], prompt, pool, rng.randint(0, 3), rng)
     start = worse if rng.random() < 0.75 else drafts[1]
-    return tell(revise(start, prompt, pool, rng.randint(1, 4), rng)), tell(worse)
+    better = tell(revise(start, prompt, pool, rng.randint(2, 5), rng))
+    return better, garble(tell(worse), rng) if rng.random() < 0.2 else tell(worse)
 
 
 def draw_rows(pools, pairs, prompts, rng):
     """Rows with a prompt, a chosen and a rejected answer, and rows with a prompt of no pair."""
-    drawn = dict(draw_prompt(rng) for _ in range(prompts))
-    rows, lead = [], 0
+    drawn = [draw_prompt(rng)[0] for _ in range(prompts)]
+    fresh = [{"prompt": prompt} for prompt in dict.fromkeys(drawn)]
+    rows, drawn, lead = [], set(drawn), 0
     while len(rows) < pairs:
         prompt, topic = draw_prompt(rng)
         better, worse = draw_pair(prompt, pools[topic], rng)
-        gain = quality(prompt, better) - quality(prompt, worse)
+        gains = quality(prompt, better) > quality(prompt, worse)
         longer = len(words_of(better)) - len(words_of(worse))
         # The longer text wins as often as the shorter one, so that length says nothing.
-        if gain > 0 and longer * lead <= 0 and prompt not in drawn:
-            drawn[prompt] = topic
+        if gains and longer * lead <= 0 and prompt not in drawn:
+            drawn.add(prompt)
             rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
             lead += (longer > 0) - (longer < 0)
-    return rows, [{"prompt": prompt} for prompt in [*drawn][:prompts]]
+    return rows, fresh
 
 
 def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int = 0):
