@@ -2,22 +2,30 @@
 
 All of them score texts, and the higher score wins. People and language models, who compare two
 texts instead, are in votes.py.
+
+torch and the models are imported by the judges that need them, so that a misspelt name is answered
+at once.
 """
 
+import re
 import runpy
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 
 import task
 from errors import UserError, first_line, out_of_memory
-from reward import rewards
 
 SAME = 1e-4  # exact scores closer than this are a tie
 NEAR = 0.1  # learned scores are log-odds: closer than this is a tie, less sure than 52.5 to 47.5
+CHOICES = (
+    "Give quality (built-in task only), judge, a FILE.py with a rule of yours, or a reward model: "
+    "its folder, or its hub id, OWNER/NAME."
+)
 
 
 @dataclass
@@ -31,12 +39,10 @@ class Judge:
     def score(self, prompts, texts):
         """The score of each text after its prompt -> (N,). The same text is never scored twice."""
         keys = [(str(prompt), text) for prompt, text in zip(prompts, texts)]
-        new = {}
-        for key, prompt, text in zip(keys, prompts, texts):
-            if key not in self.known:
-                new[key] = (prompt, text)
+        new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.known}
         if new:
-            self.known.update(zip(new, self.ask(*zip(*new.values()))))
+            scores = self.ask(list(new.values()), [text for _, text in new])
+            self.known.update(zip(new, scores))
         return np.array([self.known[key] for key in keys], dtype=float)
 
 
@@ -57,16 +63,24 @@ def kind_of(name):
     return "FILE.py" if name.endswith(".py") else "folder or hub id"
 
 
+def check_names(names, data):
+    """UserError for a name of --judge that no judge can have in a run on `data`; loads nothing."""
+    for name in names:
+        possible = {
+            "quality": data == "synthetic",
+            "judge": True,
+            "FILE.py": Path(name).is_file(),
+            "folder or hub id": Path(name).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name),
+        }
+        if not possible[kind_of(name)]:
+            raise UserError(f"--judge {name}: there is no such judge.\n{CHOICES}")
+
+
 # ---- the kinds ---------------------------------------------------------------------------------
 
 
 def exact_judge(lm, name, cfg):
     """The built-in task's rule, which no stage of training sees."""
-    if cfg.data != "synthetic":
-        raise UserError(
-            "--judge quality: only the built-in task has an exact rule. "
-            "Give judge, a FILE.py with a rule of your own, or a reward model."
-        )
     return function_judge(task.quality)
 
 
@@ -81,6 +95,8 @@ def function_judge(quality):
 
 def adapter_judge(lm, role, cfg):
     """A reward model of this run, by its role."""
+    from reward import rewards
+
     return Judge(lambda prompts, texts: rewards(lm, role, prompts, texts, cfg).tolist())
 
 
@@ -115,9 +131,7 @@ def blame(path, error):
     """One line: what the user's file raised, and on which of its lines."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
-    if isinstance(error, SyntaxError):
-        lines = [error.lineno]
-    where = f", line {lines[-1]}" if lines else ""
+    where = f", line {lines[-1]}" if lines else ""  # a SyntaxError says its line itself
     return f"--judge {path}{where}: {type(error).__name__}: {first_line(error)}"
 
 
@@ -139,9 +153,7 @@ def hub_judge(lm, name, cfg):
     except Exception as error:  # missing files, other architectures, bad configs ...
         if out_of_memory(error):
             raise
-        raise UserError(
-            f"--judge {name}: {first_line(error)}\nGive quality, judge, FILE.py or a reward model."
-        ) from None
+        raise UserError(f"--judge {name}: {first_line(error)}\n{CHOICES}") from None
     outputs = model.model.config.num_labels
     if outputs != 1:
         raise UserError(f"--judge {name}: a reward model has one output, this one has {outputs}.")

@@ -230,7 +230,7 @@ def measured(miniature, tmp_path_factory):
         return score(lm, role, prompts, texts, cfg)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judges, "rewards", noted)
+        patch.setattr(reward, "rewards", noted)
         named = judges.judges_by_name(["quality", "judge"], lm, run.config)
         with run.stage("eval", "who beats whom"):
             evaluate.evaluate(lm, run, pairs, "pit_rl1", named)

@@ -1,6 +1,9 @@
 """Who decides by a score: rules, adapters, reward models."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 import judges
 from errors import UserError
 
+ROOT = Path(__file__).parent.parent
 BUILT_IN = SimpleNamespace(data="synthetic", micro_batch=4, max_response=30)
 
 
@@ -38,8 +42,24 @@ def test_without_names_the_exact_rule_decides_where_there_is_one(lm):
     assert list(judges.judges_by_name([], lm, BUILT_IN)) == ["quality", "judge"]
     own_data = SimpleNamespace(data="mine.jsonl")
     assert list(judges.judges_by_name([], lm, own_data)) == ["judge"]
-    with pytest.raises(UserError, match="FILE.py"):
-        judges.judges_by_name(["quality"], lm, own_data)
+
+
+def test_a_name_that_no_judge_can_have_is_refused(tmp_path):
+    (tmp_path / "rule.py").write_text("")
+    good = ["quality", "judge", str(tmp_path), str(tmp_path / "rule.py"), "owner/reward-1.5B"]
+    judges.check_names(good, data="synthetic")
+    bad = ["qualitty", "Judge", "rule.py", "./nowhere", "https://hub/owner/name"]
+    for name in bad:
+        with pytest.raises(UserError, match=f"--judge {name}: there is no such judge"):
+            judges.check_names(["judge", name], data="synthetic")
+    with pytest.raises(UserError, match="built-in task only"):
+        judges.check_names(["quality"], data="mine.jsonl")
+
+
+def test_names_are_checked_before_torch_is_imported():
+    code = "import sys, judges; judges.check_names(['judge'], 'hh'); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert said.stdout == "False\n"
 
 
 def test_each_role_is_scored_by_its_own_head(lm, pairs):
@@ -73,7 +93,7 @@ def test_a_rule_of_your_own(tmp_path):
         ("def quality(prompt): return 1", "TypeError"),
         ("quality = 3", "no function quality"),
         ("x = 1\nimport nowhere", "line 2: ModuleNotFoundError"),
-        ("def quality(:", "line 1: SyntaxError"),
+        ("def quality(:", "SyntaxError.*line 1"),
         ("import sys; sys.exit(3)", "line 1: SystemExit: 3"),
     ],
 )
@@ -115,6 +135,6 @@ def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
     config = {"model_type": "own", "auto_map": code, "num_labels": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
-    with pytest.raises(UserError, match="Give quality, judge"):
+    with pytest.raises(UserError, match="Give quality"):
         judges.hub_judge(lm, str(tmp_path), BUILT_IN)
     assert not (tmp_path / "ran").exists()
