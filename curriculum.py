@@ -32,19 +32,7 @@ CURRICULA = [
     "annotated,sft,policy",
 ]
 WRITERS = {"policy": "policy_rl", "sft": "policy_sft"}  # roles that write y_ref
-SOURCES = ("annotated", "given", *WRITERS)
 EQUATIONS = {"annotated": " (Eq. 4)", "policy": " (Eq. 5)"}  # the other sources are ours
-
-
-def parse(curriculum):
-    """ "annotated,policy" -> ["annotated", "policy"], checked."""
-    sources = [source.strip() for source in curriculum.split(",")]
-    for source in sources:
-        if source not in SOURCES:
-            raise UserError(
-                f"--rounds {curriculum}: {source!r} is not one of {', '.join(SOURCES)}."
-            )
-    return sources
 
 
 def check_given(sources, pairs):

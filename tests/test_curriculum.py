@@ -147,11 +147,3 @@ def test_rounds_follow_each_other_and_share_out_all_iterations():
     assert [role for role, *_ in plan] == ["pit_rl0", "pit_rl1", "pit_rl2"]
     assert [start for _, _, start, _ in plan] == ["pit_sft", "pit_rl0", "pit_rl1"]
     assert [steps for *_, steps in plan] == [10, 11, 11]
-
-
-def test_a_curriculum_is_a_list_of_sources():
-    assert curriculum.parse("annotated, policy") == ["annotated", "policy"]
-    with pytest.raises(UserError, match="human"):
-        curriculum.parse("annotated,human")
-    for name in curriculum.CURRICULA:
-        curriculum.parse(name)

@@ -48,7 +48,8 @@ def pit(*words, stdin=""):
                 command_line.main()
         finally:
             for run in runs:
-                run.close()  # the lock of a run ends with its process
+                if hasattr(run, "lock_file"):
+                    run.lock_file.release()  # the lock of a run ends with its process
     texts = []
     for name in ("stdout", "stderr"):
         streams[name].flush()
@@ -135,10 +136,10 @@ def test_ablate_compares_curricula_and_eval_takes_one_more_judge(mini, monkeypat
     assert "](fig4.png)" in (folder / "report.md").read_text()
 
 
-def test_runs_are_listed(mini):
-    folder, _ = mini
-    out = works("runs", folder.parent)
-    assert str(folder) in out and "synthetic" in out
+def test_runs_are_listed(mini, monkeypatch):
+    monkeypatch.chdir(mini[0].parent.parent)
+    out = works("runs", mini[0].parent.name)
+    assert f"{mini[0].parent.name}/mini" in out and "synthetic" in out and "(smoke)" in out
 
 
 # ---- using a run -------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def test_a_file_is_improved(mini, tmp_path):
     output = tmp_path / "out.jsonl"
     words = "--input", tmp_path / "in.jsonl", "--output", output, "--rounds", 1
     out = works("infer", "--run", folder, *words)
-    assert "2 rows, 0 of them" in out and f"Wrote 2 rows to {output}." in out
+    assert "in.jsonl: 2, done already: 0" in out
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()][1] == "List."
 
 
@@ -179,7 +180,8 @@ def test_an_export_carries_a_card(mini, tmp_path):
     works(*words, "--merge")
     assert (tmp_path / "whole" / "model.safetensors").is_file()
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "Please improve your answer." in card and "8 prompts, judged by" in card
+    assert "Please improve your answer." in card and "8 held-out prompts, by the exact rule" in card
+    assert "license: apache-2.0\n" in card and "on the built-in base `tiny`" in card
     code, _, err = pit(*words)
     assert code == 2 and "there already" in err
 
@@ -198,24 +200,24 @@ def test_an_export_carries_a_card(mini, tmp_path):
         ("all --until lunch", "--until"),
         ("all --rounds annotated,magic", "magic"),
         ("infer --run {mini} hello --temperature 1e30", "--temperature"),
-        ("infer --run {mini} hello --stop never", "--stop never"),
+        ("infer --run {mini} hello --stop never", "--stop"),
         # empty values
-        ("all --run ''", "after --run"),
+        ("all --run ''", "--run ''"),
         ("all --data=", "--data="),
         ("infer --run {mini} '  '", "variable"),
-        ("infer --run {mini} hello --response ''", "after --response"),
+        ("infer --run {mini} hello --response ''", "--response ''"),
         # runs
-        ("infer --run {root}/tiny", "not of a run"),
+        ("infer --run {root}/tiny", "no run in"),
         ("rl --run nowhere", "no run in"),
         ("runs {tmp}", "no runs in"),
-        ("all --run {tmp}", "no config.json of a run"),
+        ("all --run {tmp}", "is no run, but holds metrics.jsonl"),
         ("all --run {mini} --seed 5", "other settings"),
         ("all --run {tmp}/new --from {tmp}/nowhere", "no run in"),
         # models
         ("all --run {tmp}/new --model {mini}", "not a model"),
         ("all --run {tmp}/new --model ./nowhere", "no such folder"),
         ("all --run {tmp}/new --model {mini}/adapters/pit_rl1", "PEFT adapter"),
-        ("all --run {tmp}/new --model no/such-model --data synthetic", "no/such-model"),
+        ("all --run {tmp}/new --model no/such-model --data nowhere.jsonl", "no/such-model"),
         ("all --run {tmp}/new --pairs 100 --target-modules nonsense", "--target-modules"),
         ("eval --run {mini} --judge no/such-judge", "no/such-judge"),
         ("judge --run {mini} --by http://127.0.0.1:9", "--llm"),
@@ -229,8 +231,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
         ("infer --run {mini} --input {tmp}/in.jsonl", "give both"),
         ("infer --run {mini} hello --input {tmp}/in.jsonl --output {tmp}/o", "not both"),
         ("infer --run {mini} --input /nowhere --output {tmp}/o", "does not exist"),
-        ("infer --run {mini} --input {tmp}/in.jsonl --output /dev/null", "plain .jsonl"),
-        ("infer --run {mini} --input {tmp}/in.jsonl --output {tmp}/o.gz", "plain .jsonl"),
+        ("infer --run {mini} --input {tmp}/in.jsonl --output /dev/null", "give a file"),
         ("infer --run {mini} --input {tmp}/in.jsonl --output {tmp}/o --stop time", "--stop time"),
         ("export --run {mini} --adapter policy --to {tmp}/x", "policy_rl, policy_sft"),
         ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
@@ -255,9 +256,32 @@ def python(code, **options):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, **options)
 
 
-def test_nothing_heavy_is_imported_for_help_and_typos():
-    code = "import pit, sys; print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
-    assert python(["-c", code]).stdout == "set()\n"
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "al",
+        "all --rounds annotated,magic",
+        "all --run tiny",
+        "rl --run nowhere",
+        "infer --run tiny hello",
+        "infer --run tiny hello --stop never",
+        "export --run tiny --adapter policy --to x",
+        "runs nowhere",
+    ],
+)
+def test_help_and_typos_are_answered_before_anything_slow_is_imported(words):
+    code = "import atexit, pit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    done = python(["-c", f"{code}sys.argv = {['pit.py', *words.split()]}; pit.main()"])
+    assert done.returncode == (0 if words == "--help" else 2) and "Traceback" not in done.stderr
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+def test_a_folder_that_is_no_run_is_answered_with_the_runs_there_are(mini, monkeypatch):
+    monkeypatch.chdir(mini[0].parent.parent)
+    Path("runs").symlink_to(mini[0].parent, target_is_directory=True)
+    code, _, err = pit("infer", "--run", ROOT / "tiny", "hello")
+    assert code == 2 and "The runs in runs/: runs/mini." in err
 
 
 @pytest.mark.parametrize(
