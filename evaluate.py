@@ -8,6 +8,7 @@ Run: python pit.py eval --run runs/tiny, under a minute
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -95,7 +96,7 @@ def mean(numbers):
     return float(np.mean(numbers))
 
 
-def elo(scores, margin=SAME, resamples=200):
+def elo(scores, margin=SAME):
     """Scores of K sides for the same N prompts, (K, N) -> Elo ratings (K,), 95% intervals (K, 2).
 
     Side 0 has 1000. All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for
@@ -105,13 +106,13 @@ def elo(scores, margin=SAME, resamples=200):
     N = scores.shape[1]
     # 1. what side i gets against side j on each prompt: 1, 0.5 or 0
     points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
-    # 2. how often i wins against j: on the prompts themselves, then on S prompts drawn from them
-    draws = np.random.default_rng(0).integers(N, size=(resamples, N))
-    wins = np.stack([points[:, :, draw].sum(2) for draw in [np.arange(N), *draws]])  # (1 + S, K, K)
+    # 2. how often i wins against j: on the prompts themselves, then on N drawn from them, 200 times
+    draws = np.random.default_rng(0).integers(N, size=(200, N))
+    wins = np.stack([points[:, :, draw].sum(2) for draw in [np.arange(N), *draws]])  # (201, K, K)
     # 3. half a drawn game more keeps the rating of a side that never wins finite
     wins += 0.25
     # 4. ratings: 400 points more are odds of 10 to 1
-    ratings = 1000 + 400 / np.log(10) * bradley_terry(wins)  # (1 + S, K)
+    ratings = 1000 + 400 / np.log(10) * bradley_terry(wins)  # (201, K)
     return ratings[0].tolist(), np.quantile(ratings[1:], [0.025, 0.975], axis=0).T.tolist()
 
 
@@ -137,15 +138,15 @@ def bradley_terry(wins):
     return (strength - strength[:, :1]).detach().numpy()
 
 
-def calibration(gaps, bins=10):
-    """Gaps of better over worse and of worse over better, (2, n) -> the error of sigma(gap).
+def calibration(up, down, bins=10):
+    """Gaps of better over worse, and of worse over better, (n,) -> the error of sigma(gap).
 
     This is the expected calibration error of sigma(gap) as a probability; 0 is perfect. With noisy
     labels Eq. 2 cannot be perfect: where annotators prefer the better text with p = 0.8, its
     minimum is at sigma(gap) = 0.75, since r^wl and r^lw, two gaps apart, are to be 0.8 as well.
     """
-    p = 1 / (1 + np.exp(-np.concatenate(gaps)))  # (2n,)
-    better = np.repeat([1.0, 0.0], len(gaps[0]))
+    p = 1 / (1 + np.exp(-np.concatenate([up, down])))  # (2n,)
+    better = np.repeat([1.0, 0.0], len(up))
     too_high, _ = np.histogram(p, bins, range=(0, 1), weights=p - better)  # in each bin, in total
     return float(np.abs(too_high).sum() / len(p))
 
@@ -153,11 +154,13 @@ def calibration(gaps, bins=10):
 # ---- measuring ---------------------------------------------------------------------------------
 
 
+@dataclass
 class View:
     """The sides as one judge sees them. What is asked twice was written and scored once."""
 
-    def __init__(self, name, judge, answers):
-        self.name, self.judge, self.answers = name, judge, answers
+    name: str
+    judge: Judge
+    answers: Answers
 
     def scores(self, key):
         """The judge's scores of one side -> (N,)."""
@@ -364,12 +367,15 @@ def gap_evidence(models, annotated, written):
             four = eq1_scores(role, model, pairs)
             if role == "reward_gap":
                 fig2[kind] = {name: scores.round(3).tolist() for name, scores in four.items()}
-            # r(y, y_ref) - r(y_ref, y_ref), of the better over the worse and the other way round
-            gaps = np.stack([four["wl"] - four["ll"], four["lw"] - four["ww"]])  # (2, n)
+            # the gap r(y, y_ref) - r(y_ref, y_ref) of better over worse, and of worse over better
+            up, down = four["wl"] - four["ll"], four["lw"] - four["ww"]  # (n,)
             # is the sign right, in both directions?
-            right = np.mean([gaps[0] > 0, gaps[1] < 0], axis=0)  # (n,)
+            right = np.mean([up > 0, down < 0], axis=0)  # (n,)
             row = {"model": role, "pairs": kind, "n": len(pairs), "accuracy": mean(right)}
-            row |= {"ci95": interval(right, bounds=(0, 1)), "calibration_error": calibration(gaps)}
+            row |= {
+                "ci95": interval(right, bounds=(0, 1)),
+                "calibration_error": calibration(up, down),
+            }
             eq2.append(row)
     return {"fig2": fig2, "eq2": eq2}
 
