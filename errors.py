@@ -1,6 +1,5 @@
 """What people are told when something goes wrong: in a line or two, what, where, and what to do."""
 
-import math
 import shlex
 import sys
 
@@ -25,16 +24,6 @@ def typed():
 def to_continue():
     """How to go on after a stop: the same command once more, which overwrites nothing."""
     return f"To continue: {typed().replace(' --overwrite', '')}"
-
-
-def check_finite(numbers):
-    """FloatingPointError for the first of these numbers, by name, that is NaN or infinite."""
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value}. Lower the learning rate of this stage, or look for odd texts "
-                "in the data."
-            )
 
 
 def out_of_memory(error):

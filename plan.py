@@ -105,18 +105,24 @@ def estimate_memory(lm, cfg):
     return work
 
 
+def totals(work):
+    """The GiB of each kind of work, all parts together."""
+    return {kind: sum(parts.values()) for kind, parts in work.items()}
+
+
 def plan_memory(lm, cfg):
     """Say what training will take, and recompute layers in the backward pass if memory is short."""
     work = estimate_memory(lm, cfg)
     # the weights are there already
     room = cfg.vram or free_memory() + work["sampling"]["weights"]
-    if max(sum(parts.values()) for parts in work.values()) > room - DESKTOP:
+    if max(totals(work).values()) > room - DESKTOP:
         lm.checkpoint_layers()
         work = estimate_memory(lm, cfg)
-    most, kind = max((sum(parts.values()), kind) for kind, parts in work.items())
+    gib = totals(work)
+    kind = max(gib, key=gib.get)
     parts = ", ".join(f"{part} {number:.2f}" for part, number in work[kind].items())
-    print(f"memory: about {most:.1f} of {room:.1f} GiB at most, in {kind}: {parts}")
-    if most > room:
+    print(f"memory: about {gib[kind]:.1f} of {room:.1f} GiB at most, in {kind}: {parts}")
+    if gib[kind] > room:
         print("  That is too much. Lower --micro-batch and --rl-batch.")
     shape = lm.peft.get_base_model().config.get_text_config()
     context = getattr(shape, "max_position_embeddings", None)
@@ -261,16 +267,13 @@ def make_plan(lm, run, parts):
     pairs = parts["rl"][:200]
     x = mean(len(lm.encode_prompt(pair.prompt)) for pair in pairs)
     y = mean(len(lm.encode_response(pair.chosen)) for pair in pairs)
-    took = run.results().get("time_s", {})
-    work = estimate_memory(lm, run.config)
-    stages, seconds = [], {}
+    seconds = run.results().get("time_s", {})
+    gib = totals(estimate_memory(lm, run.config))
+    stages = []
     for stage in plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()}):
-        name = stage.name
-        stage.memory = max(sum(work[kind].values()) for kind in WORK[stage.kind])
-        if name in took:
-            seconds[name] = took[name]
+        stage.memory = max(gib[kind] for kind in WORK[stage.kind])
         # an adapter that took no time was taken over from another run (--from)
-        if name in took or not run.adapter(name).exists():
+        if stage.name in seconds or not run.adapter(stage.name).exists():
             stages.append(stage)
     plan = Plan(stages, seconds)
     print(plan.table())

@@ -19,6 +19,7 @@ answered at once.
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,7 +35,7 @@ from types import SimpleNamespace
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from errors import UserError, check_finite, first_line, out_of_memory, to_continue, typed
+from errors import UserError, first_line, out_of_memory, to_continue, typed
 
 # all that a run writes: nothing else in its folder is ever moved or deleted
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
@@ -272,7 +273,13 @@ class Run:
     def log(self, **metrics):
         """Append a line to metrics.jsonl: stage, step, numbers by name. The bar shows the first."""
         metrics = {name: round(float(value), 6) for name, value in metrics.items()}
-        check_finite(metrics)  # before a checkpoint is written
+        for name, value in metrics.items():
+            if not math.isfinite(value):  # no checkpoint has it yet
+                raise UserError(
+                    f"{self.name}, step {self.step}: {name} is {value}. The last checkpoint is "
+                    "kept, but the same options would end here again.\nLook for odd texts in the "
+                    "data, or give a new --run with a lower learning rate for this stage."
+                )
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "step": self.step} | metrics) + "\n")
         shown = [f"{name} {value:.3g}" for name, value in list(metrics.items())[:3]]
@@ -312,13 +319,7 @@ class Run:
         self.warned = set()
         self.started = time.perf_counter()
         seed_all(self.config.seed, name, "start")
-        try:
-            yield
-        except FloatingPointError as error:
-            raise UserError(
-                f"{name}, step {self.step}: {error}\nThe last checkpoint is kept, but the same "
-                "options would end here again: give a new --run, or --overwrite."
-            ) from None
+        yield
         seconds = self.add_seconds()
         if self.plan:
             self.plan.end_stage(name, seconds)
@@ -368,9 +369,9 @@ def take_over(run, source):
     roles = []
     for folder in sorted(source.adapter("").glob("[!.]*")):
         role = folder.name
-        differs = differing_for(role, vars(source.config), vars(run.config))
-        if differs:
-            print(f"{folder} is not taken over: {', '.join(differs)} differ.")
+        names = differing(vars(source.config), vars(run.config), role)
+        if names:
+            print(f"{folder} is not taken over: {', '.join(names)} differ.")
         elif source.done(role):
             print(f"{folder} is taken over.")
             roles.append(role)
@@ -384,17 +385,15 @@ def take_over(run, source):
             shutil.copytree(source.adapter(role), new, dirs_exist_ok=True)
 
 
-def differing(old, new):
-    """The options that differ between two configs, and on which results depend."""
+def differing(old, new, role=None):
+    """The options that differ between two configs, and on which results depend.
+
+    role: of these, the options on which that adapter depends.
+    """
     skipped = (*FACTS, *FREE)
-    return [name for name in new if name not in skipped and old.get(name) != new[name]]
-
-
-def differing_for(role, old, new):
-    """The options that differ, and on which adapter `role` depends."""
-    names = differing(old, new)
+    names = [name for name in new if name not in skipped and old.get(name) != new[name]]
     for options, roles in ONLY.items():
-        if not role.startswith(tuple(roles.split())):
+        if role and not role.startswith(tuple(roles.split())):
             names = [name for name in names if name not in options.split()]
     return names
 

@@ -1,12 +1,11 @@
 """What people are told: an error that they can fix gets a line or two, our mistakes a traceback."""
 
 import errno
-import math
 
 import pytest
 import torch
 
-from errors import UserError, check_finite, explain
+from errors import UserError, explain
 
 
 @pytest.mark.parametrize(
@@ -33,9 +32,3 @@ def test_only_our_own_mistakes_keep_their_traceback(error, said):
         assert text is None
     else:
         assert said in text and len(text.splitlines()) <= 4
-
-
-def test_the_first_number_that_is_none_is_named():
-    check_finite({"a": 1.0, "b": 2.0})
-    with pytest.raises(FloatingPointError, match="b is nan. Lower"):
-        check_finite({"a": 1.0, "b": math.nan, "c": math.inf})

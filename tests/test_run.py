@@ -17,7 +17,7 @@ import pit
 import run as run_module
 from errors import UserError
 from models import adamw, take_step
-from run import Run, differing_for, list_runs, shuffled_batch
+from run import Run, differing, list_runs, shuffled_batch
 
 ROOT = Path(__file__).parent.parent
 MINI = dict(
@@ -455,7 +455,7 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
         "data fingerprint": ROLES,
     }.items():
         new = options | {change: "another"}
-        assert [role for role in ROLES if differing_for(role, options, new)] == retrained
+        assert [role for role in ROLES if differing(options, new, role)] == retrained
 
 
 def test_runs_are_listed_with_what_they_have_reached(whole):
