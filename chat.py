@@ -19,7 +19,8 @@ from infer import POLICY, end_of, improve, improve_rounds, iterate
 from run import progress, seed_all, write_text
 
 BEGIN = b'{"improved": '  # how each line of an output begins: so half a line is known to be ours
-OTHER_TASK = """Note: this run knows one kind of question only. To others it answers nonsense. Try:
+OTHER_TASK = """Note: this run knows one kind of question and answer only. For any other, its text is
+nonsense and its gaps mean nothing. Try:
 
 Where does each look in the end? Ann north: left left back.
 Ben west: right left right. Eva south: left back right.
