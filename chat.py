@@ -19,8 +19,8 @@ from infer import POLICY, end_of, improve, improve_rounds, iterate
 from run import progress, seed_all, write_text
 
 BEGIN = b'{"improved": '  # how each line of an output begins: so half a line is known to be ours
-OTHER_TASK = """Note: this run knows one kind of question and answer only. For any other, its text is
-nonsense and its gaps mean nothing. Try:
+OTHER_TASK = """Note: this run knows one kind of question and answer only. For any other, its text
+is nonsense and its gaps mean nothing. Try:
 
 Where does each look in the end? Ann north: left left back.
 Ben west: right left right. Eva south: left back right.
@@ -124,7 +124,7 @@ def improve_file(lm, cfg, settings, rows, path):
                 line = {"improved": None} | row | ours  # first "improved", as in BEGIN
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
-    print(f"Wrote {len(rows) - done:,} rows to {path}.")
+    print(f"Rows written to {path}: {len(rows) - done:,}.")
 
 
 def rows_done(path, rows, rounds):
@@ -172,7 +172,7 @@ def fit_prompts(lm, cfg, rows):
         if prompt != turns:
             cut += 1
     if cut:
-        print(f"Cut to the last {cfg.max_prompt} tokens (--max-prompt): {cut:,} prompts.")
+        print(f"Prompts cut to the last {cfg.max_prompt} tokens (--max-prompt): {cut:,}.")
     return prompts
 
 
