@@ -131,7 +131,8 @@ def drawn(tmp_path_factory):
         rl_steps=10,
         max_response=30,
         rounds="annotated,policy",
-        versions={"torch": "2.13"},
+        versions={"machine": "Linux x86_64, 2 cores", "torch": "2.13"},
+        command="python pit.py all --data pairs.jsonl",
     )
     (path / "config.json").write_text(json.dumps(config))
     (path / "results.json").write_text(json.dumps(results()))
@@ -155,89 +156,67 @@ def drawn(tmp_path_factory):
     ],
 )
 def test_a_claim_holds_where_the_whole_interval_is_above_0(ends, expected):
-    assert report.verdict(ends) == expected
+    assert report.verdict([{"delta": 0.0, "ci95": ends}])["verdict"] == expected
 
 
-def test_a_claim_of_several_comparisons_stands_with_the_worst():
+def test_a_claim_of_several_comparisons_stands_with_the_lowest_numbers():
     sure, unsure, wrong = compared(0.5), compared(0.01, 0.2), compared(-0.1)
-    assert report.claim("", "", [sure, sure])["verdict"] == "holds"
-    assert report.claim("", "", [unsure, sure])["verdict"] == "cannot tell"
-    # the lowest interval is unsure's, but it is `wrong` that decides
-    line = report.claim("", "", [sure, compared(0.0, 0.9), wrong])
-    assert (line["verdict"], line["ours"]) == ("does not hold", "-10 [-15, -5]")
-    assert report.claim("", "", [None, {"not_applicable": "it cannot"}])["ours"] == "n/a"
+    assert report.verdict([sure, sure])["verdict"] == "holds"
+    assert report.verdict([unsure, sure])["verdict"] == "cannot tell"
+    # one that fails decides, whatever the others leave open
+    line = report.verdict([sure, compared(0.0, 0.9), wrong])
+    assert line == {"verdict": "does not hold", "ours": "-10 [-90, -5]"}
 
 
 def test_the_verdicts_of_a_run_by_hand():
-    card = {line["claim"]: line for line in report.scorecard(results(), metrics())}
+    card = {line["claim"]: line for line in report.scorecard(results(), "judge")}
     verdicts = {claim: line["verdict"] for claim, line in card.items()}
-    assert verdicts == {
+    assert verdicts == {  # what was not measured is left out
         "PIT beats the original": "holds",
-        "PIT beats Self-Refine": "cannot tell",
         "PIT beats y_w": "does not hold",
         "PIT beats PIT after SFT only": "cannot tell",
-        "PIT beats best of 2, same cost": "cannot tell",
-        "PIT beats a second sample": "cannot tell",
         "temperature 0.4 beats 1": "holds",
         "0.4 is the best temperature": "does not hold",  # 0.1 is better
         "each round beats the original": "cannot tell",
-        "... and Self-Refine": "cannot tell",
         "round 2 beats round 1": "does not hold",
         "two rounds beat round 0 alone": "holds",
         "two rounds beat round 1 alone": "holds",
-        "R_PIT ranks annotated pairs": "holds",
-        "... and pairs by models": "cannot tell",
-        "only two rounds end 'better'": "holds",
+        "R_PIT ranks: annotated": "holds",
+        "R_PIT ranks: written by models": "cannot tell",
     }
     assert card["PIT beats the original"]["ours"] == "+50 [+45, +55]"
-    assert card["R_PIT ranks annotated pairs"]["ours"] == "90 [80, 97] %"
-
-
-@pytest.mark.parametrize(
-    "both, other, expected",
-    [
-        ([1.0], [0.0], "holds"),
-        ([1.0], [1.0], "does not hold"),  # another one ends there too
-        ([0.0], [0.0], "does not hold"),  # none does
-        ([1.0, -1.0], [0.0], "cannot tell"),
-        ([1.0], [1.0, -1.0], "cannot tell"),
-    ],
-)
-def test_only_two_rounds_end_better_needs_both_halves(both, other, expected):
-    lines = []
-    for step in range(40):
-        lines.append(gap_line("annotated,policy", 0, step, both[step % len(both)]))
-        lines.append(gap_line("policy", 0, step, other[step % len(other)]))
-    assert report.better_claim(lines, ["policy", "annotated,policy"])["verdict"] == expected
+    # right on 90% [80, 97] of the pairs: right - wrong is 80 [60, 94]
+    assert card["R_PIT ranks: annotated"]["ours"] == "+80 [+60, +94]"
+    by_me = report.scorecard(results(), "me")
+    assert [line["claim"] for line in by_me] == ["PIT beats the original"]
 
 
 # ---- text --------------------------------------------------------------------------------------
 
 
 def test_table_1_by_hand():
-    rows = [
-        compared(0.5, a="pit", b="original"),
-        {"a": "pit", "b": "self_refine", "not_applicable": "it cannot"},
-    ]
-    assert report.table(rows) == (
-        "| a   | b           | win | lose | tie | delta |   95% interval |\n"
-        "| --- | ----------- | --: | ---: | --: | ----: | -------------: |\n"
-        "| pit | original    |  50 |    0 |  50 | +50.0 | +45.0 to +55.0 |\n"
-        "| pit | self_refine |   - |    - |   - |   n/a |              - |"
+    rows = table1_rows("me", {("pit", "original"): 0.5, ("original", "y_w"): -1.0})
+    missing = {"a": "pit", "b": "self_refine", "judge": "me", "not_applicable": "it cannot"}
+    found = {"table1": [*rows, missing, *table1_rows("judge", {("pit", "y_w"): 0.0})]}
+    assert report.block("table1", results=found, judge="me") == (
+        "Does a beat b? In percent of 100 held-out prompts, judged by me:\n\n"
+        "| a        | b        | win | lose | tie |     delta = win - lose |\n"
+        "| -------- | -------- | --: | ---: | --: | ---------------------: |\n"
+        "| pit      | original |  50 |    0 |  50 |   +50.0 [+45.0, +55.0] |\n"
+        "| original | y_w      |   0 |  100 |   0 | -100.0 [-105.0, -95.0] |"
     )
 
 
 def test_only_tables_are_lined_up():
     page = "text | as it is\n\n| a | b |\n|---|--:|\n| long | 1 |\n| x | 23 |\n"
     assert report.line_up(page) == (
-        "text | as it is\n\n| a    |  b |\n| ---- | -: |\n| long |  1 |\n| x    | 23 |\n"
+        "text | as it is\n\n| a    |   b |\n| ---- | --: |\n| long |   1 |\n| x    |  23 |\n"
     )
 
 
 def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
     words = results()["words"]
     row = words["rows"][0]
-    assert report.alarms({}) == []
     assert report.alarms({"words": words}) == [row]
     row["without"] = compared(0.27)  # 0.39 - 0.12: less than a third is gone
     assert report.alarms({"words": words}) == []
@@ -250,35 +229,51 @@ def test_the_page_has_all_that_it_must(drawn):
     for figure in ("result", "curves", "fig2", "fig3", "fig4", "rounds", "stops"):
         assert f"]({figure}.png)" in page
         assert (drawn / f"{figure}.png").stat().st_size > 10_000
-    # who, how long
-    for fact in ("tiny, 4-bit", "pairs.jsonl, at most 2,000 pairs", "| 7 ", "2.13", "2 minutes"):
+    # what, by which command, on which machine, how long
+    assert "```sh\npython pit.py all --data pairs.jsonl\n```" in page
+    for fact in ("tiny, 4-bit", "pairs.jsonl, at most 2,000 pairs", "| 7 ", "2.13", "2 min"):
         assert fact in page
+    assert "Linux x86_64, 2 cores" in page
     # the largest gain, the median and the largest loss, in this order
     places = [page.index(f"the answer of gain {gain}") for gain in (4, 0, -4)]
     assert places == sorted(places) and "the answer of gain 3" not in page
     # the words
     assert "| indeed      | 4.2 |  63 |       35 | 113 |   0 | +16.0 [-1.0, +33.0] |" in page
-    assert '**Warning:** without the word "indeed"' in page
-    assert "A miniature run" not in page
-    # the scorecard is in the results too, and what a person said is beside it
-    stored = json.loads((drawn / "results.json").read_text())["scorecard"]
-    assert all(f"| {line['claim']} " in page for line in stored)
-    assert "Judged by me" in page and "it cannot" in page
+    assert 'Warning: without the word "indeed"' in page
+    assert "smoke run" not in page
+    # the scorecard, what is missing from it, and what a person said
+    for line in report.scorecard(results(), "judge"):
+        assert f"| {line['claim']} " in page and f"| {line['verdict']} " in page
+    assert "Judged by me:" in page and "Without Self-Refine: it cannot." in page
     assert "- me agrees with judge on 80% of 50 pairs." in page
-    assert "gone" not in page
 
 
 def test_tables_and_samples_fit_80_columns(drawn, capsys):
     page = (drawn / "report.md").read_text().splitlines()
     assert [line for line in page if len(line) > 80 and not line.startswith("![")] == []
-    report.print_table1(Run(drawn))
+    report.print_news(Run(drawn), voter=None)
     console = capsys.readouterr().out.replace(str(drawn), "").splitlines()
     assert [line for line in console if len(line) > 80] == []
-    assert any("without the word 'indeed'" in line for line in console)
 
 
-def test_a_miniature_run_says_so(drawn):
+def test_the_console_shows_what_is_new_to_who_looks(drawn, capsys):
+    report.print_news(Run(drawn), voter=None)
+    after_eval = capsys.readouterr().out
+    report.print_news(Run(drawn), voter="me")
+    after_voting = capsys.readouterr().out
+    for said in ("judged by the run's judge", "Without Self-Refine", "Warning: without the word"):
+        assert said in after_eval and said not in after_voting
+    for said in ("judged by me:", "me agrees with judge on 80% of 50 pairs."):
+        assert said in after_voting and said not in after_eval
+    assert str(drawn / "report.md") in after_eval and str(drawn / "report.md") in after_voting
+    # who has quit without a vote, or with too few of them
+    report.print_news(Run(drawn), voter="somebody else")
+    assert capsys.readouterr().out == f"\nAll tables and figures: {drawn / 'report.md'}\n"
+
+
+def test_a_smoke_run_says_so_and_has_no_verdicts(drawn):
     run = Run(drawn)
     run.config.rl_steps = 2
-    page = report.PAGE.render(run=run, cfg=run.config, results=run.results(), machine="")
-    assert "A miniature run" in page
+    page = report.PAGE.render(run=run, cfg=run.config, results=run.results())
+    assert "> A smoke run" in page and "| smoke run |" in page
+    assert "| holds |" not in page and "| cannot tell |" not in page
