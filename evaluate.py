@@ -439,7 +439,7 @@ def add_votes(run):
         if len(cast) >= ENOUGH:
             table1.append({"a": a, "b": b, "judge": judge} | compare(cast, 0))
         elif cast:
-            notes.append(f"{judge}: {a} vs {b} has {len(cast)} votes, and needs {ENOUGH}.")
+            notes.append(f"{judge}: {len(cast)} votes on {a} vs {b}. A row needs {ENOUGH}.")
     # 3. how far to trust them
     for judge, other in product(voters, [*voters, *lines[0]["scores"]]):
         both = [verdicts for _, verdicts in said if judge in verdicts and other in verdicts]

@@ -81,16 +81,9 @@ def questions_left(run, judge, n):
 
     Sorted by their hashes: an order that says nothing, and is the same again after a break.
     """
-    votes, left = read_votes(run), {}
-    for question in questions_about(read_answers(run)[:n]):
-        key = question.id()
-        if (judge, key) in votes:
-            continue
-        if question.text_a == question.text_b:
-            add_vote(run, judge, question, 0)
-        else:
-            left[key] = question
-    return [left[key] for key in sorted(left)]
+    votes = read_votes(run)
+    questions = {question.id(): question for question in questions_about(read_answers(run)[:n])}
+    return [questions[key] for key in sorted(questions) if (judge, key) not in votes]
 
 
 def read_votes(run):
@@ -160,6 +153,9 @@ def ask_llm(run, url, llm, n=128):
 def ask_both_orders(run, client, llm, question):
     """Add the language model's vote to votes.jsonl: a tie if the order changes its mind."""
     prompt, a, b = question.prompt, question.text_a, question.text_b
+    if a == b:
+        add_vote(run, llm, question, 0)
+        return
     votes = [ask(client, llm, prompt, a, b), ask(client, llm, prompt, b, a)]
     forward, turned = (vote or 0 for vote in votes)
     same = forward == -turned
@@ -211,6 +207,10 @@ def ask_person(run, n=128):
     left = questions_left(run, ME, n)
     voted = []  # in this session, for undo
     while left:
+        if left[0].text_a == left[0].text_b:
+            # a tie, when its turn comes: all at once, a session cut short would have too many
+            add_vote(run, ME, left.pop(0), 0)
+            continue
         print(f"\n{'=' * WIDTH}\n{len(left)} pairs to go")
         turned = int(left[0].id(), 16) % 2  # a coin: b is shown first
         show(left[0], turned)

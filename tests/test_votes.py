@@ -264,6 +264,22 @@ def test_a_person_votes_undoes_quits_and_goes_on(run, monkeypatch, capsys):
     assert "pit" not in shown and "original" not in shown and "y_w" not in shown
 
 
+def test_equal_answers_are_ties_but_not_before_their_turn(run, monkeypatch):
+    lines = [json.loads(line) for line in (run.path / "answers.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["answers"]["y_w"] = line["answers"]["pit"]  # a third of all questions
+    (run.path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    order = votes.questions_left(run, "me", N)
+    equal = [question.text_a == question.text_b for question in order]
+    voted = [place for place, same in enumerate(equal) if not same]
+    type_in(run, monkeypatch, "11q")
+    # two votes, and the ties before the third
+    assert len(votes.read_votes(run)) == voted[2] < len(order)
+    type_in(run, monkeypatch, "1" * 99)
+    said = votes.read_votes(run)
+    assert [said["me", q.id()]["vote"] for q, same in zip(order, equal) if same] == [0] * N
+
+
 def test_a_person_who_knows_the_sides_always_wins_whatever_the_order(run, monkeypatch, capsys):
     """Always voting for the longer answer, by what is on the screen."""
 
@@ -285,7 +301,7 @@ def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch,
     type_in(run, monkeypatch, "t" * 99)
     evaluate.add_votes(run)
     assert rows_by(run, "me") == {}
-    note = f"me: pit vs original has {N} votes, and needs {N + 1}."
+    note = f"me: {N} votes on pit vs original. A row needs {N + 1}."
     assert note in run.results()["votes"] and note in capsys.readouterr().out
 
 
