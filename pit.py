@@ -470,7 +470,7 @@ def ablate(run: StageRun, judge: Judges = None):
 @app.command(name="judge")
 def judge_command(
     run: StageRun,
-    by: option(str, "me, or the address of an OpenAI-compatible server."),
+    by: option(str, "me, or a server's address, such as http://localhost:8000/v1.") = None,
     llm: option(str, "The model's name there; its key: JUDGE_API_KEY in the environment.") = None,
     n: option(int, "Held-out prompts to ask about.", min=1) = 128,
 ):
@@ -478,6 +478,11 @@ def judge_command(
 
     Example: python pit.py judge --run runs/tiny --by me
     """
+    if by != "me" and not (llm and str(by).startswith("http")):
+        raise UserError(
+            "Who judges? Give --by me, or a server's address and the name of a model there:\n"
+            "--by http://localhost:8000/v1 --llm NAME"
+        )
     import evaluate
     import report
     import votes
@@ -485,12 +490,10 @@ def judge_command(
     opened = open_run(run)
     if by == "me":
         votes.ask_person(opened, n)
-    elif llm:
-        votes.ask_llm(opened, by, llm, n)
     else:
-        raise UserError(f"--by {by}: which model there? Give its name with --llm.")
+        votes.ask_llm(opened, by, llm, n)
     evaluate.add_votes(opened)
-    report.write_report(opened)
+    report.write_report(opened, voter="me" if by == "me" else llm)
 
 
 @app.command(name="runs")

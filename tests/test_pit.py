@@ -220,7 +220,9 @@ def test_an_export_carries_a_card(mini, tmp_path):
         ("all --run {tmp}/new --model no/such-model --data nowhere.jsonl", "no/such-model"),
         ("all --run {tmp}/new --pairs 100 --target-modules nonsense", "--target-modules"),
         ("eval --run {mini} --judge no/such-judge", "no/such-judge"),
+        ("judge --run {mini}", "--by me"),
         ("judge --run {mini} --by http://127.0.0.1:9", "--llm"),
+        ("judge --run {mini} --by localhost:8000 --llm NAME", "--by http://"),
         # data
         ("all --run {tmp}/new --data no-such-file.jsonl", "no-such-file.jsonl"),
         # prompts, files, exports
