@@ -415,7 +415,7 @@ def rows_of(columns):
 
 
 def add_votes(run):
-    """Turn all votes (votes.py) into rows of Table 1, and print what they say -> results.json."""
+    """Turn all votes (votes.py) into rows of Table 1, and notes on them -> results.json."""
     votes, lines, results = read_votes(run), read_answers(run), run.results()
     voters = sorted({judge for judge, _ in votes})
     # 1. what the judges say of each question: 1, a is better; -1, b is; 0, a tie
@@ -447,8 +447,6 @@ def add_votes(run):
             same = mean([verdicts[judge] == verdicts[other] for verdicts in both])
             notes.append(f"{judge} agrees with {other} on {same:.0%} of {len(both)} pairs.")
     notes += position_bias(votes)
-    for note in notes:
-        print(note)
     run.add_results(table1=table1, votes=notes)
 
 

@@ -152,12 +152,12 @@ def write_report(run, voter=None):
 def print_news(run, voter):
     """Table 1 by the main judge, with what to know about it; or by who has just voted."""
     results = run.results()
-    values = {"cfg": run.config, "results": results, "judge": voter or results["main"]}
-    texts = [block("banner", **values), block("table1", **values)]
+    texts = [block("table1", results=results, judge=voter or results["main"])]
     if voter:
-        texts += [note for note in results["votes"] if note.startswith(voter)]
+        texts.append("\n".join(note for note in results["votes"] if note.startswith(voter)))
     else:
-        texts.append(block("caveats", **values))
+        texts.append(block("caveats", results=results))
+        texts.append(block("banner", cfg=run.config))
     for text in filter(None, texts):
         print(f"\n{text}")
     print(f"\nAll tables and figures: {run.path / 'report.md'}")

@@ -70,6 +70,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *_: None  # a client that has given up
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -108,7 +109,7 @@ def rows_by(run, judge):
     return {(r["a"], r["b"]): r for r in run.results()["table1"] if r["judge"] == judge}
 
 
-def test_a_language_model_becomes_rows_of_table_1(run, serve, capsys):
+def test_a_language_model_becomes_rows_of_table_1(run, serve):
     server = serve(longer)
     votes.ask_llm(run, server.url, "some/model", n=100)
     # three rows differ, in two orders each; pit vs best_of_2 shows the texts of pit vs original
@@ -127,7 +128,6 @@ def test_a_language_model_becomes_rows_of_table_1(run, serve, capsys):
     agrees, bias = run.results()["votes"]
     assert agrees == "some/model agrees with quality on 100% of 24 pairs."
     assert "decided 0% of 18 pairs, and 0 replies could not be read" in bias
-    assert capsys.readouterr().out == f"{agrees}\n{bias}\n"
     # nothing is asked again
     votes.ask_llm(run, server.url, "some/model", n=100)
     assert len(server.requests) == N * 3 * 2
@@ -296,13 +296,13 @@ def test_a_person_who_knows_the_sides_always_wins_whatever_the_order(run, monkey
     assert run.results()["votes"] == ["me agrees with quality on 100% of 24 pairs."]
 
 
-def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch, capsys):
+def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch):
     monkeypatch.setattr(evaluate, "ENOUGH", N + 1)
     type_in(run, monkeypatch, "t" * 99)
     evaluate.add_votes(run)
     assert rows_by(run, "me") == {}
     note = f"me: {N} votes on pit vs original. A row needs {N + 1}."
-    assert note in run.results()["votes"] and note in capsys.readouterr().out
+    assert note in run.results()["votes"]
 
 
 def test_the_order_on_the_screen_is_a_fair_coin():
