@@ -109,7 +109,7 @@ def read_pairs(source, skip_bad=False, columns=""):
         try:
             row = read_columns(row)
             form = find_form(row, forms)
-            notes[f"rows of {form}"] += 1
+            notes[f"read as {form}"] += 1
             pair = Pair(*read_pair(row, form))
             if pair.key() in kept:
                 raise TeachesNothing("seen before")
@@ -150,10 +150,10 @@ def filter_by_length(pairs, lm, cfg):
             notes[f"dropped (a prompt that no cut brings to {cfg.max_prompt} tokens)"] += 1
             continue
         if prompt != pair.prompt:
-            notes[f"prompts cut to {cfg.max_prompt} tokens"] += 1
+            notes[f"with a prompt cut to {cfg.max_prompt} tokens"] += 1
         kept.append(replace(pair, prompt=prompt))
 
-    notes["pairs kept"] = len(kept)
+    notes["kept"] = len(kept)
     print(f"{cfg.data}: {describe(notes)}")
     if len(fitting) < len(pairs) / 2:
         enough = sorted(lengths)[int(0.9 * len(pairs))]
@@ -205,7 +205,7 @@ def split(pairs, seed):
         start += share
         if len(parts[name]) < 8:
             raise UserError(
-                f"{len(pairs)} pairs of {len(groups)} prompts are too few: {name} would get "
+                f"Too few pairs: {len(pairs)}, prompts: {len(groups)}. Then {name} would get "
                 f"{len(parts[name])}, and needs 8.\n"
                 "Give more --data, or raise --pairs, --max-prompt or --max-response."
             )

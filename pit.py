@@ -559,9 +559,6 @@ def infer_command(
     for role in roles:
         opened.need(role, "all")
     rows = read_rows(input) if input else []
-    if output:
-        done = chat.rows_done(output, rows, rounds)
-        print(f"Rows in {input}: {len(rows):,}, done already: {done:,}")
     turns = read_turns(prompt, "prompt") if prompt else []
     if response:
         response = read_text(response)
@@ -644,19 +641,20 @@ def card(lm, run, role, merge):
     from models import find_model
     from report import label
 
+    base = find_model(run.config.model)
     turns = [{"role": "user", "content": "THE QUESTION"}]
     if not role.startswith(("policy", "reward_policy", "judge")):
         turns = improve_prompt(turns, "THE ANSWER TO IMPROVE")
     page = jinja2.Template((ROOT / "card.md.jinja").read_text(encoding="utf-8"), trim_blocks=True)
     return page.render(
+        lm=lm,
+        run=run,
         role=role,
         merge=merge,
-        cfg=run.config,
-        scores=role in lm.heads,
-        licence=licence_of(find_model(run.config.model)),
-        turns=lm.tokenizer.decode(lm.encode_prompt(turns)),
-        eos=lm.tokenizer.decode([lm.eos]),
-        gain=run.gain(),
+        turns=turns,
+        base=base,
+        is_local=Path(base).exists(),
+        licence=licence_of(base),
         label=label,
     )
 

@@ -198,9 +198,12 @@ class Plan:
     """The stages of a run, and how long they take by what has been measured so far."""
 
     def __init__(self, stages, seconds):
-        """seconds: of the stages that are done, by name."""
+        """seconds: of what is done, by name."""
         self.stages = stages
-        self.seconds = seconds  # measured, or what the present stage's steps come to
+        # of each stage: measured, or what the steps of the present one come to
+        self.seconds = {
+            stage.name: seconds[stage.name] for stage in stages if stage.name in seconds
+        }
         self.ends = []  # when each step of the present stage ended
 
     def begin(self, name):

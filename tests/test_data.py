@@ -77,7 +77,7 @@ def test_pairs_beyond_the_limit_are_drawn_not_cut_off(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     pairs = data.load_pairs(str(path), 20, 0)
-    counts = "50 rows of prompt, chosen, rejected (TRL), 30 left out (more than --pairs)"
+    counts = "50 read as prompt, chosen, rejected (TRL), 30 left out (more than --pairs)"
     assert capsys.readouterr().out == f"{path}: {counts}\n"
     assert len(pairs) == 20 and pairs == data.load_pairs(str(path), 20, 0)
     assert {int(pair.prompt[0]["content"][1:]) for pair in pairs} & set(range(40, 50))
@@ -128,8 +128,8 @@ def test_cuts_are_counted(capsys):
     kept = data.filter_by_length(pairs, LM, limits(5, 2))
     assert kept == [data.Pair(user("the end"), "yes", "no")] * 3 + [pairs[5]]
     assert capsys.readouterr().out == (
-        "pairs.jsonl: 2 dropped (an answer over 2 tokens), 3 prompts cut to 5 tokens, "
-        "1 dropped (a prompt that no cut brings to 5 tokens), 4 pairs kept\n"
+        "pairs.jsonl: 2 dropped (an answer over 2 tokens), 3 with a prompt cut to 5 tokens, "
+        "1 dropped (a prompt that no cut brings to 5 tokens), 4 kept\n"
     )
 
 
@@ -162,9 +162,9 @@ def test_split_keeps_a_prompt_on_one_side_and_does_not_depend_on_the_order():
 
 def test_too_few_pairs_are_told_on_a_line_of_their_own(capsys):
     pairs = data.synthetic_pairs(34, seed=0)
-    with pytest.raises(UserError, match="^34 pairs of 34 prompts are too few.*\n.* --max-response"):
+    with pytest.raises(UserError, match="^Too few pairs: 34, prompts: 34.*\n.* --max-response"):
         data.load_parts(limits(99, 99), LM, pairs)
-    assert capsys.readouterr().out == "pairs.jsonl: 34 pairs kept\n"
+    assert capsys.readouterr().out == "pairs.jsonl: 34 kept\n"
 
 
 def test_data_is_imported_without_torch_and_datasets():
