@@ -77,7 +77,7 @@ def test_a_conversation_survives_what_it_cannot_answer_and_says_what_is_cut(
     prompts = converse(able, cfg, monkeypatch, ["x" * 200, "north " * 60 + "ends here."])
     assert len(prompts) == 1 and prompts[0][0].endswith("ends here.")
     out = capsys.readouterr().out
-    assert "even cut" in out and "Cut to the last 20 tokens" in out
+    assert "even cut" in out and "cut to the last 20 tokens" in out
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_prompt_is_cut_to_what_the_run_was_trained_on_or_refused(lm, capsys):
     long = [{"role": "user", "content": "north " * 100 + "Where does Ann look in the end?"}]
     (cut,) = chat.fit_prompts(lm, cfg, [({}, long, None, "the prompt")])
     assert cut[0]["content"].endswith("in the end?") and len(lm.encode_prompt(cut)) <= 40
-    assert "Cut to the last 40 tokens (--max-prompt): 1 prompts." in capsys.readouterr().out
+    assert "Prompts cut to the last 40 tokens (--max-prompt): 1." in capsys.readouterr().out
     for turns, response, said in (
         ([{"role": "user", "content": "x" * 200}], None, "row 3: even cut"),
         ([{"role": "assistant", "content": "x"}], None, "row 3: user and assistant"),
