@@ -271,7 +271,9 @@ def temperature_table(view, methods):
         for T in TEMPERATURES:
             key = Key(method, temperature=T)
             row = {"method": method, "temperature": T} | view.compare(key, ORIGINAL)
-            rows.append(row if key == best else row | {"04_over_it": view.compare(best, key)})
+            if key != best:
+                row["04_over_it"] = view.compare(best, key)
+            rows.append(row)
     return rows
 
 
@@ -289,9 +291,9 @@ def rounds_table(view, methods):
             "elo_ci95": ends,
             "mean": mean(scores),
             "mean_ci95": interval(scores),
+            "over_original": view.compare(key, ORIGINAL),
+            "over_previous": view.compare(key, key.before()),
         }
-        row["over_original"] = view.compare(key, ORIGINAL)
-        row["over_previous"] = view.compare(key, key.before())
         if key.method == "pit" and "self_refine" in methods:
             row["over_self_refine"] = view.compare(key, key._replace(method="self_refine"))
         rows.append(row)
@@ -320,13 +322,13 @@ def stop_table(main, r_pit):
     """
     rounds = round_keys("pit")
     sides = [main.answers.side(key) for key in (ORIGINAL, *rounds)]
-    # of each prompt: the texts y_0 ... y_K, their scores, the tokens written up to each, the gaps
-    texts = zip(*[side.texts for side in sides])
-    scores = zip(*[main.scores(key) for key in (ORIGINAL, *rounds)])
-    tokens = zip(*[side.spent for side in sides])
-    gaps = zip(*[r_pit.gaps(key) for key in rounds])
-    prompts = list(zip(texts, scores, tokens, gaps))
-    rows = []
+    columns = zip(
+        zip(*[side.texts for side in sides]),  # of each prompt: the texts y_0 ... y_K,
+        zip(*[main.scores(key) for key in (ORIGINAL, *rounds)]),  # their scores,
+        zip(*[side.spent for side in sides]),  # the tokens written up to each,
+        zip(*[r_pit.gaps(key) for key in rounds]),  # and the gaps, from y_1 on
+    )
+    prompts, rows = list(columns), []
     for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
         most = ROUNDS if stop == "time" else limit
         budget = mean(sides[limit].spent)
