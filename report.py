@@ -5,6 +5,7 @@ folder, so a report can be drawn again at any time. Its page is the template rep
 Everywhere Delta = win - lose, in points of held-out prompts, with its 95% interval.
 """
 
+import re
 from itertools import groupby
 from pathlib import Path
 from textwrap import fill
@@ -135,9 +136,9 @@ def alarms(results):
 
 
 def write_report(run, voter=None):
-    """All results so far as a page for people, report.md, with its figures; the news are printed.
+    """Draw report.md and its figures from all results so far, and print what is new.
 
-    voter: who has just voted. Without: Table 1 is new.
+    That is Table 1 by the main judge or, after a vote, by the voter.
     """
     results, metrics = run.results(), run.metrics()
     for plot in (plot_curves, plot_result, plot_fig2, plot_fig3, plot_rounds, plot_stops):
@@ -150,7 +151,7 @@ def write_report(run, voter=None):
 
 
 def print_news(run, voter):
-    """Table 1 by the main judge, with what to know about it; or by who has just voted."""
+    """Table 1 by the main judge, with its caveats; or by who has just voted, with notes on that."""
     results = run.results()
     texts = [block("table1", results=results, judge=voter or results["main"])]
     if voter:
@@ -181,22 +182,22 @@ def scorecard(results, judge):
 
     What was not measured is left out. The tables after Table 1 are by the main judge alone.
     """
-    rows = {(row["a"], row["b"]): row for row in judged_by(results, judge)}
-    claims = [(text, paper, [rows.get((a, b))]) for text, paper, a, b in CLAIMS]
+    table1 = {(row["a"], row["b"]): row for row in judged_by(results, judge)}
+    claims = [(text, paper, [table1.get((a, b))]) for text, paper, a, b in CLAIMS]
     if judge == results["main"]:
         claims += other_claims(results)
     card = []
     for text, paper, rows in claims:
-        rows = [row for row in rows if row]
-        if rows:
-            card.append({"claim": text, "paper": paper} | verdict(rows))
+        measured = [row for row in rows if row]
+        if measured:
+            card.append({"claim": text, "paper": paper} | verdict(measured))
     return card
 
 
 def verdict(rows):
-    """Whether a claim holds that is one comparison, or several -> this run's number, the verdict.
+    """Does a claim hold that is one comparison, or several? -> this run's number, the verdict.
 
-    Of several, the lowest of each number counts: they must all hold, and no one may fail.
+    Of several, each number is the lowest: the claim holds if all do, and fails if one does.
     """
     low, high = np.min([row["ci95"] for row in rows], axis=0)
     delta = min(row["delta"] for row in rows)
@@ -210,10 +211,12 @@ def verdict(rows):
 
 def other_claims(results):
     """The claims that Table 1 does not decide: (claim, the paper's number, comparisons)."""
+    # 1. what was compared, by the main judge
     rounds = grouped(results["table3"], "method")["pit"]
     temperatures = grouped(results["fig3"], "method")["pit"]
     cooler = {row["temperature"]: row.get("04_over_it") for row in temperatures}
     both = {row["curriculum"]: row["both_over_it"] for row in results.get("table2", [])}
+    # 2. deltas
     claims = [
         ("temperature 0.4 beats 1", "yes", [cooler[1.0]]),
         ("0.4 is the best temperature", "0.4-0.6", cooler.values()),
@@ -223,6 +226,7 @@ def other_claims(results):
         ("two rounds beat round 0 alone", "13 vs 0", [both.get("annotated")]),
         ("two rounds beat round 1 alone", "13 vs 2", [both.get("policy")]),
     ]
+    # 3. accuracies, as deltas: right - wrong
     for row in grouped(results["eq2"], "model")["reward_gap"]:
         paper = "yes" if row["pairs"] == "annotated" else "not said"
         right = {"delta": 2 * row["accuracy"] - 1, "ci95": [2 * end - 1 for end in row["ci95"]]}
@@ -234,14 +238,14 @@ def other_claims(results):
 
 
 PANELS = [  # of curves.png: a metric, what it is, the stages that log it
-    ("loss", "SFT: loss (nats per token)", ("policy_sft", "pit_sft")),
-    ("accuracy", "Reward models: pairs ranked right", ("reward", "judge")),
-    ("score", "Policy RL: mean reward by R_P", ("policy_rl",)),
-    ("score", "PIT RL: mean gap by R_PIT (0 = no change)", ("pit_rl",)),
-    ("kl", "RL: KL to SFT (nats per answer, 0 = same)", ("policy_rl", "pit_rl")),
-    ("length", "RL: length of answers (tokens)", ("policy_rl", "pit_rl")),
-    ("eos", "RL: share of answers with an end", ("policy_rl", "pit_rl")),
-    ("explained_variance", "RL: variance explained by the critic", ("policy_rl", "pit_rl")),
+    ("loss", "SFT: loss (nats per token)", "policy_sft|pit_sft"),
+    ("accuracy", "Reward models: pairs ranked right", "reward|judge"),
+    ("score", "Policy RL: mean reward by R_P", "policy_rl"),
+    ("score", "PIT RL: mean gap by R_PIT (0 = no change)", "pit_rl"),
+    ("kl", "RL: KL to SFT (nats per answer, 0 = same)", "policy_rl|pit_rl"),
+    ("length", "RL: length of answers (tokens)", "policy_rl|pit_rl"),
+    ("eos", "RL: share of answers with an end", "policy_rl|pit_rl"),
+    ("explained_variance", "RL: variance explained by the critic", "policy_rl|pit_rl"),
 ]
 IN_POINTS = matplotlib.ticker.PercentFormatter(1, symbol="")
 
@@ -287,9 +291,9 @@ def curve(ax, lines, name, **kwargs):
 def plot_curves(run, results, metrics):
     """The learning curves of all stages, one panel a quantity -> curves.png."""
     figure, axes = plt.subplots(2, 4, figsize=(18, 8))
-    for ax, (name, title, prefixes) in zip(axes.flat, PANELS):
+    for ax, (name, title, stages) in zip(axes.flat, PANELS):
         for stage, lines in grouped(metrics, "stage").items():
-            if stage.startswith(prefixes):
+            if re.match(stages, stage):
                 curve(ax, lines, name, label=stage, alpha=0.7)  # curves that agree stay visible
         if name == "length":
             ax.axhline(run.config.max_response, color="black", linestyle="--", label="limit")
@@ -302,6 +306,7 @@ def plot_curves(run, results, metrics):
 def plot_result(run, results, metrics):
     """Who beats the policy's own answers, and the gap in each of PIT's rounds -> result.png."""
     figure, (left, right) = plt.subplots(1, 2)
+    # 1. left: deltas, from the bottom to the top
     for row in reversed(judged_by(results, results["main"])):
         if row["b"] == "original":
             low, high = row["ci95"]
@@ -311,6 +316,7 @@ def plot_result(run, results, metrics):
     left.xaxis.set_major_formatter(IN_POINTS)
     left.set_title(f"Better than the policy's own answer?\nJudged by {label(results['main'])}")
     left.set_xlabel("win - lose, in points of held-out prompts (95% interval)")
+    # 2. right: the rounds on one scale, but on references of their own
     stages = grouped(metrics, "stage")
     for number, source in enumerate(run.config.rounds.split(",")):
         name = f"round {number}, over {source} answers"

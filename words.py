@@ -25,8 +25,8 @@ def words_of(text):
 def shape_of(text):
     """How a text ends, and how long it is."""
     mark = re.search(r"\W?$", text)[0] or "no mark"
-    tens = len(text.split()) // 10
-    return [f"ends with {mark}", f"{tens}0 to {tens}9 words"]
+    low = len(text.split()) // 10 * 10
+    return [f"ends with {mark}", f"{low} to {low + 9} words"]
 
 
 def log_odds(a, b, background):

@@ -271,9 +271,11 @@ def test_the_console_shows_what_is_new_to_who_looks(drawn, capsys):
     assert capsys.readouterr().out == f"\nAll tables and figures: {drawn / 'report.md'}\n"
 
 
-def test_a_smoke_run_says_so_and_has_no_verdicts(drawn):
+def test_a_smoke_run_says_so_and_has_no_verdicts(drawn, capsys):
     run = Run(drawn)
     run.config.rl_steps = 2
     page = report.PAGE.render(run=run, cfg=run.config, results=run.results())
     assert "> A smoke run" in page and "| smoke run |" in page
     assert "| holds |" not in page and "| cannot tell |" not in page
+    report.print_news(run, voter=None)
+    assert "A smoke run" in capsys.readouterr().out

@@ -74,6 +74,7 @@ def test_endings_and_lengths_stand_out_too():
     found = words.measure(lines, PAIRS, Judge(loves_indeed))
     features = [row["feature"] for row in found["rows"]]
     assert {"ends with !", "10 to 19 words"} < set(features)
+    assert words.shape_of("Yes.") == ["ends with .", "0 to 9 words"]
 
 
 def test_log_odds_against_a_plain_second_computation():
