@@ -93,8 +93,7 @@ class LM:
         # never learn to stop.
         self.pad = 1 if self.eos == 0 else 0
         self.size = base.num_parameters()
-        window = getattr(base.config, "sliding_window", None)
-        self.shared_row = base.config.model_type in SHARED_ROW and not window
+        self.shared_row = base.config.model_type in SHARED_ROW
         self.backbone = base.get_decoder()
         self.hidden_size = base.get_input_embeddings().embedding_dim
         # "blank" is the base itself: the B of a new LoRA is zero

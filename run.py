@@ -212,6 +212,8 @@ class Run:
         """Load the trained `role` into `lm`; UserError if it does not fit."""
         try:
             lm.load(role, self.adapter(role))
+            if (role in lm.heads) != role.startswith(("reward", "judge")):
+                raise ValueError("a reward model has a head, a model that writes has none")
         except Exception as error:  # files, names, shapes: all kinds
             if out_of_memory(error):
                 raise

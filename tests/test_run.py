@@ -343,6 +343,9 @@ def test_an_adapter_under_another_name_or_of_another_shape_is_refused(whole, lm,
     for role in ("pit_rl0", "policy_rl"):
         with pytest.raises(UserError, match=f"{role} does not fit"):
             run.load(own, role)
+    (run.adapter("judge") / "head.safetensors").unlink()
+    with pytest.raises(UserError, match="a reward model has a head"):
+        run.load(own, "judge")
 
 
 def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
