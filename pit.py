@@ -80,11 +80,11 @@ PRESETS = {
     # On one CPU core SmolLM2-135M takes about 9 ms to train a token, 3 ms to read one and 15 ms to
     # write one. With HH-RLHF that makes under four minutes in all, half of them for evaluation.
     "smoke real": dict(
-        pairs=2_000,  # nine in ten have an answer of more than 24 tokens, and are dropped
+        pairs=2_000,  # nine in ten have an answer of more than 32 tokens, and are dropped
         max_prompt=64,
-        max_response=24,
+        max_response=32,
         save_every=1,
-        eval_n=3,  # with 41 texts per prompt
+        eval_n=2,  # with 41 texts per prompt
         sft_steps=2,
         sft_batch=2,
         rm_steps=2,
