@@ -22,7 +22,7 @@ def typed():
 
 
 def to_continue():
-    """How to go on after a stop: the same command once more, which overwrites nothing."""
+    """How to go on after a stop: the same command, without --overwrite."""
     return f"To continue: {typed().replace(' --overwrite', '')}"
 
 

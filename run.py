@@ -501,7 +501,7 @@ def checksums(folder):
 
 
 def is_intact(folder, role):
-    """Whether a folder holds what `new_folder` wrote for `role`; a damaged one is named.
+    """Whether a folder holds what `new_folder` wrote for `role`; reports a damaged one.
 
     Files beside its own (a .DS_Store) do no harm.
     """
