@@ -440,7 +440,7 @@ def explained(name, advice):
         raise UserError(f"Cannot load the model {name!r}: {first_line(error)}\n{advice}") from None
 
 
-@cache  # `all` checks before it reads any data, and load_model once more
+@cache  # `all` checks before it reads any data, load_model again
 def check_model(name):
     """Raise UserError unless `name` is a base model with a config and a tokenizer."""
     source = find_model(name)
