@@ -188,7 +188,17 @@ def rows_of_table(text):
     csv.field_size_limit(2**31 - 1)
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     for row in table:
-        yield f"line {table.line_num}", row
+        yield f"line {table.line_num}", {name: read_cell(cell) for name, cell in row.items()}
+
+
+def read_cell(text):
+    """A cell of a table: messages where it holds them as JSON, else its text."""
+    if re.match(r'\[\{"(role|from)":', str(text)):
+        try:
+            return json.loads(text)
+        except ValueError:  # an answer that only looks so
+            pass
+    return text
 
 
 def rows_of_json(text):

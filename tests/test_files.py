@@ -1,6 +1,7 @@
 """Forms of preference pairs, kinds of files, folders and hubs; what is said about bad ones."""
 
 import bz2
+import csv
 import gzip
 import json
 
@@ -401,6 +402,13 @@ def test_parquet_folders_and_home(tmp_path, monkeypatch):
     (tmp_path / "saved" / "train" / "state.json").write_text("{")
     with pytest.raises(UserError, match="saved: it cannot be read after the start"):
         read_pairs(str(tmp_path / "saved"))
+
+
+def test_messages_in_a_cell_of_a_table(tmp_path):
+    cells = [json.dumps([turn]) for turn in (TURNS[2], said("a"), said("b"))]
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], cells])
+    assert read_pairs(str(tmp_path / "pairs.csv"))[0] == [Pair(TURNS[2:], "a", "b")]
 
 
 def test_a_file_of_a_single_row(tmp_path):
