@@ -377,7 +377,8 @@ def plot_rounds(run, results, metrics):
 def plot_stops(run, results, metrics):
     """What each stop rule gives for its tokens, beside a fixed number of rounds -> stops.png."""
     rules = grouped(results["stops"], "stop")
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, sharey=True)
+    panels = (len(rules) + 1) // 2, 2  # two in a row
+    figure, axes = plt.subplots(*panels, figsize=(12, 8), sharex=True, sharey=True, squeeze=False)
     for ax, (stop, rows) in zip(axes.flat, rules.items()):
         bars(ax, rules["rounds"], "tokens", "mean", "ci95", color="lightgray", label="no rule")
         bars(ax, rows, "tokens", "mean", "ci95", label="this rule")

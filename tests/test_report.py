@@ -248,6 +248,20 @@ def test_the_page_has_all_that_it_must(drawn):
     assert "- me agrees with judge on 80% of 50 pairs." in page
 
 
+def test_no_stop_rule_is_left_out_and_both_rounds_share_a_scale(drawn, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    run, found = Run(drawn), results()
+    found["stops"] += [row | {"stop": "a rule of yours"} for row in found["stops"][:2]]
+    report.plot_stops(run, found, metrics())
+    report.plot_result(run, found, metrics())
+    stops, result = figures
+    titles = [ax.get_title() for ax in stops.axes]
+    assert "Stop a rule of yours" in titles and len(list(filter(None, titles))) == 3
+    _, labels = result.axes[1].get_legend_handles_labels()
+    assert labels == ["round 0, over annotated answers", "round 1, over policy answers"]
+
+
 def test_tables_and_samples_fit_80_columns(drawn, capsys):
     page = (drawn / "report.md").read_text().splitlines()
     assert [line for line in page if len(line) > 80 and not line.startswith("![")] == []
