@@ -94,9 +94,15 @@ def tensors_in(values):
             yield from tensors_in(value)
 
 
+def begin(folder):
+    run = Run.start(folder, OPTIONS)
+    run.begin()
+    return run
+
+
 def train_all(lm, folder):
     """Every stage, one after another; then an answer is improved."""
-    run = Run.start(folder, OPTIONS)
+    run = begin(folder)
     pairs = split(synthetic_pairs(100, seed=0), seed=0)
     sft.train_policy(lm, run, pairs["sft"])
     sft.train_pit(lm, run, pairs["sft"])
@@ -136,10 +142,10 @@ def test_a_planted_mix_is_caught(on_accelerator, tmp_path, monkeypatch):
         lm.add(role, head=role.startswith("reward"))
 
     def policy_rl():
-        curriculum.train_policy_rl(lm, Run.start(tmp_path / "policy", OPTIONS), pairs)
+        curriculum.train_policy_rl(lm, begin(tmp_path / "policy"), pairs)
 
     def pit_round():
-        run = Run.start(tmp_path / "pit", OPTIONS)
+        run = begin(tmp_path / "pit")
         curriculum.train_pit_round(lm, run, pairs, "pit_rl0", "annotated", "pit_sft", steps=1)
 
     planted = [
