@@ -83,7 +83,10 @@ def train_policy_rl(lm, run, pairs):
 
 
 def draw_references(lm, pairs, source, step, cfg):
-    """The x and y_ref of one PPO iteration -> rl_batch chats, and as many texts."""
+    """The x and y_ref of one PPO iteration -> chats, and as many texts: rl_batch,
+
+    or one less in round 0 where that is odd.
+    """
     if source == "annotated":
         # Eq. 4: each triple twice, once from its worse, once from its better answer
         rows = shuffled_batch(len(pairs), cfg.rl_batch // 2, step, cfg.seed)

@@ -151,10 +151,6 @@ def measure_gaps(ww, lw, wl, ll):
         "no_change_std": no_change.std(),
         # distance of the two middles, as a share of the outer gap
         "middle": (ww - ll).mean() / (wl - lw).mean(),
-        "mean_wl": (wl - no_change.mean()).mean(),
-        "mean_ww": (ww - no_change.mean()).mean(),
-        "mean_ll": (ll - no_change.mean()).mean(),
-        "mean_lw": (lw - no_change.mean()).mean(),
     }
     return {name: value.item() for name, value in measured.items()}
 
@@ -225,7 +221,6 @@ def scores(lm, role, prompts, responses, micro_batch):
 
     prompts, responses: lists of B lists of token ids.
     """
-    # similar lengths together: see in_parts
     lm.activate(role)
     tokens = lm.collate(prompts, responses)
     return in_parts(lambda part: lm.scores(role, part), tokens, micro_batch)
@@ -252,7 +247,7 @@ def encode_written(lm, text, cfg):
 
 
 def rewards(lm, role, prompts, answers, cfg):
-    """R_P, or a judge by its role, of each answer (chats and texts) -> (N,) on the CPU."""
+    """What a reward model says of each answer (chats and texts) -> (N,) on the CPU."""
     prompts = [lm.encode_prompt(x) for x in prompts]
     answers = [encode_written(lm, text, cfg) for text in answers]
     return scores(lm, role, prompts, answers, cfg.micro_batch).cpu()

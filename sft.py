@@ -6,9 +6,9 @@ PIT        M_PIT^SFT   x, y_l    -> y_w       L = - sum log M_PIT(y_w | x, y_l)
 The paper also mentions an unlikelihood loss, without a formula. Ours, with alpha = 1, and off by
 default (beta = gamma = 0):
 
-    L = - sum [ alpha log M(y_w | x, y_l) + beta log M(y_w | x, y_w) + gamma log(1 - M(y_l | x,
-    y_w)) ]
-                improve the worse           keep the better            never make it worse
+    L = - sum [ alpha log M(y_w | x, y_l)           improve the worse
+              + beta  log M(y_w | x, y_w)           keep the better
+              + gamma log(1 - M(y_l | x, y_w)) ]    never make it worse
 
 Each sum is divided by the answer tokens of its batch; the learning rate falls linearly to 0. Left
 out: dropout, packing.
@@ -75,8 +75,8 @@ def train(lm, run, role, terms):
     cfg = run.config
     lm.add(role)
     optimizer = adamw(lm.parameters(role), cfg.sft_lr)
+    n_pairs = len(terms[0][2])
     for step in run.steps(cfg.sft_steps, [optimizer]):
-        n_pairs = len(terms[0][2])
         rows = shuffled_batch(n_pairs, cfg.sft_batch, step, cfg.seed)
         # gradients add up over the terms of the loss and over micro-batches
         lm.activate(role, train=True)
