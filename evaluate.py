@@ -419,7 +419,7 @@ def rows_of(columns):
 def add_votes(run):
     """Turn all votes (votes.py) into rows of Table 1, and notes on them -> results.json."""
     votes, lines, results = read_votes(run), read_answers(run), run.results()
-    voters = sorted({judge for judge, _ in votes})
+    voters = sorted({judge for judge, _ in votes} - lines[0]["scores"].keys())
     # 1. what the judges say of each question: 1, a is better; -1, b is; 0, a tie
     said = []
     for question in questions_about(lines):

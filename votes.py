@@ -137,6 +137,9 @@ def ask_llm(run, url, llm, n=128):
 
     Several pairs at a time, each in both orders -> votes.jsonl.
     """
+    if llm in (ME, *read_answers(run)[0]["scores"]):
+        raise UserError(f"--llm {llm} is a name of another judge here. Serve it by another name.")
+
     from huggingface_hub import InferenceClient, constants
 
     # HF_HUB_OFFLINE makes the client refuse every address, but this one is not the hub's

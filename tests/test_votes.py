@@ -151,6 +151,20 @@ def test_nonsense_is_asked_once_more_and_then_a_tie(run, serve):
     assert {row["tie"] for row in rows_by(run, "chatty").values()} == {1}
 
 
+def test_a_voter_never_takes_the_name_of_another_judge(run, serve):
+    server = serve(longer)
+    for name in ("quality", "me"):
+        with pytest.raises(UserError, match=f"^--llm {name} is a name of another judge here. Serve it by another name.$"):
+            votes.ask_llm(run, server.url, name, n=N)
+    assert server.requests == []
+    # a judge may have come later, with the name of a voter: its rows stay
+    question = votes.questions_left(run, "quality", n=1)[0]
+    votes.add_vote(run, "quality", question, 1)
+    before = rows_by(run, "quality")
+    evaluate.add_votes(run)
+    assert rows_by(run, "quality") == before and len(before) == len(votes.ROWS)
+
+
 def test_what_may_pass_is_tried_again(run, serve):
     busy = {1: 429, 2: 500, 3: 503}
     server = serve(lambda prompt, number: busy.get(number) or longer(prompt, number))
