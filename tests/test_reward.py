@@ -180,8 +180,8 @@ def test_an_answer_that_was_cut_off_is_scored_without_an_end(lm, pairs):
     """RL sees it so: evaluation and `infer` must not reward an EOS that nobody wrote."""
     cfg = FakeRun(max_response=5).config
     ids = lm.encode_response(pairs[0].chosen)
-    assert reward.encode_written(lm, lm.decode([ids[:5]])[0], cfg) == ids[:5]
-    assert reward.encode_written(lm, lm.decode([ids[:4]])[0], cfg) == [*ids[:4], lm.eos]
+    assert reward.encode_written(lm, lm.decode(torch.tensor([ids[:5]]))[0], cfg) == ids[:5]
+    assert reward.encode_written(lm, lm.decode(torch.tensor([ids[:4]]))[0], cfg) == [*ids[:4], lm.eos]
 
 
 def test_a_judge_scores_by_its_own_adapter(lm, pairs):
