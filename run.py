@@ -41,6 +41,7 @@ from errors import UserError, first_line, out_of_memory, to_continue, typed
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
 results.json report.md curves.png result.png fig2.png fig3.png fig4.png rounds.png stops.png
 config.json""".split()
+REPLACED = "replaced.txt"  # marks a folder that `move_aside` made, and `keep` may delete
 # options that may change within a run: results do not depend on them, except for rounding
 FREE = ("save_every", "micro_batch", "vram")
 # what config.json holds besides options and data ("replaces" in runs of older versions)
@@ -148,7 +149,11 @@ class Run:
     def move_aside(self):
         """Move the files of the run that is to be replaced out of the way."""
         aside = self.old_run()
+        note = aside / REPLACED
+        if aside.exists() and not note.exists():
+            raise UserError(f"{aside} is in the way, and not from --overwrite. Rename it.")
         aside.mkdir(exist_ok=True)
+        note.write_text(f"The old run of {self.path}, until there is a new adapter.\n")
         for name in RUN_FILES:
             # what is there already is worth more: this run has no adapter yet, that one has
             if (self.path / name).exists() and not (aside / name).exists():
@@ -229,7 +234,8 @@ class Run:
             lm.save(role, folder)
             self.add_seconds()  # first, so that what is trained always has its time
         remove(self.path / "checkpoints" / role)
-        remove(self.old_run())  # there is an adapter in its stead
+        if (self.old_run() / REPLACED).exists():
+            remove(self.old_run())  # there is an adapter in its stead
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -413,6 +413,16 @@ def test_an_overwritten_run_stays_until_there_is_a_new_adapter(tmp_path):
     assert not aside.exists() and (folder / "mine.txt").exists()
 
 
+def test_a_folder_of_the_users_is_not_taken_for_a_replaced_run(tmp_path):
+    mine = tmp_path / "run.replaced" / "results.json"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    toy(tmp_path / "run")
+    with pytest.raises(UserError, match="run.replaced is in the way"):
+        toy(tmp_path / "run", overwrite=True)
+    assert mine.read_text() == "mine" and (tmp_path / "run" / "adapters" / "toy").exists()
+
+
 def test_a_run_that_has_learned_nothing_yet_may_have_other_options(tmp_path):
     expected = toy(tmp_path / "whole", seed=1)
     with pytest.raises(Killed):
