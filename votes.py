@@ -138,7 +138,7 @@ def ask_llm(run, url, llm, n=128):
     Several pairs at a time, each in both orders -> votes.jsonl.
     """
     if llm in (ME, *read_answers(run)[0]["scores"]):
-        raise UserError(f"--llm {llm} is a name of another judge here. Serve it by another name.")
+        raise UserError(f"--llm {llm} is the name of another judge. Serve it by another name.")
 
     from huggingface_hub import InferenceClient, constants
 
@@ -160,10 +160,11 @@ def ask_both_orders(run, client, llm, question):
         add_vote(run, llm, question, 0)
         return
     votes = [ask(client, llm, prompt, a, b), ask(client, llm, prompt, b, a)]
-    forward, turned = (vote or 0 for vote in votes)
-    same = forward == -turned
-    vote = forward if same else 0
-    add_vote(run, llm, question, vote, order_decides=not same, unreadable=votes.count(None))
+    forward, turned = votes
+    unreadable = votes.count(None)
+    order_decides = not unreadable and forward != -turned
+    vote = 0 if unreadable or order_decides else forward
+    add_vote(run, llm, question, vote, order_decides=order_decides, unreadable=unreadable)
 
 
 def ask(client, llm, prompt, first, second):

@@ -151,10 +151,18 @@ def test_nonsense_is_asked_once_more_and_then_a_tie(run, serve):
     assert {row["tie"] for row in rows_by(run, "chatty").values()} == {1}
 
 
+def test_a_reply_that_cannot_be_read_is_no_sign_of_bias(run, serve):
+    server = serve(lambda prompt, number: longer(prompt, number).replace("B", "Hm."))
+    votes.ask_llm(run, server.url, "x", n=1)
+    assert len(lines_of(run)) == 3
+    for line in lines_of(run):
+        assert line["vote"] == 0 and line["unreadable"] and not line["order_decides"]
+
+
 def test_a_voter_never_takes_the_name_of_another_judge(run, serve):
     server = serve(longer)
     for name in ("quality", "me"):
-        with pytest.raises(UserError, match=f"^--llm {name} is a name of another judge here. Serve it by another name.$"):
+        with pytest.raises(UserError, match=f"--llm {name} is the name of another judge"):
             votes.ask_llm(run, server.url, name, n=N)
     assert server.requests == []
     # a judge may have come later, with the name of a voter: its rows stay
