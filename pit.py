@@ -220,6 +220,8 @@ def is_finished(run):
     """Whether a run that `all` is to continue has nothing left to do."""
     if run.replace or not (run.path / "report.md").exists():
         return False
+    if "eval" not in run.results().get("time_s", {}):
+        return False
     return all(run.done(role) for roles in trained_by(run.config).values() for role in roles)
 
 

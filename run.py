@@ -170,7 +170,8 @@ class Run:
         setattr(self.config, name, value)
 
     def results(self):
-        return read_json(self.path / "results.json", "Delete it, then evaluate again.")
+        remedy = f"Delete it, then run: python pit.py eval --run {self.path}"
+        return read_json(self.path / "results.json", remedy)
 
     def add_results(self, **parts):
         write_json(self.path / "results.json", self.results() | parts)

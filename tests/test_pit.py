@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def test_a_finished_run_says_so_and_is_left_alone(mini):
     out = works("all", "--run", folder, *MINI)
     assert out.splitlines() == [f"{folder} is finished. Its report: {folder / 'report.md'}"]
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_whose_results_were_lost_is_evaluated_again(mini, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(mini[0], folder)
+    (folder / "results.json").write_text('{"time_s"')
+    code, _, err = pit("all", "--run", folder, *MINI)
+    assert code == 2 and f"Delete it, then run: python pit.py eval --run {folder}" in err
+    (folder / "results.json").unlink()
+    works("all", "--run", folder, *MINI)
+    assert json.loads((folder / "results.json").read_text())["table1"]
 
 
 def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
