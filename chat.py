@@ -8,8 +8,11 @@ Run: python pit.py infer --run runs/tiny "..."                                  
 import json
 import os
 import sys
+import zlib
 from difflib import ndiff
 from textwrap import fill
+
+from safetensors.torch import save
 
 import task
 from data import shorten
@@ -105,7 +108,8 @@ def improve_file(lm, cfg, settings, rows, path):
 
     A batch of rows goes through all rounds at once. Then the stop rule chooses each answer.
     """
-    done = rows_done(path, rows, settings.rounds)
+    made_with = vars(settings) | {"weights": zlib.crc32(save(lm.weights(settings.pit)))}
+    done = rows_done(path, rows, made_with)
     prompts = fit_prompts(lm, cfg, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     # backslashreplace: half a character (a lone surrogate) in a row goes out as it came in
@@ -120,35 +124,39 @@ def improve_file(lm, cfg, settings, rows, path):
                 gaps = [of_round[i] for _, of_round in rounds[1:]]
                 best, _ = end_of(settings.stop, versions, gaps, [0] * len(versions), budget=0)
                 ours = {"improved": versions[best], "versions": versions}
-                ours["gaps"] = [round(gap, 3) for gap in gaps]
+                ours |= {"gaps": [round(gap, 3) for gap in gaps], "made_with": made_with}
                 line = {"improved": None} | row | ours  # first "improved", as in BEGIN
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
     print(f"Rows written to {path}: {len(rows) - done:,}.")
 
 
-def rows_done(path, rows, rounds):
-    """How many rows an earlier start has written to `path`; half a last line is cut off."""
+def rows_done(path, rows, made_with):
+    """How many rows an earlier start has written to `path`; half a last line is cut off.
+
+    made_with: the settings, and a checksum of the weights. With others, the rows are not these.
+    """
     text = path.read_bytes() if path.exists() else b""
     *lines, rest = text.split(b"\n")
     ours = len(lines) <= len(rows) and rest[: len(BEGIN)] == BEGIN[: len(rest)]
     for line, (row, *_) in zip(lines, rows):
-        ours = ours and answers_row(line, row, rounds)
+        ours = ours and answers_row(line, row, made_with)
     if not ours:
         raise UserError(
-            f"--output {path} exists, and is not the beginning of this work. Give another --output."
+            f"--output {path} exists, and was made with other rows, settings or weights. "
+            "Give another --output."
         )
     if rest:
         os.truncate(path, len(text) - len(rest))
     return len(lines)
 
 
-def answers_row(line, row, rounds):
-    """Whether a line of an output is an answer to this row, with this many rounds."""
+def answers_row(line, row, made_with):
+    """Whether a line of an output is an answer to this row, made alike."""
     try:
         line = json.loads(line)
         same = line["prompt"] == row["prompt"] and line.get("response") == row.get("response")
-        return same and len(line["gaps"]) == rounds
+        return same and line["made_with"] == made_with
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -140,16 +141,32 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, rows, 
     complete = path.read_bytes()
     # killed within the third line
     path.write_bytes(b"".join(complete.splitlines(True)[:2]) + b'{"improved": "Li')
-    assert chat.rows_done(path, rows, 2) == 2
+    assert chat.rows_done(path, rows, whole[0]["made_with"]) == 2
     work(able, rows, path)
     assert path.read_bytes() == complete
     work(able, rows, path)
     assert path.read_bytes() == complete
-    # of other answers, of more rounds, of fewer rows
-    others = [(row | {"response": "x"}, *rest) for row, *rest in rows]
-    for wanted, rounds in ((others, 2), (rows, 3), (rows[:4], 2)):
-        with pytest.raises(UserError, match="not the beginning of this work"):
-            chat.rows_done(path, wanted, rounds)
+
+
+def test_an_output_of_other_rows_settings_or_weights_is_not_continued(able, rows, tmp_path):
+    path = tmp_path / "out.jsonl"
+    work(able, rows, path)
+    complete = path.read_bytes()
+    other_answers = [(row | {"response": "x"}, *rest) for row, *rest in rows]
+    for wanted, change in (
+        (other_answers, {}),
+        (rows[:4], {}),
+        (rows, {"rounds": 3}),
+        (rows, {"temperature": 0.5}),
+        (rows, {"stop": "gap"}),
+        (rows, {"seed": 1}),
+    ):
+        with pytest.raises(UserError, match="exists, and was made with other rows, settings"):
+            chat.improve_file(able, CFG, replace(settings(), **change), wanted, path)
+    shake(able, "pit_rl1")  # another run
+    with pytest.raises(UserError, match="exists"):
+        work(able, rows, path)
+    assert path.read_bytes() == complete
 
 
 def test_the_stop_rule_chooses_each_answer_of_a_file(able, rows, tmp_path):
@@ -173,11 +190,11 @@ def test_the_stop_rule_chooses_each_answer_of_a_file(able, rows, tmp_path):
         '{"a": 1}',
     ],
 )
-def test_a_file_of_somebody_else_is_never_written_to(rows, tmp_path, content):
+def test_a_file_of_somebody_else_is_never_written_to(able, rows, tmp_path, content):
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match="exists"):
-        chat.improve_file(None, CFG, settings(), rows, path)
+        chat.improve_file(able, CFG, settings(), rows, path)
     assert path.read_text() == content
 
 
