@@ -276,7 +276,7 @@ def make_plan(lm, run, parts):
     for stage in plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()}):
         stage.memory = max(gib[kind] for kind in WORK[stage.kind])
         # an adapter that took no time was taken over from another run (--from)
-        if stage.name in seconds or not run.adapter(stage.name).exists():
+        if stage.name in seconds or not run.done(stage.name):
             stages.append(stage)
     plan = Plan(stages, seconds)
     print(plan.table())

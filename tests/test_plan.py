@@ -87,18 +87,32 @@ def test_a_plan_learns_from_steps_and_from_stages(capsys, monkeypatch):
     assert "; 01:30 in all" in capsys.readouterr().out
 
 
-def test_a_plan_knows_what_is_done_and_what_was_taken_over(lm, capsys, tmp_path):
-    done = {"time_s": {"policy_sft": 10.0, "an ablation": 5.0}}
-    for role in ("policy_sft", "judge"):  # the judge took this run no time
-        (tmp_path / role).mkdir()
+def made_for(lm, done, seconds, **kwargs):
+    """The plan of a run that has trained the roles `done`, some of them in `seconds`."""
     run = SimpleNamespace(
-        config=SimpleNamespace(**CFG), results=lambda: done, adapter=lambda role: tmp_path / role
+        config=SimpleNamespace(**CFG),
+        results=lambda: {"time_s": seconds},
+        done=lambda role: role in done,
     )
     parts = {name: synthetic_pairs(8, seed=0) for name in PARTS}
-    made = plan.make_plan(lm, run, parts)
+    return plan.make_plan(lm, run, parts, **kwargs)
+
+
+def test_a_plan_knows_what_is_done_and_what_was_taken_over(lm, capsys):
+    # the judge took this run no time
+    made = made_for(lm, ["policy_sft", "judge"], {"policy_sft": 10.0, "an ablation": 5.0})
     out = capsys.readouterr().out
     assert "GiB" in out and "00:10" in out and "judge" not in out
     assert made.left() == pytest.approx(sum(made.expect(s) for s in made.stages[1:]))
+
+
+def test_a_damaged_adapter_that_was_taken_over_is_in_the_plan(lm):
+    made = made_for(lm, done=list(MEASURED)[1:], seconds={})  # policy_sft is damaged
+    assert [stage.name for stage in made.stages] == ["policy_sft", "eval"]
+    made.begin("policy_sft")
+    for step in (1, 2):
+        said = made.end_step("policy_sft", step, 60)
+    assert said.startswith("all: ")
 
 
 def test_memory_is_held_against_what_is_free(lm, monkeypatch, capsys):
