@@ -198,7 +198,7 @@ def show_samples(lm, run, stage, pairs):
     seed_all(run.config.seed, "samples")
     answers = lm.answer(policy, prompts, run.config)
     texts = {"prompt": [prompt[-1]["content"] for prompt in prompts], policy: answers}
-    if stage.startswith("pit"):
+    if not stage.startswith("policy"):  # PIT's rounds, also those of `ablate`
         texts[stage] = improve(lm, stage, prompts, answers, run.config)
 
     samples = ""

@@ -205,3 +205,17 @@ def test_columns_that_are_there_already_do_not_hide_ours(able, tmp_path):
     assert line["improved"] == line["versions"][-1] and len(line["gaps"]) == 2
     for name in ("prompt", "response", "note"):
         assert line[name] == row[name]
+
+
+# ---- while training ----------------------------------------------------------------------------
+
+
+def test_samples_are_improved_by_every_stage_of_pit(able, pairs, tmp_path):
+    run = SimpleNamespace(path=tmp_path, config=SimpleNamespace(seed=0, **vars(CFG)))
+    able.add("ablate_annotated_0")
+    for stage in ("policy_rl", "pit_rl1", "ablate_annotated_0"):
+        chat.show_samples(able, run, stage, pairs[:2])
+    _, *parts = (tmp_path / "samples.md").read_text().split("## after ")
+    assert [part.count("- policy_rl: ") for part in parts] == [2, 2, 2]
+    improved = [part.count(f"- {part.split()[0]}: ") for part in parts[1:]]
+    assert improved == [2, 2] and "- pit" not in parts[0]
