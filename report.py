@@ -155,7 +155,8 @@ def print_news(run, voter):
     results = run.results()
     texts = [block("table1", results=results, judge=voter or results["main"])]
     if voter:
-        texts.append("\n".join(note for note in results["votes"] if note.startswith(voter)))
+        begins = f"{voter}: ", f"{voter} agrees "  # and not with a longer name
+        texts.append("\n".join(note for note in results["votes"] if note.startswith(begins)))
     else:
         texts.append(block("caveats", results=results))
         texts.append(block("banner", cfg=run.config))

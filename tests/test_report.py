@@ -8,6 +8,7 @@ import pytest
 import report
 from run import Run
 
+NOTES_ON_OTHERS = ["meta: 3 votes on pit vs y_w. A row needs 20.", "me:8b agrees with nobody."]
 CURRICULA = ["annotated", "policy", "annotated,policy"]
 
 
@@ -75,7 +76,7 @@ def results():
             for c in CURRICULA
         ],
         "words": learned_words(),
-        "votes": ["me agrees with judge on 80% of 50 pairs."],
+        "votes": ["me agrees with judge on 80% of 50 pairs.", *NOTES_ON_OTHERS],
         "time_s": {"pit_sft": 30.0, "eval": 90.0},
     }
 
@@ -279,6 +280,8 @@ def test_the_console_shows_what_is_new_to_who_looks(drawn, capsys):
         assert said in after_eval and said not in after_voting
     for said in ("judged by me:", "me agrees with judge on 80% of 50 pairs."):
         assert said in after_voting and said not in after_eval
+    for note in NOTES_ON_OTHERS:
+        assert note not in after_eval and note not in after_voting
     assert str(drawn / "report.md") in after_eval and str(drawn / "report.md") in after_voting
     # who has quit without a vote, or with too few of them
     report.print_news(Run(drawn), voter="somebody else")
