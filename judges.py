@@ -12,6 +12,7 @@ import runpy
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 
@@ -117,10 +118,10 @@ def file_judge(lm, path, cfg):
             value = module["quality"](prompt, answer)
         except Exception as error:
             raise UserError(blame(path, error)) from None
-        if not isinstance(value, Real) or value != value:  # NaN is not equal to itself
+        if not isinstance(value, Real) or not isfinite(value):
             raise UserError(
                 f"--judge {path}: quality returned {value!r:.60} for the answer {answer!r:.60}; "
-                "it must return one number."
+                "it must return one finite number."
             )
         return float(value)
 

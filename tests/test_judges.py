@@ -87,6 +87,7 @@ def test_a_rule_of_your_own(tmp_path):
     [
         ("def quality(prompt, answer):\n    x = 1\n    return x / 0", "line 3: ZeroDivisionError"),
         ("def quality(prompt, answer): return float('nan')", "returned nan for the answer '4'"),
+        ("def quality(prompt, answer): return -float('inf')", "returned -inf for the answer '4'"),
         ("def quality(prompt, answer): return 'good'", "returned 'good'"),
         ("def quality(prompt, answer): return [1.0, 2.0]", r"returned \[1.0, 2.0\]"),
         ("def quality(prompt, answer): return None", "returned None"),
