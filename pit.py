@@ -196,7 +196,8 @@ def run_all(
     models.check_model(options["model"])
     session = Session(started)
     started.begin()  # model and data are good: only now may an old run move aside
-    started.plan = plan.make_plan(session.lm, started, session.parts)
+    last = (trained_by(started.config) | {"eval": ["eval"]})[until][-1]
+    started.plan = plan.make_plan(session.lm, started, session.parts, last)
     stages = {"sft": sft_stage, "reward": reward_stage, "rl": rl_stage, "eval": eval_stage}
     for name, stage in stages.items():
         stage(session)

@@ -265,8 +265,8 @@ def clock(seconds):
     return tqdm.format_interval(seconds)
 
 
-def make_plan(lm, run, parts):
-    """Plan a run whose model and data are loaded, and print the plan -> Plan."""
+def make_plan(lm, run, parts, last="eval"):
+    """Plan a run, up to the stage `last`, and print the plan -> Plan."""
     pairs = parts["rl"][:200]
     x = mean(len(lm.encode_prompt(pair.prompt)) for pair in pairs)
     y = mean(len(lm.encode_response(pair.chosen)) for pair in pairs)
@@ -278,6 +278,8 @@ def make_plan(lm, run, parts):
         # an adapter that took no time was taken over from another run (--from)
         if stage.name in seconds or not run.done(stage.name):
             stages.append(stage)
+        if stage.name == last:
+            break
     plan = Plan(stages, seconds)
     print(plan.table())
     return plan

@@ -127,6 +127,7 @@ def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
     folder, _ = mini
     words = "--from", folder, "--run", tmp_path / "new", *MINI
     out = works("all", *words, "--rl-lr", 0.002, "--until", "reward")
+    assert "pit_rl0" not in out.partition("stage          passes")[2]  # nor is more planned
     assert "\npolicy_sft:" not in out and not (tmp_path / "new" / "adapters" / "policy_rl").exists()
     for role in ROLES[:5]:
         file = Path("adapters") / role / "adapter_model.safetensors"

@@ -115,6 +115,11 @@ def test_a_damaged_adapter_that_was_taken_over_is_in_the_plan(lm):
     assert said.startswith("all: ")
 
 
+def test_a_plan_ends_with_the_last_stage_that_is_to_run(lm):
+    made = made_for(lm, done=[], seconds={}, last="pit_sft")
+    assert [stage.name for stage in made.stages] == ["policy_sft", "pit_sft"]
+
+
 def test_memory_is_held_against_what_is_free(lm, monkeypatch, capsys):
     cfg = SimpleNamespace(**CFG)
     assert plan.free_memory() > 0
