@@ -65,9 +65,10 @@ def standing_out(features, sides):
 
 
 def without(word, text):
-    """The text with every `word` deleted, and a comma that would then begin it."""
+    """The text with every `word` deleted, and a comma or space that would then begin it."""
     pattern = rf"\s*(?<![\w'’]){word}(?![\w'’])"
-    return re.sub(pattern, "", text, flags=re.IGNORECASE).strip(" ,")
+    rest = re.sub(pattern, "", text, flags=re.IGNORECASE)
+    return text if rest == text else rest.lstrip(" ,")
 
 
 def measure(lines, pairs, judge):

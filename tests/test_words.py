@@ -111,6 +111,8 @@ def test_the_same_shares_have_a_z_of_0_and_chance_rarely_exceeds_2():
         ("It is indeed so.", "It is so."),
         ("Indeed, it is. INDEED!", "it is.!"),
         ("Indeedy is a site, indeed's too.", "Indeedy is a site, indeed's too."),
+        ("It is so, indeed", "It is so,"),
+        (", there is no such word, ", ", there is no such word, "),
     ],
 )
 def test_only_the_whole_word_is_deleted(text, rest):
