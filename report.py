@@ -23,7 +23,7 @@ from judges import NEAR
 from run import write_text
 from votes import read_answers
 
-# by Okabe and Ito: color-blind readers can tell them apart
+# by Okabe and Ito: colour-blind readers can tell them apart
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"]
 plt.rcParams.update(
     {
@@ -93,7 +93,8 @@ def line_up(page):
 
 
 def cells_of(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    """The cells of a line of a table; `\\|` is text within a cell."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def line_up_column(column):
@@ -300,7 +301,7 @@ def plot_curves(run, results, metrics):
             ax.axhline(run.config.max_response, color="black", linestyle="--", label="limit")
         zero_line(ax)
         ax.set_title(title)
-    figure.supxlabel("optimizer steps; in RL: PPO iterations")
+    figure.supxlabel("optimiser steps; in RL: PPO iterations")
     save(figure, run, "curves.png")
 
 

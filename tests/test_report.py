@@ -215,6 +215,21 @@ def test_only_tables_are_lined_up():
     )
 
 
+def test_an_answer_that_ends_in_a_bar_breaks_no_table(drawn):
+    run, found = Run(drawn), results()
+    found["words"]["rows"][1]["feature"] = "ends with |"
+    page = report.line_up(report.PAGE.render(run=run, cfg=run.config, results=found))
+    assert "| ends with \\| | 2.5 |  63 |       35 | 113 |   0 |                   - |" in page
+
+
+def test_the_limit_of_the_rule_time_is_in_tokens(drawn):
+    run, found = Run(drawn), results()
+    assert "`--stop rounds`, at most 1 round." in (drawn / "report.md").read_text()
+    found["stops"].append(found["stops"][1] | {"stop": "time", "mean": 1.0})
+    page = report.PAGE.render(run=run, cfg=run.config, results=found)
+    assert "`--stop time`, after the tokens of 2 average rounds." in page
+
+
 def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
     words = results()["words"]
     row = words["rows"][0]
