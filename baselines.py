@@ -62,12 +62,14 @@ def round_keys(method):
     return [Key(method, round=k) for k in range(1, ROUNDS + 1)]
 
 
-def all_keys(methods):
+def all_keys(methods, last):
     """Every side of the tables and figures, an improved text after the one that it improves.
 
-    methods: those of Fig. 3 and Table 3.
+    methods: those of Fig. 3 and Table 3. last: the adapter of PIT's last round.
     """
-    keys = [Key(name) for name in ("y_w", "y_l", *SAMPLES, *BEST_OF, "pit_sft", "pit_rl0")]
+    keys = [Key(name) for name in ("y_w", "y_l", *SAMPLES, *BEST_OF, "pit_sft")]
+    if last != "pit_rl0":  # after one round alone, that is PIT itself
+        keys.append(Key("pit_rl0"))
     if "self_refine" in methods:
         keys.append(Key("self_refine_sft"))
     for method in methods:
@@ -119,8 +121,6 @@ class Answers:
             return self.best_of(BEST_OF[method])
         if method in REFINERS:
             return self.self_refine(key, REFINERS[method])
-        if method == self.last:  # after one round alone, pit_rl0 is PIT itself
-            return self.side(Key("pit"))
         # one improvement by PIT, after its last round or an earlier stage
         role = self.last if method == "pit" else method
         return self.write(key, role, self.to_improve(key), self.side(key.before()))

@@ -9,7 +9,7 @@ Run: python pit.py eval --run runs/tiny, under a minute
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ def calibration(up, down, bins=10):
 
 @dataclass
 class View:
-    """The sides as one judge sees them. What is asked twice was written and scored once."""
+    """The sides as one judge sees them. Each text is written once, and scored once."""
 
     name: str
     judge: Judge
@@ -186,7 +186,7 @@ def evaluate(lm, run, pairs, last, judges):
     views = [View(name, judge, answers) for name, judge in judges.items()]
     main = views[0]
     methods = ["pit"] if run.config.model == "tiny" else ["pit", "self_refine"]
-    keys = all_keys(methods)
+    keys = all_keys(methods, last)
     of_table1 = [key for key in keys if key == Key(key.method)]  # temperature 1, one round
     with progress(None, total=len(keys) + 1) as bar:
         # 1. every side: its texts, and their scores
@@ -200,7 +200,7 @@ def evaluate(lm, run, pairs, last, judges):
         r_p = View("R_P", models["reward_policy"], answers)
         r_pit = View("gap by R_PIT", models["reward_gap"], answers)
         evidence = gap_evidence(models, answers.pairs, written_pairs(main))
-        evidence |= {"rl": rl_table(r_p, r_pit), "stops": stop_table(main, r_pit)}
+        evidence |= {"rl": rl_table(r_p, r_pit, keys), "stops": stop_table(main, r_pit)}
         bar.update()
     # 3. the tables, which look at the scores in every way
     run.add_results(
@@ -236,9 +236,10 @@ def table1(views, keys):
     rows = []
     for view, (a, b) in product(views, COMPARISONS):
         row = {"a": a, "b": b, "judge": view.name}
-        if Key(a) in keys and Key(b) in keys:
+        missing = {Key(a), Key(b)}.difference(keys)
+        if not missing:
             rows.append(row | view.compare(Key(a), Key(b)))
-        else:
+        elif Key("pit_rl0") not in missing:  # else there was one round, and "pit" has its rows
             rows.append(row | {"not_applicable": NO_SELF_REFINE})
     return rows
 
@@ -300,14 +301,13 @@ def rounds_table(view, methods):
     return rows
 
 
-def rl_table(r_p, r_pit):
+def rl_table(r_p, r_pit, keys):
     """What each RL stage did to its own reward on held-out prompts: before, after, the rise."""
+    stages = [name for name in ("pit_sft", "pit_rl0", "pit") if Key(name) in keys]
+    rises = [(r_p.name, r_p.scores, "policy_sft", "original")]
+    rises += [(r_pit.name, r_pit.gaps, before, after) for before, after in pairwise(stages)]
     rows = []
-    for by, reward, before, after in (
-        (r_p.name, r_p.scores, "policy_sft", "original"),
-        (r_pit.name, r_pit.gaps, "pit_sft", "pit_rl0"),
-        (r_pit.name, r_pit.gaps, "pit_rl0", "pit"),
-    ):
+    for by, reward, before, after in rises:
         start, end = reward(Key(before)), reward(Key(after))
         row = {"before": before, "after": after, "by": by, "start": mean(start), "end": mean(end)}
         rows.append(row | {"ci95": interval(end - start)})

@@ -211,6 +211,25 @@ def test_pairs_by_models_are_in_the_order_of_the_judge():
     assert pairs == [("x", "a", "d"), ("y", "e", "b")]  # and a tie is no pair
 
 
+def test_after_one_round_pit_rl0_has_no_rows_of_its_own():
+    """It is PIT itself."""
+    ones = np.ones(3)
+    view = SimpleNamespace(
+        name="by",
+        compare=lambda a, b: evaluate.compare(ones, ones),
+        scores=lambda key: ones,
+        gaps=lambda key: ones,
+    )
+    for last, stages in (("pit_rl0", ["pit"]), ("pit_rl1", ["pit_rl0", "pit"])):
+        keys = baselines.all_keys(["pit", "self_refine"], last)
+        rows = evaluate.table1([view], keys)
+        sides = {name for row in rows for name in (row["a"], row["b"])}
+        assert ("pit_rl0" in sides) == ("pit_rl0" in stages)
+        assert not any("not_applicable" in row for row in rows)
+        after = [row["after"] for row in evaluate.rl_table(view, view, keys)]
+        assert after == ["original", *stages]
+
+
 @pytest.fixture(scope="module")
 def measured(miniature, tmp_path_factory):
     """The miniature run, evaluated -> its folder, its base, its pairs, and what was scored."""
