@@ -193,11 +193,13 @@ def rows_of_table(text):
 
 def read_cell(text):
     """A cell of a table: messages where it holds them as JSON, else its text."""
-    if re.match(r'\[\{"(role|from)":', str(text)):
-        try:
-            return json.loads(text)
-        except ValueError:  # an answer that only looks so
-            pass
+    try:
+        value = json.loads(text)
+    except (ValueError, TypeError, RecursionError):  # text, like most cells
+        return text
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        if {"content", "value"} & set().union(*value):
+            return value
     return text
 
 
@@ -245,6 +247,8 @@ def read_columns(row):
 
 def find(row, path):
     """The value of a column, or of a field within it; None if it is not there."""
+    if isinstance(row, dict) and path in row:  # a column's own name may have dots
+        return row[path]
     value = row
     for key in path.split("."):
         try:

@@ -404,11 +404,22 @@ def test_parquet_folders_and_home(tmp_path, monkeypatch):
         read_pairs(str(tmp_path / "saved"))
 
 
-def test_messages_in_a_cell_of_a_table(tmp_path):
-    cells = [json.dumps([turn]) for turn in (TURNS[2], said("a"), said("b"))]
+@pytest.mark.parametrize("how", [{}, {"sort_keys": True}, {"indent": 2}], ids=str)
+def test_messages_in_a_cell_of_a_table(tmp_path, how):
+    cells = [json.dumps([turn], **how) for turn in (TURNS[2], said("a"), said("b"))]
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
         csv.writer(file).writerows([["prompt", "chosen", "rejected"], cells])
     assert read_pairs(str(tmp_path / "pairs.csv"))[0] == [Pair(TURNS[2:], "a", "b")]
+
+
+@pytest.mark.parametrize("text", ["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[" * 100_000, "[x](y)"])
+def test_a_cell_of_other_json_is_text(text):
+    assert files.read_cell(text) == text
+
+
+def test_a_column_whose_name_has_a_dot_can_be_named():
+    row = {"a.b": "x", "c": {"d": "y"}}
+    assert files.find(row, "a.b") == "x" and files.find(row, "c.d") == "y"
 
 
 def test_a_file_of_a_single_row(tmp_path):
