@@ -48,8 +48,8 @@ FREE = ("save_every", "micro_batch", "vram")
 FACTS = ("versions", "command", "replaces", "checksum")
 MINIATURE = 5  # PPO iterations: a run of fewer is a smoke run, whose numbers mean nothing
 WAYS_OUT = "Repeat the old ones to continue it, or give a new --run, or --overwrite to replace it."
-# options that only some adapters depend on, and how the names of those adapters begin; on all other
-# options all adapters depend
+# options that do not matter to all adapters: how the names of those begin to which they do matter.
+# Every other option matters to all
 ONLY = {
     "sft_steps sft_lr sft_batch": "policy pit ablate",
     "keep_better unlikelihood": "pit ablate",
@@ -164,9 +164,12 @@ class Run:
     # ---- options and results -------------------------------------------------------------------
 
     def pin(self, name, value):
-        """Note a fact about the run, such as a fingerprint of its data; UserError if it changed."""
+        """Note the fingerprint of the data in the config; UserError if it has changed."""
         if getattr(self.config, name, value) != value:
-            raise UserError(f"{self.path}: the {name} has changed since the start.\n{WAYS_OUT}")
+            raise UserError(
+                f"{self.config.data} no longer holds the data that {self.path} began with.\n"
+                "Put back the old data to continue, or give a new --run, or --overwrite."
+            )
         setattr(self.config, name, value)
 
     def results(self):
@@ -280,7 +283,7 @@ class Run:
     # ---- metrics -------------------------------------------------------------------------------
 
     def log(self, **metrics):
-        """Append a line to metrics.jsonl: stage, step, numbers by name. The bar shows the first."""
+        """Append a line to metrics.jsonl: stage, step, numbers by name. The bar shows three."""
         metrics = {name: round(float(value), 6) for name, value in metrics.items()}
         for name, value in metrics.items():
             if not math.isfinite(value):  # no checkpoint has it yet
@@ -420,17 +423,26 @@ def list_runs(folder):
     rows = []
     for path in run_folders(folder):
         row = dict(run=path, model="", data="", seed="", stage="damaged", delta="")
-        with suppress(UserError):
-            run = Run(path)
-            config, gain = run.config, run.gain()
-            stage = [*run.results().get("time_s", ["none yet"])][-1]
-            if config.rl_steps < MINIATURE:
-                stage += " (smoke)"
-            row |= dict(model=config.model, data=config.data, seed=config.seed, stage=stage)
-            if gain:
-                row["delta"] = f"{100 * gain['delta']:+.1f}"
+        try:
+            row |= state_of(Run(path))
+        except UserError:
+            pass
+        except (AttributeError, KeyError):  # it lacks an option, or a result
+            row["stage"] = "of another version"
         rows.append(row)
     return rows
+
+
+def state_of(run):
+    """What `list_runs` tells of a run."""
+    config, gain = run.config, run.gain()
+    stage = [*run.results().get("time_s", ["none yet"])][-1]
+    if config.rl_steps < MINIATURE:
+        stage += " (smoke)"
+    row = dict(model=config.model, data=config.data, seed=config.seed, stage=stage)
+    if gain:
+        row["delta"] = f"{100 * gain['delta']:+.1f}"
+    return row
 
 
 # ---- checks of a folder ------------------------------------------------------------------------

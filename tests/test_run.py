@@ -391,7 +391,8 @@ def test_a_run_continues_with_its_own_options_only(tmp_path):
     config["versions"] = {"python": "1.5"}  # other versions are no reason to refuse
     (tmp_path / "config.json").write_text(json.dumps(config))
     run = Run.start(tmp_path, dict(seed=0, save_every=2))
-    with pytest.raises(UserError, match="data fingerprint has changed"):
+    run.config.data = "x.jsonl"
+    with pytest.raises(UserError, match="x.jsonl no longer holds the data.*\nPut back"):
         run.pin("data fingerprint", "abd")
 
 
@@ -469,6 +470,19 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
     }.items():
         new = options | {change: "another"}
         assert [role for role in ROLES if differing(options, new, role)] == retrained
+
+
+def test_a_run_of_another_version_is_listed_too(tmp_path):
+    toy(tmp_path / "run")  # without most options
+    (row,) = list_runs(tmp_path)
+    assert row["stage"] == "of another version"
+
+
+def test_a_run_whose_data_is_bad_leaves_no_folder(tmp_path):
+    run = Run.start(tmp_path / "new", MINI | {"data": str(tmp_path / "nowhere.jsonl")})
+    with pytest.raises(UserError, match="no such file"):
+        pit.Session(run)
+    assert not (tmp_path / "new").exists()
 
 
 def test_runs_are_listed_with_what_they_have_reached(whole):
