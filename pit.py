@@ -12,6 +12,7 @@ typo are answered at once.
 """
 
 import inspect
+import math
 import re
 import signal
 import sys
@@ -169,7 +170,7 @@ def run_all(
     temperature: option(
         float, "Sampling temperature, also of log-probs.", "RL", min=0.01, max=2
     ) = 1.0,
-    eval_n: option(int, "Held-out prompts.", "Evaluation", min=8) = None,
+    eval_n: option(int, "Held-out prompts.", "Evaluation", min=2) = None,
 ):
     """Run every stage of PIT, or continue a run where it stopped.
 
@@ -209,12 +210,24 @@ def fill_in(options, smoke):
     """The options of `all`, each None filled in from PRESETS."""
     kind = "tiny" if options["model"] == "tiny" else "real"
     preset = PRESETS[kind]
-    if kind == "real" and (options["vram"] or 6) < 6:
+    if kind == "real" and (options["vram"] or card_memory()) < 6:
         preset = preset | PRESETS["small"]
     if smoke:
         preset = preset | PRESETS[f"smoke {kind}"]
     given = {name: value for name, value in options.items() if value is not None}
     return options | preset | given
+
+
+def card_memory():
+    """GiB that the GPU has, rounded: the same whenever a run is continued. Without one, no limit.
+
+    What is free of them counts in plan.py, which recomputes layers where memory is short.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return math.inf
+    return round(torch.cuda.get_device_properties(0).total_memory / 2**30)
 
 
 def is_finished(run):
@@ -262,7 +275,9 @@ class Session:
         import plan
 
         self.run, cfg = run, run.config
-        run.lock()
+        is_new = not run.path.exists()
+        if not is_new:  # a new run gets its folder once model and data are known to be good
+            run.lock()
         pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
         run.pin("data fingerprint", data.fingerprint(pairs))
         self.rounds = cfg.rounds.split(",")
@@ -272,6 +287,8 @@ class Session:
         if cfg.model != "tiny":
             plan.plan_memory(self.lm, cfg)
         self.parts = data.load_parts(cfg, self.lm, pairs)
+        if is_new:
+            run.lock()
         # enough to measure the accuracy of a reward model
         self.parts["held_out"] = self.parts["held_out"][: 8 * cfg.eval_n]
         self.last = trained_by(cfg)["rl"][-1]

@@ -340,6 +340,20 @@ def test_the_curricula_of_table_2_are_sources_that_rounds_may_name():
         assert command_line.check_rounds(name) == name
 
 
+def test_presets_are_within_the_limits_of_the_options():
+    parameters = inspect.signature(command_line.run_all).parameters
+    for preset in command_line.PRESETS.values():
+        for name, value in preset.items():
+            limit = parameters[name].annotation.__metadata__[0].min
+            assert limit is None or value >= limit, name
+
+
+def test_without_vram_the_card_decides(monkeypatch):
+    monkeypatch.setattr(command_line, "card_memory", lambda: 4)
+    expected = command_line.fill_in(options(model="Qwen2-0.5B", vram=4), False) | {"vram": None}
+    assert command_line.fill_in(options(model="Qwen2-0.5B"), False) == expected
+
+
 def test_a_small_card_gets_shorter_texts():
     small = command_line.fill_in(options(model="Qwen2-0.5B", vram=4), False)
     large = command_line.fill_in(options(model="Qwen2-0.5B", vram=8), False)
