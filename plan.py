@@ -22,7 +22,7 @@ GIB = 2**30
 DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
 TURN = 12  # tokens of IMPROVE and of the template around it: 8 in the built-in base, 16 in Qwen2
 EVAL_TEXTS = 17  # that the evaluation writes per prompt
-SELF_REFINE_TEXTS = 24  # and as many more with Self-Refine, which needs a model that follows words
+SELF_REFINE_TEXTS = 24  # more with Self-Refine, which needs a model that follows instructions
 # which work of `estimate_memory` each kind of stage does
 WORK = {
     "SFT": ["SFT, PPO update"],
