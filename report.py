@@ -142,8 +142,10 @@ def write_report(run, voter=None):
     That is Table 1 by the main judge or, after a vote, by the voter.
     """
     results, metrics = run.results(), run.metrics()
-    for plot in (plot_curves, plot_result, plot_fig2, plot_fig3, plot_rounds, plot_stops):
-        plot(run, results, metrics)
+    plot_curves(run, metrics)
+    plot_result(run, results, metrics)
+    for plot in (plot_fig2, plot_fig3, plot_rounds, plot_stops):
+        plot(run, results)
     if "table2" in results:
         plot_fig4(run, results, metrics)
     page = PAGE.render(run=run, cfg=run.config, results=results)
@@ -290,7 +292,7 @@ def curve(ax, lines, name, **kwargs):
     whole_numbers(ax)
 
 
-def plot_curves(run, results, metrics):
+def plot_curves(run, metrics):
     """The learning curves of all stages, one panel a quantity -> curves.png."""
     figure, axes = plt.subplots(2, 4, figsize=(18, 8))
     for ax, (name, title, stages) in zip(axes.flat, PANELS):
@@ -329,7 +331,7 @@ def plot_result(run, results, metrics):
     save(figure, run, "result.png")
 
 
-def plot_fig2(run, results, metrics):
+def plot_fig2(run, results):
     """The four distributions of Eq. 1, on both kinds of pairs -> fig2.png."""
     orders = {
         "lw": "worse after better\nr(l, w)",
@@ -349,7 +351,7 @@ def plot_fig2(run, results, metrics):
     save(figure, run, "fig2.png")
 
 
-def plot_fig3(run, results, metrics):
+def plot_fig3(run, results):
     """Delta over the original at each temperature -> fig3.png."""
     figure, ax = plt.subplots()
     for method, rows in grouped(results["fig3"], "method").items():
@@ -361,7 +363,7 @@ def plot_fig3(run, results, metrics):
     save(figure, run, "fig3.png")
 
 
-def plot_rounds(run, results, metrics):
+def plot_rounds(run, results):
     """The mean score after each round of improvement -> rounds.png."""
     figure, ax = plt.subplots()
     original, *improved = results["table3"]
@@ -376,7 +378,7 @@ def plot_rounds(run, results, metrics):
     save(figure, run, "rounds.png")
 
 
-def plot_stops(run, results, metrics):
+def plot_stops(run, results):
     """What each stop rule gives for its tokens, beside a fixed number of rounds -> stops.png."""
     rules = grouped(results["stops"], "stop")
     panels = (len(rules) + 1) // 2, 2  # two in a row

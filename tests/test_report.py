@@ -269,7 +269,7 @@ def test_no_stop_rule_is_left_out_and_both_rounds_share_a_scale(drawn, monkeypat
     monkeypatch.setattr(report.plt, "close", figures.append)
     run, found = Run(drawn), results()
     found["stops"] += [row | {"stop": "a rule of yours"} for row in found["stops"][:2]]
-    report.plot_stops(run, found, metrics())
+    report.plot_stops(run, found)
     report.plot_result(run, found, metrics())
     stops, result = figures
     titles = [ax.get_title() for ax in stops.axes]
