@@ -180,8 +180,9 @@ def test_an_answer_that_was_cut_off_is_scored_without_an_end(lm, pairs):
     """RL sees it so: evaluation and `infer` must not reward an EOS that nobody wrote."""
     cfg = FakeRun(max_response=5).config
     ids = lm.encode_response(pairs[0].chosen)
-    assert reward.encode_written(lm, lm.decode(torch.tensor([ids[:5]]))[0], cfg) == ids[:5]
-    assert reward.encode_written(lm, lm.decode(torch.tensor([ids[:4]]))[0], cfg) == [*ids[:4], lm.eos]
+    for n, scored in ((5, ids[:5]), (4, [*ids[:4], lm.eos])):
+        (text,) = lm.decode(torch.tensor([ids[:n]]))
+        assert reward.encode_written(lm, text, cfg) == scored
 
 
 def test_a_judge_scores_by_its_own_adapter(lm, pairs):
