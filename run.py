@@ -433,11 +433,16 @@ def list_runs(folder):
     return rows
 
 
+def is_smoke(config):
+    """Whether these are the options of a smoke run."""
+    return config.rl_steps < MINIATURE
+
+
 def state_of(run):
     """What `list_runs` tells of a run."""
     config, gain = run.config, run.gain()
     stage = [*run.results().get("time_s", ["none yet"])][-1]
-    if config.rl_steps < MINIATURE:
+    if is_smoke(config):
         stage += " (smoke)"
     row = dict(model=config.model, data=config.data, seed=config.seed, stage=stage)
     if gain:

@@ -23,7 +23,8 @@ from baselines import talk
 from models import load_model
 
 # One line per topic, with words that a text about it can use: "a rainy day: umbrella tea window".
-TOPICS = dict(line.split(": ") for line in Path(__file__).with_name("topics.txt").open())
+LINES = Path(__file__).with_name("topics.txt").read_text().splitlines()
+TOPICS = dict(line.split(": ") for line in LINES)
 OPENERS = "Today Sometimes Honestly Well Now Look So Oh".split()
 
 
