@@ -41,7 +41,7 @@ from errors import UserError, first_line, out_of_memory, to_continue, typed
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
 results.json report.md curves.png result.png fig2.png fig3.png fig4.png rounds.png stops.png
 config.json""".split()
-REPLACED = "replaced.txt"  # marks a folder that `move_aside` made, and `keep` may delete
+REPLACED = ".replaced"  # the run that this one replaces, until there is a new adapter
 # options that may change within a run: results do not depend on them, except for rounding
 FREE = ("save_every", "micro_batch", "vram")
 # what config.json holds besides options and data ("replaces" in runs of older versions)
@@ -91,17 +91,19 @@ class Run:
         Nothing is written, moved or deleted before `begin`.
         """
         path = Path(path)
-        old, config = read_config(path), options
+        old = read_config(path)
         if not old:
             check_free(path)
-        elif not overwrite and learned(path):
-            names = differing(old, options)
-            if names:
-                changes = [f"{name}={old.get(name)!r} (now {options[name]!r})" for name in names]
-                changes = ", ".join(changes)
-                raise UserError(f"{path} holds a run with other settings: {changes}.\n{WAYS_OUT}")
-            config = old | options
-        run = cls(path, config)
+        elif learned(path) and not overwrite:
+            changes = [
+                f"{name}={old.get(name)!r} (now {options[name]!r})"
+                for name in differing(old, options)
+            ]
+            if changes:
+                told = ", ".join(changes)
+                raise UserError(f"{path} holds a run with other settings: {told}.\n{WAYS_OUT}")
+            options = old | options
+        run = cls(path, options)
         run.replace = overwrite and bool(old)
         if source:
             run.source = Run(source)
@@ -142,18 +144,10 @@ class Run:
         # as harmless as a kill: whatever was being written is not in its place yet
         os._exit(128 + number)
 
-    def old_run(self):
-        """Where the run that this one replaces is kept, until there is a new adapter."""
-        return Path(f"{self.path.resolve()}.replaced")
-
     def move_aside(self):
         """Move the files of the run that is to be replaced out of the way."""
-        aside = self.old_run()
-        note = aside / REPLACED
-        if aside.exists() and not note.exists():
-            raise UserError(f"{aside} is in the way, and not from --overwrite. Rename it.")
+        aside = self.path / REPLACED
         aside.mkdir(exist_ok=True)
-        note.write_text(f"The old run of {self.path}, until there is a new adapter.\n")
         for name in RUN_FILES:
             # what is there already is worth more: this run has no adapter yet, that one has
             if (self.path / name).exists() and not (aside / name).exists():
@@ -165,12 +159,11 @@ class Run:
 
     def pin(self, name, value):
         """Note the fingerprint of the data in the config; UserError if it has changed."""
-        if getattr(self.config, name, value) != value:
+        if vars(self.config).setdefault(name, value) != value:
             raise UserError(
                 f"{self.config.data} no longer holds the data that {self.path} began with.\n"
                 "Put back the old data to continue, or give a new --run, or --overwrite."
             )
-        setattr(self.config, name, value)
 
     def results(self):
         remedy = f"Delete it, then run: python pit.py eval --run {self.path}"
@@ -221,8 +214,6 @@ class Run:
         """Load the trained `role` into `lm`; UserError if it does not fit."""
         try:
             lm.load(role, self.adapter(role))
-            if (role in lm.heads) != role.startswith(("reward", "judge")):
-                raise ValueError("a reward model has a head, a model that writes has none")
         except Exception as error:  # files, names, shapes: all kinds
             if out_of_memory(error):
                 raise
@@ -238,8 +229,7 @@ class Run:
             lm.save(role, folder)
             self.add_seconds()  # first, so that what is trained always has its time
         remove(self.path / "checkpoints" / role)
-        if (self.old_run() / REPLACED).exists():
-            remove(self.old_run())  # there is an adapter in its stead
+        remove(self.path / REPLACED)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -309,9 +299,9 @@ class Run:
                 f"{path} is damaged: {first_line(error)}. Delete the line; only the curves need it."
             ) from None
 
-    def forget(self, stage, step):
-        """Drop a stage's lines from `step` on, where it continues: no step is to be there twice."""
-        rows = [row for row in self.metrics() if row["stage"] != stage or row["step"] < step]
+    def forget(self, step):
+        """Drop the lines of this stage from `step` on, where it continues: no step comes twice."""
+        rows = [row for row in self.metrics() if row["stage"] != self.name or row["step"] < step]
         write_lines(self.path / "metrics.jsonl", rows)
 
     def warn(self, text):
@@ -327,8 +317,7 @@ class Run:
         """Announce a stage; its seconds go to results.json at the end."""
         number = self.plan.begin(name) if self.plan else ""
         print(f"\n{number}{name}: {why}", flush=True)
-        self.name, self.step = name, 0
-        self.warned = set()
+        self.name, self.warned = name, set()
         self.started = time.perf_counter()
         seed_all(self.config.seed, name, "start")
         yield
@@ -345,7 +334,7 @@ class Run:
         """
         numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
-        self.forget(self.name, first)
+        self.forget(first)
         self.bar = progress(range(first, total), initial=first, total=total)
         for step in self.bar:
             self.step = step
@@ -402,12 +391,11 @@ def differing(old, new, role=None):
 
     role: of these, the options on which that adapter depends.
     """
-    skipped = (*FACTS, *FREE)
-    names = [name for name in new if name not in skipped and old.get(name) != new[name]]
+    skipped = [*FACTS, *FREE]
     for options, roles in ONLY.items():
         if role and not role.startswith(tuple(roles.split())):
-            names = [name for name in names if name not in options.split()]
-    return names
+            skipped += options.split()
+    return [name for name in new if name not in skipped and old.get(name) != new[name]]
 
 
 def run_folders(folder):
@@ -423,12 +411,15 @@ def list_runs(folder):
     rows = []
     for path in run_folders(folder):
         row = dict(run=path, model="", data="", seed="", stage="damaged", delta="")
-        try:
-            row |= state_of(Run(path))
-        except UserError:
-            pass
-        except (AttributeError, KeyError):  # it lacks an option, or a result
-            row["stage"] = "of another version"
+        with suppress(UserError):
+            run = Run(path)
+            config, gain = run.config, run.gain()
+            stage = [*run.results().get("time_s", ["none yet"])][-1]
+            row |= dict(model=config.model, data=config.data, seed=config.seed, stage=stage)
+            if is_smoke(config):
+                row["stage"] += " (smoke)"
+            if gain:
+                row["delta"] = f"{100 * gain['delta']:+.1f}"
         rows.append(row)
     return rows
 
@@ -436,18 +427,6 @@ def list_runs(folder):
 def is_smoke(config):
     """Whether these are the options of a smoke run."""
     return config.rl_steps < MINIATURE
-
-
-def state_of(run):
-    """What `list_runs` tells of a run."""
-    config, gain = run.config, run.gain()
-    stage = [*run.results().get("time_s", ["none yet"])][-1]
-    if is_smoke(config):
-        stage += " (smoke)"
-    row = dict(model=config.model, data=config.data, seed=config.seed, stage=stage)
-    if gain:
-        row["delta"] = f"{100 * gain['delta']:+.1f}"
-    return row
 
 
 # ---- checks of a folder ------------------------------------------------------------------------
@@ -469,7 +448,7 @@ def read_config(path):
 
 def checksum(config):
     """Of the options and of what was pinned."""
-    kept = [(name, config[name]) for name in sorted(config) if name not in FACTS]
+    kept = [item for item in sorted(config.items()) if item[0] not in FACTS]
     return zlib.crc32(json.dumps(kept).encode())
 
 
@@ -531,7 +510,7 @@ def is_intact(folder, role):
     """
     with suppress(OSError, ValueError, AttributeError):  # no checksums, or damaged ones
         stored = json.loads((folder / "sha256.json").read_bytes())
-        if stored and stored.items() <= (checksums(folder) | {"role": role}).items():
+        if stored.items() <= (checksums(folder) | {"role": role}).items():
             return True
     if folder.exists():
         print(f"{folder} is damaged, or another role's.")
@@ -596,14 +575,13 @@ def shuffled_batch(n, size, step, seed):
     """
     import torch
 
-    orders, rows = {}, []
-    for visit in range(step * size, (step + 1) * size):
-        number, place = divmod(visit, n)
-        if number not in orders:
-            generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, number)).encode()))
-            orders[number] = torch.randperm(n, generator=generator).tolist()
-        rows.append(orders[number][place])
-    return rows
+    rows = []
+    number, place = divmod(step * size, n)  # the pass, and where in it the batch begins
+    while len(rows) < size:
+        generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, number)).encode()))
+        rows += torch.randperm(n, generator=generator).tolist()[place:]
+        number, place = number + 1, 0
+    return rows[:size]
 
 
 def progress(steps, **kwargs):
