@@ -304,8 +304,9 @@ class Session:
         """Load the roles that earlier commands have trained."""
         for command in commands:
             for role in trained_by(self.run.config)[command]:
-                self.run.need(role, command)
-                self.run.load_trained(self.lm, role)
+                if role not in self.lm.roles:
+                    self.run.need(role, command)
+                    self.run.load(self.lm, role)
 
 
 def sft_stage(session):
