@@ -64,8 +64,8 @@ HOW_TO_GET = (
     "Give a local folder, or fetch it where there is a network (hf download {}), or use "
     "--model tiny (built in)."
 )
-# the chat template of models that have none
-PLAIN_DIALOGUE = """{% for m in messages %}{{ m.role | capitalize }}:
+# the chat template of models that have none; a tokenizer without a BOS leaves it out
+PLAIN_DIALOGUE = """{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}:
 {{ m.content }}
 
 {% endfor %}{% if add_generation_prompt %}Assistant:
@@ -83,9 +83,7 @@ class LM:
 
     def __init__(self, base, tokenizer, lora):
         self.tokenizer, self.lora, self.device = tokenizer, lora, base.device
-        if not tokenizer.chat_template:
-            begin = "{{ bos_token }}" if getattr(tokenizer, "add_bos_token", False) else ""
-            tokenizer.chat_template = begin + PLAIN_DIALOGUE
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_DIALOGUE
         self.control = control_tokens(tokenizer)
         self.eos = end_of_turn(tokenizer)
         # Masks hide padding, so any token will do but EOS: with that, padding would look like the
@@ -97,7 +95,7 @@ class LM:
         self.backbone = base.get_decoder()
         self.hidden_size = base.get_input_embeddings().embedding_dim
         # "blank" is the base itself: the B of a new LoRA is zero
-        self.peft = get_peft_model(base, copy.deepcopy(lora), adapter_name="blank")
+        self.peft = get_peft_model(base, lora, adapter_name="blank")
         self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
         self.roles = {"blank"}
@@ -121,7 +119,7 @@ class LM:
 
         The head is a copy of `like`'s where that has one, else a new one.
         """
-        self.peft.add_adapter(role, copy.deepcopy(self.lora))
+        self.peft.add_adapter(role, self.lora)
         self.roles.add(role)
         self.set_weights(role, self.weights(like))
         if head and like in self.heads:
@@ -195,12 +193,12 @@ class LM:
         if system not in text:
             user = f"{system}\n\n{messages[1]['content']}"
             return self.encode_prompt([{"role": "user", "content": user}, *messages[2:]])
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_response(self, text):
         """An answer -> token ids, with EOS at the end."""
         text = self.escape(text).strip()
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos]
+        return self.tokenizer.encode(text, add_special_tokens=False) + [self.eos]
 
     def escape(self, text):
         """Break up control tokens such as `<|im_end|>` in typed text, so that they stay text."""
@@ -216,16 +214,13 @@ class LM:
         return [text.strip() for text in texts]
 
     def collate(self, prompts, responses):
-        """Lists of token ids -> Tokens, padded as drawn in tokens.py.
-
-        The mask comes from lengths. `ids != pad` would also hide a pad token that is part of a
-        text.
-        """
-        ids = [self.pad_rows(prompts, self.pad, "left"), self.pad_rows(responses, self.pad)]
-        prompt_mask = self.pad_rows([[1] * len(prompt) for prompt in prompts], 0, "left")
-        response_mask = self.pad_rows([[1] * len(response) for response in responses], 0)
-        mask = torch.cat([prompt_mask, response_mask], 1)
-        return Tokens(torch.cat(ids, 1), mask, response_mask)
+        """Lists of token ids -> Tokens, padded as drawn in tokens.py."""
+        # padding is -1 until the masks are made: `ids != pad` would also hide a pad token that is
+        # part of a text
+        responses = self.pad_rows(responses, -1)
+        ids = torch.cat([self.pad_rows(prompts, -1, "left"), responses], 1)
+        mask = (ids >= 0).long()
+        return Tokens(ids.masked_fill(ids < 0, self.pad), mask, (responses >= 0).long())
 
     def pad_rows(self, rows, value, side="right"):
         """Lists of ints -> (B, the length of the longest), padded with `value`."""
@@ -276,8 +271,8 @@ class LM:
     def scores_from_states(self, role, tokens, states):
         """The scalar head of `role` at the last real token of `states`, (B, R + 1, D): (B,)."""
         last = tokens.response_mask.sum(1)  # state n has seen all n tokens
-        rows = torch.arange(len(last), device=self.device)
-        return self.heads[role](states[rows, last].float()).squeeze(-1)
+        states = states.take_along_dim(last[:, None, None], 1).squeeze(1)  # (B, D)
+        return self.heads[role](states.float()).squeeze(-1)
 
     def scores_of_candidates(self, role, prompts, candidates):
         """The scores of k responses to each prompt: (B, k).
@@ -288,10 +283,8 @@ class LM:
         """
         assert role == self.active, f"{self.active} is active, not {role}"
         if not self.shared_row:
-            by_place = [list(responses) for responses in zip(*candidates)]  # k lists of B
-            return torch.stack(
-                [self.scores(role, self.collate(prompts, kth)) for kth in by_place], 1
-            )
+            one_by_one = [self.collate(prompts, kth) for kth in zip(*candidates)]
+            return torch.stack([self.scores(role, tokens) for tokens in one_by_one], 1)
         ids, part, position, ends = one_row_each(prompts, candidates)
         part = self.pad_rows(part, -1)
         # a token sees the prompt (part 0) and its own part, up to itself
@@ -303,9 +296,8 @@ class LM:
             position_ids=self.pad_rows(position, 0),
             use_cache=False,
         )
-        rows = torch.arange(len(prompts), device=self.device)[:, None]
-        ends = torch.tensor(ends, device=self.device)
-        states = out.last_hidden_state[rows, ends]  # (B, k, D)
+        ends = self.pad_rows(ends, 0)  # (B, k)
+        states = out.last_hidden_state.take_along_dim(ends[:, :, None], 1)  # (B, k, D)
         return self.heads[role](states.float()).squeeze(-1)
 
     # ---- writing -------------------------------------------------------------------------------
@@ -357,10 +349,10 @@ def adamw(parameters, lr, eps=1e-8):
     return torch.optim.AdamW(parameters, lr=lr, eps=eps, weight_decay=0.0)
 
 
-def take_step(optimizer, lr, clip=1.0):
+def take_step(optimizer, lr):
     """One optimiser step on the gradients gathered so far -> their norm before clipping, scalar."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -397,7 +389,7 @@ def end_of_turn(tokenizer):
     """
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
     after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ids = tokenizer.encode(after, add_special_tokens=False)
     if ids and ids[0] in tokenizer.all_special_ids:
         return ids[0]
     return tokenizer.eos_token_id
@@ -442,7 +434,7 @@ def explained(name, advice):
 
 @cache  # `all` checks before it reads any data, load_model again
 def check_model(name):
-    """Raise UserError unless `name` is a base model with a config and a tokenizer."""
+    """Its folder or hub id; UserError unless `name` is a base with a config and a tokenizer."""
     source = find_model(name)
     folder = Path(source)
     if (folder / "adapters").is_dir():
@@ -459,6 +451,7 @@ def check_model(name):
     with explained(name, HOW_TO_GET.format(source)):
         AutoConfig.from_pretrained(source, trust_remote_code=False)
         load_tokenizer(source)
+    return source
 
 
 def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="all-linear", seed=0):
@@ -468,8 +461,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     where there is no bf16). Raises UserError, in one or two lines, when there is no such model.
     Never runs code from a hub, never opens a pickle.
     """
-    check_model(name)
-    source = find_model(name)
+    source = check_model(name)
     with explained(name, HOW_TO_GET.format(source)):
         tokenizer = load_tokenizer(source)
         base = load_base(source, bits)
@@ -480,7 +472,6 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
             target_modules=target_modules,
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
-            base_model_name_or_path=str(source),
         )
         # LoRA's A is drawn here, once, for "blank": every role starts from the same one
         torch.manual_seed(seed)
@@ -493,7 +484,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
 def load_tokenizer(source):
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # transformers makes up an empty tokenizer where the files are missing
-    if "say it" not in tokenizer.decode(tokenizer("Say it")["input_ids"]).lower():
+    if "say it" not in tokenizer.decode(tokenizer.encode("Say it")).lower():
         raise ValueError("the files of its tokenizer are missing or damaged.")
     return tokenizer
 
@@ -553,10 +544,10 @@ def check_base(lm):
     ours = lm.logprobs(lm.collate([text[:2], other[:3]], [text[2:], other[3:]]))[0]
     # ... and as in sampling, where neither padding nor later tokens are there, and after all that
     # the model does to its logits
-    for place, logprob in enumerate(ours.tolist(), 2):
+    for place, logprob in enumerate(ours, 2):
         ids = torch.tensor([text[:place]], device=lm.device)
-        sampled = lm.peft(input_ids=ids).logits[0, -1].float().log_softmax(-1)[text[place]].item()
-        if not abs(logprob - sampled) < 0.1 + 0.05 * abs(sampled):  # `not <`: NaN fails too
+        sampled = lm.peft(input_ids=ids).logits[0, -1].float().log_softmax(-1)[text[place]]
+        if not torch.isclose(logprob, sampled, rtol=0.05, atol=0.1):  # NaN is close to nothing
             raise ValueError(
                 "the log-probs of its tokens depend on padding, on later tokens, or on something "
                 "that it does to its logits at the end."

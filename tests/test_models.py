@@ -492,16 +492,15 @@ def test_a_template_without_system_messages_gets_them_in_the_users_turn(lm, then
     )
 
 
-def test_a_model_without_a_template_gets_a_plain_dialogue_that_begins_as_its_tokenizer_wants(lm):
+def test_a_model_without_a_template_gets_a_plain_dialogue_with_the_bos_that_it_has(lm):
     messages = [as_user("map"), {"role": "assistant", "content": "a"}, as_user("b")]
-    for begin in (False, True):
-        lm.tokenizer.chat_template = None
-        lm.tokenizer.bos_token, lm.tokenizer.add_bos_token = "<|user|>", begin
+    for bos in (None, "<|user|>"):
+        lm.tokenizer.chat_template, lm.tokenizer.bos_token = None, bos
         plain = models.LM(lm.peft.unload(), lm.tokenizer, lm.lora)
         text = "User:\nmap\n\nAssistant:\na\n\nUser:\nb\n\nAssistant:\n"
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-        bos = [lm.tokenizer.bos_token_id] if begin else []
-        assert plain.encode_prompt(messages) == bos + ids
+        begin = [lm.tokenizer.bos_token_id] if bos else []
+        assert plain.encode_prompt(messages) == begin + ids
         assert plain.eos == lm.tokenizer.eos_token_id
 
 
