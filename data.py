@@ -29,6 +29,7 @@ from files import (
 
 # Our wording, as the paper does not give its own: a natural turn, without any rubric in words.
 IMPROVE = "Please improve your answer."
+IMPROVE_TOKENS = 16  # that, and the template around it, in Qwen2; 8 in the built-in base
 # Equal thirds for the stages, after what is set aside for judging.
 PARTS = {"held_out": 0.10, "judge": 0.15, "sft": 0.25, "rm": 0.25, "rl": 0.25}
 
@@ -44,8 +45,7 @@ def improve_prompt(prompt, reference):
 
 def max_length(cfg):
     """Tokens of the longest sequence in training: x, y_ref, "Please improve your answer.", y."""
-    improve = 16  # the words of IMPROVE, and the template's tokens around its turn
-    return cfg.max_prompt + 2 * cfg.max_response + improve
+    return cfg.max_prompt + 2 * cfg.max_response + IMPROVE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,13 @@ def filter_by_length(pairs, lm, cfg):
     A prompt loses its oldest turns, then the oldest words of its last one. An answer is never cut:
     truncated, it would teach the model not to stop; with an EOS added, to stop mid-sentence.
     """
-    notes, kept = Counter(), []
-
-    # drop the pairs with a long answer
-    lengths = [longest_answer(pair, lm) for pair in pairs]
-    fitting = [pair for pair, length in zip(pairs, lengths) if length <= cfg.max_response]
-    notes[f"dropped (an answer over {cfg.max_response} tokens)"] = len(pairs) - len(fitting)
-
-    # cut long prompts
-    for pair in fitting:
+    too_long = f"dropped (an answer over {cfg.max_response} tokens)"
+    notes, kept, lengths = Counter({too_long: 0}), [], []
+    for pair in pairs:
+        lengths.append(longest_answer(pair, lm))
+        if lengths[-1] > cfg.max_response:
+            notes[too_long] += 1
+            continue
         prompt = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
         if prompt is None:
             notes[f"dropped (a prompt that no cut brings to {cfg.max_prompt} tokens)"] += 1
@@ -155,7 +153,7 @@ def filter_by_length(pairs, lm, cfg):
 
     notes["kept"] = len(kept)
     print(f"{cfg.data}: {describe(notes)}")
-    if len(fitting) < len(pairs) / 2:
+    if notes[too_long] > len(pairs) / 2:
         enough = sorted(lengths)[int(0.9 * len(pairs))]
         print(f"Most pairs have a longer answer: --max-response {enough} would keep 90% of them.")
     return kept
@@ -198,14 +196,15 @@ def split(pairs, seed):
     random.Random(seed).shuffle(groups)
 
     # each part takes the next share of them
+    n = len(groups)
     parts, start = {}, 0.0
     for name, share in PARTS.items():
-        chosen = groups[round(start * len(groups)) : round((start + share) * len(groups))]
+        chosen = groups[round(start * n) : round((start + share) * n)]
         parts[name] = [pair for group in chosen for pair in group]
         start += share
         if len(parts[name]) < 8:
             raise UserError(
-                f"Too few pairs: {len(pairs)}, prompts: {len(groups)}. Then {name} would get "
+                f"Too few pairs: {len(pairs)}, prompts: {n}. Then {name} would get "
                 f"{len(parts[name])}, and needs 8.\n"
                 "Give more --data, or raise --pairs, --max-prompt or --max-response."
             )

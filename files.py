@@ -71,6 +71,9 @@ ROLES = {
 }
 
 
+MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')  # how JSON of them begins
+
+
 class BadRow(ValueError):
     """A row that is no pair, and why."""
 
@@ -158,10 +161,10 @@ def rows_of_folder(path):
             from datasets import load_from_disk
 
             return numbered(load_from_disk(saved))
-    files = sorted(file.name for file in path.iterdir() if kind_of(file) in KINDS)
+    files = [file for file in path.iterdir() if kind_of(file) in KINDS]
     if len(files) != 1:
         raise UserError(f"{path} is a folder with {len(files)} files of data. Give one file.")
-    return rows_of_file(path / files[0])
+    return rows_of_file(files[0])
 
 
 def rows_of_file(path):
@@ -174,10 +177,9 @@ def rows_of_file(path):
             content = pyarrow.input_stream(io.BytesIO(content), compression=codec).read()
     if kind == ".parquet":
         return numbered(parquet.read_table(io.BytesIO(content)).to_pylist())
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = content.decode("utf-16")
-    else:
-        text = content.decode("utf-8-sig", "surrogateescape")  # `real_text` finds what is no UTF-8
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    # surrogateescape: `real_text` finds what is no UTF-8
+    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
     return rows_of_table(text) if kind in (".csv", ".tsv") else rows_of_json(text)
 
 
@@ -191,23 +193,16 @@ def rows_of_table(text):
         yield f"line {table.line_num}", {name: read_cell(cell) for name, cell in row.items()}
 
 
-def read_cell(text):
-    """A cell of a table: messages where it holds them as JSON, else its text."""
-    try:
-        value = json.loads(text)
-    except (ValueError, TypeError, RecursionError):  # text, like most cells
-        return text
-    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        if {"content", "value"} & set().union(*value):
-            return value
-    return text
+def read_cell(cell):
+    """A cell of a table: its text, or the messages that it holds as JSON."""
+    return json.loads(cell) if MESSAGES.match(str(cell)) else cell
 
 
 def rows_of_json(text):
     """Rows of one JSON value that holds them all, or one per line."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         if text.lstrip().startswith("["):  # one list of rows, and a broken one
             raise
         lines = enumerate(text.split("\n"), 1)
@@ -238,7 +233,7 @@ def read_columns(row):
     try:
         row = json.loads(row) if isinstance(row, str) else row
         columns = row.items()
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, AttributeError):
         raise BadRow('this is not a row in JSON, {"column": ...}') from None
     if None in row:
         raise BadRow("it has more cells than the header has names: is a comma not in quotes?")
@@ -330,11 +325,11 @@ def read_answer(row, column, prompt):
 
 def label_is_high(row, form):
     """Whether the label prefers `form.rejected`. Files write it as 1, 1.0, "1" or true."""
-    text = str(find(row, form.label)).strip().lower()
+    text = str(find(row, form.label)).lower()
     low, high = float(form.low), float(form.high)
     try:
         label = float(json.loads(text))
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         label = math.nan
     if not low <= label <= high:
         raise BadRow(f"`{form.label}` must be a number from {form.low} to {form.high}: {text[:20]}")
@@ -396,7 +391,8 @@ def real_text(value, column):
 def read_rows(source):
     """Rows to improve -> [(row, prompt as messages, response or None, file and line)]."""
     rows = []
-    for place, row in rows_of(str(source)):
+    for number, row in rows_of(str(source)):
+        place = f"{source}, {number}"
         try:
             row = read_columns(row)
             prompt = read_turns(row.get("prompt", ""), "prompt")
@@ -404,6 +400,6 @@ def read_rows(source):
             if not prompt:
                 raise BadRow(f"no `prompt` in these columns: {', '.join(row)[:200]}")
         except BadRow as error:
-            raise UserError(f"{source}, {place}: {error}.") from None
-        rows.append((row, prompt, response or None, f"{source}, {place}"))
+            raise UserError(f"{place}: {error}.") from None
+        rows.append((row, prompt, response or None, place))
     return rows

@@ -216,7 +216,6 @@ BAD = {
     "\x00": "not a row in JSON",
     "\udcff\udcfe{": "not a row in JSON",  # bytes that are no UTF-8
     '{"prompt": "na\udcefve", "chosen": "a", "rejected": "b"}': "`prompt` is not in UTF-8",
-    "[" * 100_000: "not a row in JSON",
     '{"prompt": "x", "chosen": "y"}': "no prompt with two answers in these columns: prompt, chosen",
     '{"prompt": "x", "completion": "y", "label": true}': "KTO data has one answer per row",
     '{"prompt": "x", "response": "y"}': "SFT data has one answer per row",
@@ -412,7 +411,7 @@ def test_messages_in_a_cell_of_a_table(tmp_path, how):
     assert read_pairs(str(tmp_path / "pairs.csv"))[0] == [Pair(TURNS[2:], "a", "b")]
 
 
-@pytest.mark.parametrize("text", ["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[" * 100_000, "[x](y)"])
+@pytest.mark.parametrize("text", ["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[x](y)", None])
 def test_a_cell_of_other_json_is_text(text):
     assert files.read_cell(text) == text
 
