@@ -70,7 +70,6 @@ class Run:
     source = None  # another run, whose adapters `begin` is to take over
     in_step = False
     stop_signal = None
-    time_left = ""
 
     def __init__(self, path, config=None):
         """Open the run in `path`. `start` gives the config of a run that has yet to begin."""
@@ -284,8 +283,7 @@ class Run:
                 )
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "step": self.step} | metrics) + "\n")
-        shown = [f"{name} {value:.3g}" for name, value in list(metrics.items())[:3]]
-        self.bar.set_postfix_str("  ".join([*shown, self.time_left]))
+        self.bar.set_postfix(list(metrics.items())[:3])
 
     def metrics(self):
         """All lines of metrics.jsonl, a dict each, the oldest first."""
@@ -323,7 +321,7 @@ class Run:
         yield
         seconds = self.add_seconds()
         if self.plan:
-            self.plan.end_stage(name, seconds)
+            self.plan.end_stage(seconds)
 
     def steps(self, total, optimizers, numbers=None):
         """Yield the steps of this stage that are still to do, under a progress bar.
@@ -342,13 +340,13 @@ class Run:
             self.in_step = True
             yield step
             done = step + 1
+            left = self.plan.end_step(done, total) if self.plan else ""
+            self.bar.set_description_str(left)
             if done % self.config.save_every == 0 or done == total or self.stop_signal:
                 self.save(done, optimizers, numbers)
                 if self.bar.disable:  # no terminal
-                    print(f"  step {done} of {total}  {self.bar.postfix}".rstrip(), flush=True)
+                    print(f"  step {done} of {total}: {self.bar.postfix}  {left}", flush=True)
             self.in_step = False
-            if self.plan:
-                self.time_left = self.plan.end_step(self.name, done, total)
             if self.stop_signal:
                 self.bar.close()
                 say(f"Saved {self.name} after step {done} of {total}. {to_continue()}\n")
@@ -586,7 +584,7 @@ def shuffled_batch(n, size, step, seed):
 
 def progress(steps, **kwargs):
     """A progress bar over an iterable, with the time gone and the time left; none in a file."""
-    form = "  {percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+    form = "{desc}  {percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
     return tqdm(steps, ncols=80, bar_format=form, disable=None, **kwargs)
 
 
