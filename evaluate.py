@@ -23,18 +23,13 @@ from run import progress, write_lines
 from votes import ROWS, questions_about, read_answers, read_votes
 
 COMPARISONS = [
-    ("original", "y_w"),
+    *ROWS,
     ("original", "policy_sft"),
-    ("pit", "original"),
-    ("pit", "y_w"),
-    ("self_refine", "original"),
     ("self_refine_sft", "original"),
     ("pit_sft", "original"),
     ("pit_rl0", "original"),
     ("best_of_2", "original"),
     ("best_of_3", "original"),
-    ("pit", "self_refine"),
-    ("pit", "best_of_2"),
     ("pit", "best_of_3"),
     ("pit", "second_sample"),
     ("pit", "pit_sft"),
@@ -46,7 +41,6 @@ GAP_MODELS = {
     "reward_gap2": "Eq. 2 as published",
     "reward_gap3": "Eq. 2, first three terms",
 }
-NO_SELF_REFINE = "the built-in base cannot follow such prompts"
 ENOUGH = 20  # votes: from fewer, the 95% interval of delta would be 75 points wide, or wider
 Z = 1.96  # standard deviations on either side in a 95% interval
 
@@ -199,10 +193,13 @@ def evaluate(lm, run, pairs, last, judges):
         bar.set_postfix_str("  gap models")
         r_p = View("R_P", models["reward_policy"], answers)
         r_pit = View("gap by R_PIT", models["reward_gap"], answers)
-        evidence = gap_evidence(models, answers.pairs, written_pairs(main))
-        evidence |= {"rl": rl_table(r_p, r_pit, keys), "stops": stop_table(main, r_pit)}
+        run.add_results(
+            rl=rl_table(r_p, r_pit, keys),
+            stops=stop_table(main, r_pit),
+            **gap_evidence(models, answers.pairs, written_pairs(main)),
+        )
         bar.update()
-    # 3. the tables, which look at the scores in every way
+    # 3. the other tables look at scores that are there by now
     run.add_results(
         main=main.name,
         judges=judge_accuracy(views),
@@ -210,7 +207,6 @@ def evaluate(lm, run, pairs, last, judges):
         sides=sides_table(views, of_table1),
         fig3=temperature_table(main, methods),
         table3=rounds_table(main, methods),
-        **evidence,
     )
     write_answers(run, views, of_table1)
     add_votes(run)
@@ -232,15 +228,11 @@ def judge_accuracy(views):
 
 
 def table1(views, keys):
-    """Table 1 by each judge. A row that does not apply has the reason in place of numbers."""
+    """Table 1 by each judge: the comparisons of which this run has both sides."""
     rows = []
     for view, (a, b) in product(views, COMPARISONS):
-        row = {"a": a, "b": b, "judge": view.name}
-        missing = {Key(a), Key(b)}.difference(keys)
-        if not missing:
-            rows.append(row | view.compare(Key(a), Key(b)))
-        elif Key("pit_rl0") not in missing:  # else there was one round, and "pit" has its rows
-            rows.append(row | {"not_applicable": NO_SELF_REFINE})
+        if {Key(a), Key(b)} <= set(keys):
+            rows.append({"a": a, "b": b, "judge": view.name} | view.compare(Key(a), Key(b)))
     return rows
 
 
@@ -255,7 +247,7 @@ def sides_table(views, keys):
         side = answers.side(key)
         same = [y in ("", y_0) for y, y_0 in zip(side.texts, answers.side(ORIGINAL).texts)]
         table[key.method] = {
-            "length": mean(side.lengths),
+            "length": mean(answers.lengths(side.texts)),
             "tokens": mean(side.spent),
             "texts": side.generations,
             "unchanged": mean(same),
@@ -320,25 +312,21 @@ def stop_table(main, r_pit):
     For "time" the limit is what so many rounds take on average. Time goes with the tokens written,
     whatever the machine.
     """
-    rounds = round_keys("pit")
-    sides = [main.answers.side(key) for key in (ORIGINAL, *rounds)]
-    columns = zip(
-        zip(*[side.texts for side in sides]),  # of each prompt: the texts y_0 ... y_K,
-        zip(*[main.scores(key) for key in (ORIGINAL, *rounds)]),  # their scores,
-        zip(*[side.spent for side in sides]),  # the tokens written up to each,
-        zip(*[r_pit.gaps(key) for key in rounds]),  # and the gaps, from y_1 on
-    )
-    prompts, rows = list(columns), []
+    keys = [ORIGINAL, *round_keys("pit")]
+    sides = [main.answers.side(key) for key in keys]
+    tokens = np.array([side.spent for side in sides])  # (K + 1, N) written up to y_0 ... y_K
+    scores = np.array([main.scores(key) for key in keys])  # (K + 1, N)
+    gaps = np.array([r_pit.gaps(key) for key in keys[1:]])  # (K, N) from y_1 on
+    texts = zip(*[side.texts for side in sides])
+    prompts, rows = list(zip(texts, gaps.T, tokens.T)), []
     for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
-        most = ROUNDS if stop == "time" else limit
-        budget = mean(sides[limit].spent)
-        final, total = [], []
-        for texts, scores, tokens, gaps in prompts:
-            answer, made = infer.end_of(stop, texts[: most + 1], gaps, tokens, budget)
-            final.append(scores[answer])
-            total.append(tokens[made])
+        budget = mean(tokens[limit])
+        ends = [infer.end_of(stop, *prompt, budget) for prompt in prompts]
+        # a rule that would go on longer than it may ends at the limit
+        answer, made = np.minimum(ends, ROUNDS if stop == "time" else limit).T  # (N,), (N,)
+        final = np.choose(answer, scores)  # (N,)
         row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
-        rows.append(row | {"tokens": mean(total)})
+        rows.append(row | {"tokens": mean(np.choose(made, tokens))})
     return rows
 
 
@@ -373,12 +361,16 @@ def gap_evidence(models, annotated, written):
             up, down = four["wl"] - four["ll"], four["lw"] - four["ww"]  # (n,)
             # is the sign right, in both directions?
             right = np.mean([up > 0, down < 0], axis=0)  # (n,)
-            row = {"model": role, "pairs": kind, "n": len(pairs), "accuracy": mean(right)}
-            row |= {
-                "ci95": interval(right, bounds=(0, 1)),
-                "calibration_error": calibration(up, down),
-            }
-            eq2.append(row)
+            eq2.append(
+                {
+                    "model": role,
+                    "pairs": kind,
+                    "n": len(pairs),
+                    "accuracy": mean(right),
+                    "ci95": interval(right, bounds=(0, 1)),
+                    "calibration_error": calibration(up, down),
+                }
+            )
     return {"fig2": fig2, "eq2": eq2}
 
 
@@ -418,55 +410,48 @@ def rows_of(columns):
 
 def add_votes(run):
     """Turn all votes (votes.py) into rows of Table 1, and notes on them -> results.json."""
-    votes, lines, results = read_votes(run), read_answers(run), run.results()
-    voters = sorted({judge for judge, _ in votes} - lines[0]["scores"].keys())
-    # 1. what the judges say of each question: 1, a is better; -1, b is; 0, a tie
-    said = []
-    for question in questions_about(lines):
-        verdicts = {}
-        for judge, scores in lines[question.line]["scores"].items():
-            margin = results["judges"][judge]["margin"]
-            verdicts[judge] = outcomes(scores[question.a], scores[question.b], margin)
-        for judge in voters:
-            if (judge, question.id()) in votes:
-                verdicts[judge] = votes[judge, question.id()]["vote"]
-        said.append(((question.a, question.b), verdicts))
-    # 2. rows of Table 1, where there are enough votes
-    table1 = [row for row in results["table1"] if row["judge"] not in voters]
-    notes = []
-    for judge, (a, b) in product(voters, ROWS):
-        cast = [
-            verdicts[judge] for sides, verdicts in said if sides == (a, b) and judge in verdicts
-        ]
+    votes, results = read_votes(run), run.results()
+    said = all_verdicts(votes, read_answers(run), results["judges"])
+    # 1. rows of Table 1, where there are enough votes
+    table1 = [row for row in results["table1"] if row["judge"] not in votes]
+    notes = defaultdict(list)
+    for voter, sides in product(votes, ROWS):
+        a, b = sides
+        cast = [vote for question, vote in said[voter].items() if question.sides == sides]
         if len(cast) >= ENOUGH:
-            table1.append({"a": a, "b": b, "judge": judge} | compare(cast, 0))
+            table1.append({"a": a, "b": b, "judge": voter} | compare(cast, 0))
         elif cast:
-            notes.append(f"{judge}: {len(cast)} votes on {a} vs {b}. A row needs {ENOUGH}.")
-    # 3. how far to trust them
-    for judge, other in product(voters, [*voters, *lines[0]["scores"]]):
-        both = [verdicts for _, verdicts in said if judge in verdicts and other in verdicts]
-        if judge != other and len(both) >= ENOUGH:
-            same = mean([verdicts[judge] == verdicts[other] for verdicts in both])
-            notes.append(f"{judge} agrees with {other} on {same:.0%} of {len(both)} pairs.")
-    notes += position_bias(votes)
+            notes[voter].append(f"{len(cast)} votes on {a} vs {b}. A row needs {ENOUGH}.")
+    # 2. how far to trust them: do they agree with other judges?
+    for voter, judge in product(votes, said):
+        both = said[voter].keys() & said[judge].keys()
+        if both and judge != voter:
+            same = mean([said[voter][question] == said[judge][question] for question in both])
+            notes[voter].append(f"agrees with {judge} on {same:.0%} of {len(both)} pairs.")
+    # 3. a language model is asked in both orders
+    for voter, cast in votes.items():
+        asked = [vote for vote in cast.values() if "order_decides" in vote]
+        if asked:
+            bias = mean([vote["order_decides"] for vote in asked])
+            unreadable = sum(vote["unreadable"] for vote in asked)
+            notes[voter].append(
+                f"the order of the answers decided {bias:.0%} of {len(asked)} pairs, and "
+                f"{unreadable} replies could not be read. These count as ties."
+            )
     run.add_results(table1=table1, votes=notes)
 
 
-def position_bias(votes):
-    """How often the order decided for a language model, and how many replies made no sense."""
-    by_judge = defaultdict(list)
-    for (judge, _), line in votes.items():
-        if "order_decides" in line:  # a person sees one order
-            by_judge[judge].append(line)
-    notes = []
-    for judge, lines in by_judge.items():
-        bias = mean([line["order_decides"] for line in lines])
-        unreadable = sum(line["unreadable"] for line in lines)
-        notes.append(
-            f"{judge}: the order of the answers decided {bias:.0%} of {len(lines)} pairs, "
-            f"and {unreadable} replies could not be read. These count as ties."
-        )
-    return notes
+def all_verdicts(votes, lines, judges):
+    """What every judge says -> {judge: {question: 1, a is better; -1, b is; 0, a tie}}."""
+    said = defaultdict(dict)
+    for question in questions_about(lines):
+        a, b = question.sides
+        for judge, scores in lines[question.line]["scores"].items():
+            said[judge][question] = outcomes(scores[a], scores[b], judges[judge]["margin"])
+        for voter, cast in votes.items():
+            if question.id() in cast:
+                said[voter][question] = cast[question.id()]["vote"]
+    return said
 
 
 def judge_curricula(lm, run, pairs, lasts, judges):

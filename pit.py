@@ -459,7 +459,6 @@ def ablate(run: StageRun, judge: Judges = None):
     session = open_to_judge(run, judge)
     import curriculum
     import evaluate
-    import report
     import reward
     from judges import judges_by_name
 
@@ -484,7 +483,6 @@ def ablate(run: StageRun, judge: Judges = None):
         lasts[name] = train_rounds(session, name.split(","), prefix)
     with run.stage("ablate", "which curriculum is best?"):
         evaluate.judge_curricula(lm, run, parts["held_out"], lasts, judges)
-    print(report.table2(run.results()["table2"]))
     eval_stage(session, judges)
 
 

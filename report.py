@@ -6,7 +6,6 @@ Everywhere Delta = win - lose, in points of held-out prompts, with its 95% inter
 """
 
 import re
-from itertools import groupby
 from pathlib import Path
 from textwrap import fill
 
@@ -14,6 +13,8 @@ import jinja2
 import matplotlib
 import matplotlib.ticker
 import numpy as np
+from rich.console import Console
+from rich.markdown import Markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -80,44 +81,9 @@ def wrapped(name, text):
     return fill(f"{name:9} {text}", 80, subsequent_indent=indent, max_lines=6, placeholder=" [...]")
 
 
-def line_up(page):
-    """The same Markdown, with the columns of its tables lined up for those who read it as text."""
-    parts = []
-    for is_table, lines in groupby(page.split("\n"), key=lambda line: line.startswith("|")):
-        if is_table:
-            columns = zip(*map(cells_of, lines))
-            rows = zip(*map(line_up_column, columns))
-            lines = [f"| {' | '.join(row)} |" for row in rows]
-        parts += lines
-    return "\n".join(parts)
-
-
-def cells_of(line):
-    """The cells of a line of a table; `\\|` is text within a cell."""
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-
-
-def line_up_column(column):
-    """Title, rule and cells of a column: text to the left; numbers, with the rule `--:`, right."""
-    rule = column[1]
-    width = max(map(len, column))
-    justify = str.rjust if rule == "--:" else str.ljust
-    return [justify(cell, width, "-" if cell == rule else " ") for cell in column]
-
-
-def block(name, **values):
-    """One block of the page alone."""
-    return line_up("".join(PAGE.blocks[name](PAGE.new_context(values))).strip())
-
-
-def table2(rows):
-    """Table 2: what each curriculum's last adapter is worth."""
-    return block("table2", results={"table2": rows})
-
-
 def judged_by(results, judge):
     """The rows of Table 1 by one judge."""
-    return [row for row in results["table1"] if row["judge"] == judge and "delta" in row]
+    return [row for row in results["table1"] if row["judge"] == judge]
 
 
 def examples(run, judge):
@@ -137,9 +103,9 @@ def alarms(results):
 
 
 def write_report(run, voter=None):
-    """Draw report.md and its figures from all results so far, and print what is new.
+    """Draw report.md and its figures from all results so far, and print its main tables.
 
-    That is Table 1 by the main judge or, after a vote, by the voter.
+    Table 1 is by the main judge or, after a vote, by the voter.
     """
     results, metrics = run.results(), run.metrics()
     plot_curves(run, metrics)
@@ -148,23 +114,15 @@ def write_report(run, voter=None):
         plot(run, results)
     if "table2" in results:
         plot_fig4(run, results, metrics)
-    page = PAGE.render(run=run, cfg=run.config, results=results)
-    write_text(run.path / "report.md", line_up(page))
-    print_news(run, voter)
+    write_text(run.path / "report.md", PAGE.render(run=run, cfg=run.config, results=results))
+    print_tables(run, results, voter or results["main"])
 
 
-def print_news(run, voter):
-    """Table 1 by the main judge, with its caveats; or by who has just voted, with notes on that."""
-    results = run.results()
-    texts = [block("table1", results=results, judge=voter or results["main"])]
-    if voter:
-        begins = f"{voter}: ", f"{voter} agrees "  # and not with a longer name
-        texts.append("\n".join(note for note in results["votes"] if note.startswith(begins)))
-    else:
-        texts.append(block("caveats", results=results))
-        texts.append(block("banner", cfg=run.config))
-    for text in filter(None, texts):
-        print(f"\n{text}")
+def print_tables(run, results, judge):
+    """Print some blocks of the page, as a terminal shows Markdown."""
+    context = PAGE.new_context(dict(cfg=run.config, results=results, judge=judge))
+    for name in ("table1", "table2", "caveats", "banner"):
+        Console().print(Markdown("".join(PAGE.blocks[name](context))))
     print(f"\nAll tables and figures: {run.path / 'report.md'}")
 
 
@@ -313,9 +271,9 @@ def plot_result(run, results, metrics):
     # 1. left: deltas, from the bottom to the top
     for row in reversed(judged_by(results, results["main"])):
         if row["b"] == "original":
-            low, high = row["ci95"]
-            where = [low, row["delta"], high]
-            left.plot(where, 3 * [label(row["a"])], "o-", color="C0", markevery=[1])
+            name = label(row["a"])
+            left.plot(row["ci95"], [name, name], color="C0")
+            left.plot(row["delta"], name, "o", color="C0")
     left.axvline(0, color="black", linewidth=1)
     left.xaxis.set_major_formatter(IN_POINTS)
     left.set_title(f"Better than the policy's own answer?\nJudged by {label(results['main'])}")
@@ -381,10 +339,10 @@ def plot_rounds(run, results):
 def plot_stops(run, results):
     """What each stop rule gives for its tokens, beside a fixed number of rounds -> stops.png."""
     rules = grouped(results["stops"], "stop")
-    panels = (len(rules) + 1) // 2, 2  # two in a row
-    figure, axes = plt.subplots(*panels, figsize=(12, 8), sharex=True, sharey=True, squeeze=False)
-    for ax, (stop, rows) in zip(axes.flat, rules.items()):
-        bars(ax, rules["rounds"], "tokens", "mean", "ci95", color="lightgray", label="no rule")
+    no_rule = rules.pop("rounds")
+    figure, axes = plt.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)
+    for ax, (stop, rows) in zip(axes[0], rules.items()):
+        bars(ax, no_rule, "tokens", "mean", "ci95", color="lightgray", label="no rule")
         bars(ax, rows, "tokens", "mean", "ci95", label="this rule")
         ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
         ax.set_title(f"Stop {label(stop)}")
@@ -402,11 +360,9 @@ def plot_fig4(run, results, metrics):
         name = row["curriculum"]
         rounds = f"ablate_{name.replace(',', '-')}_"
         gaps = [line["score"] for line in metrics if line["stage"].startswith(rounds)]
-        steps = range(1, len(gaps) + 1)
-        smooth = [np.mean(gaps[max(0, step - 5) : step]) for step in steps]
-        ax.plot(steps, smooth, label=name.replace(",", ", then "))
+        ax.plot(range(1, len(gaps) + 1), gaps, label=name.replace(",", ", then "))
     ax.set_title("What each curriculum learns (named by where y_ref comes from)")
-    ax.set(xlabel="PPO iteration of all rounds", ylabel="mean gap by R_PIT, over 5 iterations")
+    ax.set(xlabel="PPO iteration of all rounds", ylabel="mean gap by R_PIT")
     whole_numbers(ax)
     save(figure, run, "fig4.png")
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -41,15 +42,13 @@ class Question(NamedTuple):
     """Which is better: the answer of side a, or that of side b?"""
 
     line: int  # of answers.jsonl, from 0
-    a: str
-    b: str
+    sides: tuple  # a, b
     prompt: str
-    text_a: str
-    text_b: str
+    texts: tuple  # their answers
 
     def id(self):
         """A hash of all that is shown: no vote outlives its texts."""
-        texts = json.dumps([self.prompt, self.text_a, self.text_b])
+        texts = json.dumps([self.prompt, *self.texts])
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
@@ -72,7 +71,8 @@ def questions_about(lines):
         answers = line["answers"]
         for a, b in ROWS:
             if a in answers and b in answers:
-                questions.append(Question(number, a, b, "\n\n".join(turns), answers[a], answers[b]))
+                texts = answers[a], answers[b]
+                questions.append(Question(number, (a, b), "\n\n".join(turns), texts))
     return questions
 
 
@@ -81,29 +81,33 @@ def questions_left(run, judge, n):
 
     Sorted by their hashes: an order that says nothing, and is the same again after a break.
     """
-    votes = read_votes(run)
+    votes = read_votes(run)[judge]
     questions = {question.id(): question for question in questions_about(read_answers(run)[:n])}
-    return [questions[key] for key in sorted(questions) if (judge, key) not in votes]
+    return [questions[key] for key in sorted(questions) if key not in votes]
 
 
 def read_votes(run):
-    """votes.jsonl -> {(judge, id of the question): line}; a later line overrides an earlier one.
+    """votes.jsonl -> {judge: {id of the question: line}}; later lines override earlier ones.
 
     A line's vote: 1, side a is better; -1, side b is; 0, a tie; null, taken back.
     """
-    path, votes = run.path / "votes.jsonl", {}
+    path, votes = run.path / "votes.jsonl", defaultdict(dict)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.split("\n"):
         with suppress(ValueError):  # an empty line, or one that a kill cut off
             vote = json.loads(line)
-            votes[vote["judge"], vote["question"]] = vote
-    return {key: vote for key, vote in votes.items() if vote["vote"] is not None}
+            cast = votes[vote["judge"]]
+            cast[vote["question"]] = vote
+            if vote["vote"] is None:
+                del cast[vote["question"]]
+    return votes
 
 
 def add_vote(run, judge, question, vote, **more):
     """Append a vote to votes.jsonl."""
-    line = {"judge": judge, "question": question.id(), "prompt": question.line}
-    line |= {"a": question.a, "b": question.b, "vote": vote, **more}
+    a, b = question.sides
+    line = {"judge": judge, "question": question.id(), "prompt": question.line, "a": a, "b": b}
+    line |= {"vote": vote, **more}
     with open(run.path / "votes.jsonl", "a", encoding="utf-8") as file:
         # a new line first: a kill may have cut the last one off
         file.write("\n" + json.dumps(line))
@@ -155,7 +159,7 @@ def ask_llm(run, url, llm, n=128):
 
 def ask_both_orders(run, client, llm, question):
     """Add the language model's vote to votes.jsonl: a tie if the order changes its mind."""
-    prompt, a, b = question.prompt, question.text_a, question.text_b
+    prompt, (a, b) = question.prompt, question.texts
     if a == b:
         add_vote(run, llm, question, 0)
         return
@@ -211,7 +215,7 @@ def ask_person(run, n=128):
     left = questions_left(run, ME, n)
     voted = []  # in this session, for undo
     while left:
-        if left[0].text_a == left[0].text_b:
+        if len(set(left[0].texts)) == 1:
             # a tie, when its turn comes: all at once, a session cut short would have too many
             add_vote(run, ME, left.pop(0), 0)
             continue
@@ -232,10 +236,10 @@ def ask_person(run, n=128):
 
 def show(question, turned):
     """A prompt and its two answers, without names, in 80 columns."""
-    texts = [question.text_a, question.text_b]
+    texts = [question.prompt, *question.texts]
     if turned:
-        texts.reverse()
-    for title, text in zip(("The prompt", "Answer 1", "Answer 2"), (question.prompt, *texts)):
+        texts[1:] = reversed(question.texts)
+    for title, text in zip(("The prompt", "Answer 1", "Answer 2"), texts):
         print(f"\n--- {title}\n")
         for line in text.splitlines():
             printable = "".join(c if c.isprintable() else " " for c in line)  # moves no cursor

@@ -225,7 +225,6 @@ def test_after_one_round_pit_rl0_has_no_rows_of_its_own():
         rows = evaluate.table1([view], keys)
         sides = {name for row in rows for name in (row["a"], row["b"])}
         assert ("pit_rl0" in sides) == ("pit_rl0" in stages)
-        assert not any("not_applicable" in row for row in rows)
         after = [row["after"] for row in evaluate.rl_table(view, view, keys)]
         assert after == ["original", *stages]
 
@@ -302,9 +301,9 @@ def test_table_1_from_texts(measured):
     results, texts = run.results(), stored_texts(run, pairs)
     prompts = [pair.prompt for pair in pairs]
     rows = {(r["judge"], r["a"], r["b"]): r for r in results["table1"]}
-    assert {(a, b) for _, a, b in rows} == set(evaluate.COMPARISONS)
-    refused = [rows.pop(sides) for sides in list(rows) if "self_refine" in "".join(sides)]
-    assert {r["not_applicable"] for r in refused} == {evaluate.NO_SELF_REFINE}
+    # the built-in base cannot follow Self-Refine's prompts
+    possible = {sides for sides in evaluate.COMPARISONS if "self_refine" not in "".join(sides)}
+    assert {(a, b) for _, a, b in rows} == possible
     scores, margins = {}, {"quality": 1e-4, "judge": 0.1}
     for side in {side for sides in evaluate.COMPARISONS for side in sides if side in texts}:
         scores["quality", side] = exact_scores(pairs, texts[side])
