@@ -22,6 +22,7 @@ FEEDBACK = (
 )
 REFINE = "Rewrite your answer with these flaws fixed. Output only the new answer."
 REFINERS = {"self_refine": "policy_rl", "self_refine_sft": "policy_sft"}  # the adapter of each
+GIVEN = {"y_w": "chosen", "y_l": "rejected"}  # of the pairs
 SAMPLES = {  # answers to the prompt alone, and the adapter that writes them
     "policy_sft": "policy_sft",
     "original": "policy_rl",
@@ -67,7 +68,7 @@ def all_keys(methods, last):
 
     methods: those of Fig. 3 and Table 3. last: the adapter of PIT's last round.
     """
-    keys = [Key(name) for name in ("y_w", "y_l", *SAMPLES, *BEST_OF, "pit_sft")]
+    keys = [Key(name) for name in (*GIVEN, *SAMPLES, *BEST_OF, "pit_sft")]
     if last != "pit_rl0":  # after one round alone, that is PIT itself
         keys.append(Key("pit_rl0"))
     if "self_refine" in methods:
@@ -83,12 +84,11 @@ class Side:
     """One answer to each of N prompts, and what it took to write it."""
 
     texts: list
-    lengths: np.ndarray  # (N,) tokens of each text, EOS included
     spent: np.ndarray  # (N,) tokens generated on the way to it, its own included
     generations: int  # texts written on the way to it, itself included
 
 
-NOTHING = Side([], lengths=0, spent=0, generations=0)
+NOTHING = Side([], spent=0, generations=0)
 
 
 class Answers:
@@ -111,10 +111,9 @@ class Answers:
 
     def make(self, key):
         method = key.method
-        if method == "y_w":
-            return self.given([pair.chosen for pair in self.pairs])
-        if method == "y_l":
-            return self.given([pair.rejected for pair in self.pairs])
+        if method in GIVEN:  # texts that nobody had to write
+            texts = [getattr(pair, GIVEN[method]) for pair in self.pairs]
+            return Side(texts, np.zeros(len(texts)), generations=0)
         if method in SAMPLES:
             return self.write(key, SAMPLES[method], self.prompts)
         if method in BEST_OF:
@@ -130,12 +129,8 @@ class Answers:
         texts = self.side(key.before()).texts
         return [improve_prompt(x, y_ref) for x, y_ref in zip(self.prompts, texts)]
 
-    def given(self, texts):
-        """Texts that nobody had to write -> Side."""
-        lengths = self.lengths(texts)
-        return Side(texts, lengths, spent=0 * lengths, generations=0)
-
     def lengths(self, texts):
+        """The tokens of each text, EOS included -> (N,)."""
         return np.array([len(self.lm.encode_response(text)) for text in texts])
 
     def write(self, key, role, chats, after=NOTHING):
@@ -151,8 +146,7 @@ class Answers:
             self.kept[name] = {"made_of": made_of, "texts": texts}
             write_text(self.path, json.dumps(self.kept))
         texts = self.kept[name]["texts"]
-        lengths = self.lengths(texts)
-        return Side(texts, lengths, lengths + after.spent, after.generations + 1)
+        return Side(texts, self.lengths(texts) + after.spent, after.generations + 1)
 
     def self_refine(self, key, role):
         """One improvement by `role` itself, after its own feedback -> Side."""
@@ -174,7 +168,7 @@ class Answers:
         best = np.argmax(scores, axis=0)  # (N,)
         texts = [samples[k].texts[i] for i, k in enumerate(best)]
         spent = sum(sample.spent for sample in samples)
-        return Side(texts, self.lengths(texts), spent, generations=len(samples))
+        return Side(texts, spent, generations=len(samples))
 
 
 def talk(prompt, *texts):
@@ -189,5 +183,5 @@ def is_whole(entry, made_of, n):
     """Whether an entry of answers.json holds the n texts that `made_of` stands for."""
     match entry:
         case {"made_of": stamp, "texts": [*texts]}:
-            return stamp == made_of and len(texts) == n and all(isinstance(t, str) for t in texts)
+            return stamp == made_of and len(texts) == n
     return False

@@ -54,35 +54,27 @@ def judges_by_name(names, lm, cfg):
     """
     if not names:
         names = ["quality", "judge"] if cfg.data == "synthetic" else ["judge"]
-    return {name: KINDS[kind_of(name)](lm, name, cfg) for name in names}
+    return {name: judge_named(name, lm, cfg) for name in names}
 
 
-def kind_of(name):
-    """Which of KINDS a name stands for."""
-    if name in KINDS:
-        return name
-    return "FILE.py" if name.endswith(".py") else "folder or hub id"
+def judge_named(name, lm, cfg):
+    if name == "quality":  # the built-in task's rule, which no stage of training sees
+        return function_judge(task.quality)
+    if name == "judge":
+        return adapter_judge(lm, name, cfg)
+    return file_judge(name) if name.endswith(".py") else hub_judge(name, lm.device)
 
 
 def check_names(names, data):
     """UserError for a name of --judge that no judge can have in a run on `data`; loads nothing."""
+    own = ["quality", "judge"] if data == "synthetic" else ["judge"]
     for name in names:
-        possible = {
-            "quality": data == "synthetic",
-            "judge": True,
-            "FILE.py": Path(name).is_file(),
-            "folder or hub id": Path(name).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name),
-        }
-        if not possible[kind_of(name)]:
+        on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)  # as far as its form goes
+        if not (name in own or on_hub or Path(name).exists()):
             raise UserError(f"--judge {name}: there is no such judge.\n{CHOICES}")
 
 
 # ---- the kinds ---------------------------------------------------------------------------------
-
-
-def exact_judge(lm, name, cfg):
-    """The built-in task's rule, which no stage of training sees."""
-    return function_judge(task.quality)
 
 
 def function_judge(quality):
@@ -101,7 +93,7 @@ def adapter_judge(lm, role, cfg):
     return Judge(lambda prompts, texts: rewards(lm, role, prompts, texts, cfg).tolist())
 
 
-def file_judge(lm, path, cfg):
+def file_judge(path):
     """A Python file of the user's own, with a function quality(prompt, answer) -> float.
 
     See `function_judge` for what it is given. Its errors are shown with their line in the file.
@@ -136,7 +128,7 @@ def blame(path, error):
     return f"--judge {path}{where}: {type(error).__name__}: {first_line(error)}"
 
 
-def hub_judge(lm, name, cfg):
+def hub_judge(name, device):
     """A reward model with one output, by folder or hub id.
 
     It reads the conversation in its own chat template, or prompt and answer as two texts.
@@ -147,7 +139,7 @@ def hub_judge(lm, name, cfg):
         model = pipeline(
             "text-classification",
             model=name,
-            device=lm.device,
+            device=device,
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
@@ -176,12 +168,3 @@ def classifier_input(tokenizer, prompt, text):
         chat = [*prompt, {"role": "assistant", "content": text}]
         return {"text": tokenizer.apply_chat_template(chat, tokenize=False)}
     return {"text": "\n\n".join(turn["content"] for turn in prompt), "text_pair": text}
-
-
-# What --judge accepts, and what makes a judge of it
-KINDS = {
-    "quality": exact_judge,
-    "judge": adapter_judge,
-    "FILE.py": file_judge,
-    "folder or hub id": hub_judge,
-}

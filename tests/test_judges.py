@@ -117,7 +117,7 @@ def reward_model(tmp_path_factory):
 
 def test_a_reward_model_from_a_folder_judges(reward_model, lm, pairs):
     lm.tokenizer.save_pretrained(reward_model)
-    judge = judges.hub_judge(lm, str(reward_model), BUILT_IN)
+    judge = judges.hub_judge(str(reward_model), "cpu")
     prompt, text = pairs[0].prompt, pairs[0].chosen
     model = Qwen2ForSequenceClassification.from_pretrained(reward_model)
     chat = [*prompt, {"role": "assistant", "content": text}]
@@ -125,7 +125,7 @@ def test_a_reward_model_from_a_folder_judges(reward_model, lm, pairs):
     expected = model(ids).logits.item()
     assert judge.score([prompt], [text])[0] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="no-such"):
-        judges.hub_judge(lm, str(reward_model / "no-such"), BUILT_IN)
+        judges.hub_judge(str(reward_model / "no-such"), "cpu")
 
 
 def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
@@ -137,5 +137,5 @@ def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     with pytest.raises(UserError, match="Give quality"):
-        judges.hub_judge(lm, str(tmp_path), BUILT_IN)
+        judges.hub_judge(str(tmp_path), "cpu")
     assert not (tmp_path / "ran").exists()
