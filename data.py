@@ -118,9 +118,9 @@ def read_pairs(source, skip_bad=False, columns=""):
             notes[f"dropped ({reason})"] += 1
         except BadRow as error:
             if not skip_bad:
-                hint = "To go on without such rows: --skip-bad"
-                if not kept:
-                    hint = f"The row: {str(row)[:90]}"
+                hint = f"The row: {str(row)[:90]}"
+                if kept:
+                    hint = "To go on without such rows: --skip-bad"
                 raise UserError(f"{source}, {place}: {error}.\n{hint}") from None
             notes["dropped (no pair)"] += 1
     return list(kept.values()), notes

@@ -316,11 +316,11 @@ def read_answer(row, column, prompt):
     turns = read_turns(find(row, column), column, "assistant")
     if not turns or turns[-1]["role"] != "assistant":
         raise TeachesNothing("an empty answer")
-    before, answer = turns[:-1], turns[-1]["content"]
+    *before, answer = turns
     # the conversation may repeat the prompt: as a whole, as its beginning or as its end
     length = len(prompt)
     repeated = prompt in (before[:length], before[-length:])
-    return before if repeated else prompt + before, answer
+    return before if repeated else prompt + before, answer["content"]
 
 
 def label_is_high(row, form):

@@ -351,10 +351,9 @@ def adamw(parameters, lr, eps=1e-8):
 
 def take_step(optimizer, lr):
     """One optimiser step on the gradients gathered so far -> their norm before clipping, scalar."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    (group,) = optimizer.param_groups
+    norm = nn.utils.clip_grad_norm_(group["params"], max_norm=1.0)
+    group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -539,19 +538,19 @@ def check_base(lm):
         raise ValueError(f"its tokenizer has {tokens} tokens, its embedding only {rows}.")
     if lm.eos is None:
         raise ValueError("its tokenizer has no end-of-sequence token.")
-    # Log-probs as in training, of a row that is padded on the left: (3,) ...
-    text, other = [9, 5, 8, 6, 7], [5, 6, 7, 8, 9]
-    ours = lm.logprobs(lm.collate([text[:2], other[:3]], [text[2:], other[3:]]))[0]
-    # ... and as in sampling, where neither padding nor later tokens are there, and after all that
-    # the model does to its logits
-    for place, logprob in enumerate(ours, 2):
-        ids = torch.tensor([text[:place]], device=lm.device)
-        sampled = lm.peft(input_ids=ids).logits[0, -1].float().log_softmax(-1)[text[place]]
-        if not torch.isclose(logprob, sampled, rtol=0.05, atol=0.1):  # NaN is close to nothing
-            raise ValueError(
-                "the log-probs of its tokens depend on padding, on later tokens, or on something "
-                "that it does to its logits at the end."
-            )
+    # Log-probs as in training, of some first tokens of an answer: after padding, before others ...
+    prompt, first = [9, 5], [6, 7, 8]
+    prompts = [prompt, prompt, prompt, [5, 6, 7]]
+    ours = lm.logprobs(lm.collate(prompts, [[token, 9, 5] for token in (*first, 9)]))[:3, 0]
+    # ... and as in sampling, where neither of them is there, and after all that the model does to
+    # its logits
+    logits = lm.peft(input_ids=torch.tensor([prompt], device=lm.device)).logits[0, -1]
+    sampled = logits.float().log_softmax(-1)[first]
+    if not torch.allclose(ours, sampled, rtol=0.05, atol=0.1):  # NaN is close to nothing
+        raise ValueError(
+            "the log-probs of its tokens depend on padding, on later tokens, or on something "
+            "that it does to its logits at the end."
+        )
 
 
 # ---- for other programs ------------------------------------------------------------------------
