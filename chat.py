@@ -7,7 +7,6 @@ Run: python pit.py infer --run runs/tiny "..."                                  
 
 import json
 import os
-import sys
 import zlib
 from difflib import ndiff
 from textwrap import fill
@@ -21,9 +20,8 @@ from files import is_prompt
 from infer import POLICY, end_of, improve, improve_rounds, iterate
 from run import progress, seed_all, write_text
 
-BEGIN = b'{"improved": '  # how each line of an output begins: so half a line is known to be ours
 OTHER_TASK = """Note: this run knows one kind of question and answer only. For any other, its text
-is nonsense and its gaps mean nothing. Try:
+is nonsense, and no gap is shown. Try:
 
 Where does each look in the end? Ann north: left left back.
 Ben west: right left right. Eva south: left back right.
@@ -35,19 +33,23 @@ Ben west: right left right. Eva south: left back right.
 
 def answer(lm, cfg, settings, turns, response=None):
     """Answer one prompt, or take `response`, and show each improvement -> the last text."""
-    if cfg.data == "synthetic":
+    no_gap = False
+    if cfg.data == "synthetic":  # that task has no follow-up questions
         # a prompt from samples.md may come with the line breaks that it has there
         question = " ".join(turns[-1]["content"].split())
-        turns = [*turns[:-1], turns[-1] | {"content": question}]
-        if is_other_task(question, response):
+        turns = [{"role": "user", "content": question}]
+        no_gap = is_other_task(question, response)
+        if no_gap:
             print(OTHER_TASK)
+    seed_all(settings.seed, "infer")
     (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])
     steps = iterate(lm, cfg, settings, prompt, response)
     text, _ = next(steps)
     print(f"\noriginal\n{text}", flush=True)
     k = 0
     for k, (better, gap) in enumerate(steps, 1):
-        print(f"\nround {k}, gap {gap:+.2f}\n{mark_changes(text, better)}", flush=True)
+        title = f"round {k}" if no_gap else f"round {k}, gap {gap:+.2f}"
+        print(f"\n{title}\n{mark_changes(text, better)}", flush=True)
         text = better
     if k < settings.rounds:
         why = f"Round {k + 1} was no better" if settings.stop == "gap" else "No more rounds"
@@ -58,7 +60,8 @@ def answer(lm, cfg, settings, turns, response=None):
 
 def is_other_task(question, response):
     """Whether a question, or a response to improve, is not in the language of the built-in task."""
-    known = question == task.ask(task.read(question))
+    people = task.read(question)
+    known = question == task.ask(people) and people.keys() <= set(task.NAMES)
     return not known or response is not None and response != task.tell(task.read(response))
 
 
@@ -75,24 +78,19 @@ def mark_changes(old, new):
 
 
 def converse(lm, cfg, settings):
-    """Ask and answer until the input ends. It may be a pipe, with one question per line."""
+    """Ask and answer until the input ends."""
     print("Ask, and see the answer improve. Empty line: start over. Ctrl-D: stop.")
-    turns, asked = [], 0
+    turns = []
     while True:
         try:
             said = input("\nyou: ").strip()
         except EOFError:
             print()
             return
-        if not sys.stdin.isatty():
-            print(said)  # a terminal shows what is typed, a pipe does not
-        if not said or cfg.data == "synthetic":  # that task has no follow-up questions
-            turns = []
         if not said:
+            turns = []
             continue
         question = {"role": "user", "content": said}
-        seed_all(settings.seed, "infer", asked)
-        asked += 1
         try:
             text = answer(lm, cfg, settings, [*turns, question])
             turns += [question, {"role": "assistant", "content": text}]
@@ -108,8 +106,10 @@ def improve_file(lm, cfg, settings, rows, path):
 
     A batch of rows goes through all rounds at once. Then the stop rule chooses each answer.
     """
-    made_with = vars(settings) | {"weights": zlib.crc32(save(lm.weights(settings.pit)))}
-    done = rows_done(path, rows, made_with)
+    columns = [row for row, *_ in rows]
+    weights = zlib.crc32(save(lm.weights(settings.pit)))
+    stamp = zlib.crc32(repr((settings, weights, columns)).encode())
+    done = rows_done(path, f'{{"made_with": {stamp}, '.encode())
     prompts = fit_prompts(lm, cfg, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     # backslashreplace: half a character (a lone surrogate) in a row goes out as it came in
@@ -119,29 +119,27 @@ def improve_file(lm, cfg, settings, rows, path):
             seed_all(settings.seed, "infer", start)
             responses = [response for _, _, response, _ in rows[batch]]
             rounds = list(improve_rounds(lm, cfg, settings, prompts[batch], responses))
-            for i, (row, *_) in enumerate(rows[batch]):
+            for i, row in enumerate(columns[batch]):
                 versions = [texts[i] for texts, _ in rounds]
                 gaps = [of_round[i] for _, of_round in rounds[1:]]
                 best, _ = end_of(settings.stop, versions, gaps, [0] * len(versions), budget=0)
-                ours = {"improved": versions[best], "versions": versions}
-                ours |= {"gaps": [round(gap, 3) for gap in gaps], "made_with": made_with}
-                line = {"improved": None} | row | ours  # first "improved", as in BEGIN
+                ours = {"improved": versions[best], "versions": versions, "made_with": stamp}
+                ours |= {"gaps": [round(gap, 3) for gap in gaps]}
+                line = {"made_with": stamp} | row | ours
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
     print(f"Rows written to {path}: {len(rows) - done:,}.")
 
 
-def rows_done(path, rows, made_with):
+def rows_done(path, begin):
     """How many rows an earlier start has written to `path`; half a last line is cut off.
 
-    made_with: the settings, and a checksum of the weights. With others, the rows are not these.
+    begin: what each line begins with: a checksum of the settings, the weights and all rows.
     """
     text = path.read_bytes() if path.exists() else b""
     *lines, rest = text.split(b"\n")
-    ours = len(lines) <= len(rows) and rest[: len(BEGIN)] == BEGIN[: len(rest)]
-    for line, (row, *_) in zip(lines, rows):
-        ours = ours and answers_row(line, row, made_with)
-    if not ours:
+    ours = all(line.startswith(begin) for line in lines)
+    if not (ours and begin.startswith(rest[: len(begin)])):
         raise UserError(
             f"--output {path} exists, and was made with other rows, settings or weights. "
             "Give another --output."
@@ -149,16 +147,6 @@ def rows_done(path, rows, made_with):
     if rest:
         os.truncate(path, len(text) - len(rest))
     return len(lines)
-
-
-def answers_row(line, row, made_with):
-    """Whether a line of an output is an answer to this row, made alike."""
-    try:
-        line = json.loads(line)
-        same = line["prompt"] == row["prompt"] and line.get("response") == row.get("response")
-        return same and line["made_with"] == made_with
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def fit_prompts(lm, cfg, rows):
@@ -171,11 +159,15 @@ def fit_prompts(lm, cfg, rows):
             )
         prompt = shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
         if prompt is None:
-            most = f"{cfg.max_prompt} tokens, the --max-prompt of this run"
-            raise UserError(f"{place}: even cut, the prompt is longer than {most}.")
+            raise UserError(
+                f"{place}: even cut, the prompt is longer than {cfg.max_prompt} tokens, the "
+                "--max-prompt of this run."
+            )
         if response and len(lm.encode_response(response)) > cfg.max_response + 1:
-            most = f"{cfg.max_response} tokens, the --max-response of this run"
-            raise UserError(f"{place}: the response is longer than {most}.")
+            raise UserError(
+                f"{place}: the response is longer than {cfg.max_response} tokens, the "
+                "--max-response of this run."
+            )
         prompts.append(prompt)
         if prompt != turns:
             cut += 1

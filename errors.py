@@ -1,6 +1,5 @@
 """What people are told when something goes wrong: in a line or two, what, where, and what to do."""
 
-import errno
 import shlex
 import sys
 
@@ -8,7 +7,7 @@ OUT_OF_MEMORY = """Repeat `all` with half the --micro-batch: results change by r
 finished work is kept. If it is 1 already, start a new --run with a lower --max-prompt,
 --max-response or --rl-batch."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the user's share of it
+FULL = ("No space left on device", "Disk quota exceeded")
 
 
 class UserError(Exception):
@@ -40,11 +39,9 @@ def explain(error):
     if isinstance(error, UserError):
         return str(error)
     said = first_line(error)
-    # libraries in Rust have exceptions of their own, with the system's number
-    full = any(f"(os error {number})" in said for number in FULL)
-    if full or getattr(error, "errno", None) in FULL:
+    if any(words in said for words in FULL):
         return f"{said}. Nothing is lost. Make room. {to_continue()}"
-    if isinstance(error, OSError) or "(os error" in said:
+    if isinstance(error, OSError) or "(os error" in said:  # as libraries in Rust say it
         return f"{said}."
     if out_of_memory(error):
         return f"Out of memory: {said[:100]}\n{OUT_OF_MEMORY}"

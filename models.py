@@ -556,13 +556,12 @@ def check_base(lm):
 # ---- for other programs ------------------------------------------------------------------------
 
 
-def export(lm, role, source, folder, merge):
-    """Write the role saved in `source` for plain peft, or merged for plain transformers.
+def export(lm, role, folder, merge):
+    """Write `role` for plain peft, or merged for plain transformers.
 
     Merging uses this LM up: it has to be an unquantised one, since merging into 4-bit weights
     moves the logits.
     """
-    lm.load(role, source)
     tokenizer = lm.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(lm.eos)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

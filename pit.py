@@ -12,7 +12,6 @@ typo are answered at once.
 """
 
 import inspect
-import math
 import re
 import signal
 import sys
@@ -24,7 +23,6 @@ import typer
 from errors import UserError, explain
 
 ROOT = Path(__file__).parent
-TINY = ROOT / "tiny"
 Stage = Literal["sft", "reward", "rl", "eval"]
 StopRule = Literal["gap", "same", "time", "rounds"]
 SOURCES = ("annotated", "policy", "sft", "given")  # of y_ref, see curriculum.py
@@ -72,16 +70,13 @@ PRESETS = {
         critic_lr=1e-3,
         kl=0.05,
     ),
-    # less than 6 GiB of GPU memory: shorter texts, fewer at a time
+    # less than 6 GiB of memory: shorter texts, fewer at a time
     "small": dict(max_prompt=256, max_response=96, rl_batch=32, micro_batch=4),
-    # the fewest steps in which every stage logs, saves and shows something
-    "smoke tiny": dict(
-        pairs=400, sft_steps=4, rm_steps=4, rl_steps=2, rl_batch=16, minibatch=8, eval_n=16
-    ),
-    # On one CPU core SmolLM2-135M takes about 9 ms to train a token, 3 ms to read one and 15 ms to
-    # write one. With HH-RLHF that makes under four minutes in all, half of them for evaluation.
-    "smoke real": dict(
-        pairs=2_000,  # nine in ten have an answer of more than 32 tokens, and are dropped
+    # The fewest steps in which every stage logs, saves and shows something. On one CPU core
+    # SmolLM2-135M takes about 9 ms to train a token, 3 ms to read one and 15 ms to write one. With
+    # HH-RLHF that makes under four minutes in all, half of them for evaluation.
+    "smoke": dict(
+        pairs=2_000,  # of HH, nine in ten have an answer of more than 32 tokens, and are dropped
         max_prompt=64,
         max_response=32,
         save_every=1,
@@ -97,12 +92,7 @@ PRESETS = {
     ),
 }
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def option(kind, text, panel=None, *names, **limits):
@@ -119,7 +109,7 @@ def check_rounds(rounds):
 
 @app.command(name="all")
 def run_all(
-    run: option(Path, "Folder of the run. [dim](default: runs/MODEL)[/dim]", "Run") = None,
+    run: option(Path, "Folder of the run (default: runs/MODEL).", "Run") = None,
     smoke: option(bool, "Every stage in miniature, to see that it works.", "Run") = False,
     overwrite: option(bool, "Replace the run in that folder.", "Run") = False,
     from_run: option(Path, "Take over what this run has trained alike.", "Run", "--from") = None,
@@ -130,9 +120,7 @@ def run_all(
     bits: option(Literal[4, 16], "4: NF4 by bitsandbytes. 16: not quantised.", "Model") = 4,
     lora_r: option(int, "Rank of each adapter.", "Model", min=1, max=512) = 16,
     lora_alpha: option(int, "Scale of each adapter: alpha / r.", "Model", min=1, max=4096) = 32,
-    vram: option(
-        float, "GPU memory in GiB [dim](default: what is free)[/dim].", "Model", min=1, max=4096
-    ) = None,
+    vram: option(float, "Memory in GiB (default: what is free).", "Model", min=1, max=4096) = None,
     target_modules: option(
         str, "Layers with adapters: all-linear, or a pattern.", "Model"
     ) = "all-linear",
@@ -140,7 +128,7 @@ def run_all(
     columns: option(
         str, "Their names in your data: prompt=A,chosen=B.C,rejected=D.", "Data"
     ) = None,
-    pairs: option(int, "Use at most this many pairs.", "Data", min=80, max=10**7) = None,
+    pairs: option(int, "Use at most this many pairs.", "Data", min=80) = None,
     skip_bad: option(bool, "Leave out rows that are not pairs.", "Data") = False,
     max_prompt: option(int, "Longest prompt in tokens; older turns are cut.", "Data", min=8) = None,
     max_response: option(
@@ -176,16 +164,22 @@ def run_all(
 
     Example: python pit.py all --model FOLDER --data pairs.jsonl --run runs/mine
     """
-    options = {name: value for name, value in locals().items() if name not in NOT_STORED}
-    if Path(model).resolve() == TINY:
+    start(**locals())
+
+
+def start(run, smoke, overwrite, from_run, until, **options):
+    """What `all` does: these are the arguments of NOT_STORED, the options go to config.json."""
+    model = Path(options["model"]).resolve()
+    if model == ROOT / "tiny":
         options["model"] = "tiny"
-    options = fill_in(options, smoke)
-    name = Path(model).resolve().name + ("-smoke" if smoke else "")
-    folder = run or Path("runs") / name
+    folder = run or Path("runs") / (model.name + ("-smoke" if smoke else ""))
 
     # fail early, in the order a person thinks: options, model, data (in Session); then the base
-    from run import Run
+    from run import Run, read_config
 
+    if not overwrite:  # continued with more or less free memory, a run keeps its presets
+        options["vram"] = options["vram"] or read_config(folder).get("vram")
+    options = fill_in(options, smoke)
     started = Run.start(folder, options, overwrite, from_run)
     if is_finished(started):
         print(f"{folder} is finished. Its report: {folder / 'report.md'}")
@@ -196,47 +190,35 @@ def run_all(
 
     models.check_model(options["model"])
     session = Session(started)
-    started.begin()  # model and data are good: only now may an old run move aside
-    last = (trained_by(started.config) | {"eval": ["eval"]})[until][-1]
-    started.plan = plan.make_plan(session.lm, started, session.parts, last)
+    started.begin()  # and only now may an old run move aside
     stages = {"sft": sft_stage, "reward": reward_stage, "rl": rl_stage, "eval": eval_stage}
-    for name, stage in stages.items():
-        stage(session)
-        if name == until:
-            return
+    commands = list(stages)[: list(stages).index(until) + 1]
+    started.plan = plan.make_plan(session.lm, started, session.parts, commands)
+    for command in commands:
+        stages[command](session)
 
 
 def fill_in(options, smoke):
     """The options of `all`, each None filled in from PRESETS."""
-    kind = "tiny" if options["model"] == "tiny" else "real"
-    preset = PRESETS[kind]
-    if kind == "real" and (options["vram"] or card_memory()) < 6:
-        preset = preset | PRESETS["small"]
-    if smoke:
-        preset = preset | PRESETS[f"smoke {kind}"]
     given = {name: value for name, value in options.items() if value is not None}
+    preset = PRESETS["tiny"]
+    if options["model"] != "tiny":
+        import plan
+
+        vram = options["vram"] or round(plan.free_memory(), 1)
+        preset = PRESETS["real"] | {"vram": vram}
+        if vram < 6:
+            preset |= PRESETS["small"]
+    if smoke:
+        preset = preset | PRESETS["smoke"]
     return options | preset | given
-
-
-def card_memory():
-    """GiB that the GPU has, rounded: the same whenever a run is continued. Without one, no limit.
-
-    What is free of them counts in plan.py, which recomputes layers where memory is short.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return math.inf
-    return round(torch.cuda.get_device_properties(0).total_memory / 2**30)
 
 
 def is_finished(run):
     """Whether a run that `all` is to continue has nothing left to do."""
-    if run.replace or not (run.path / "report.md").exists():
-        return False
-    if "eval" not in run.results().get("time_s", {}):
-        return False
-    return all(run.done(role) for roles in trained_by(run.config).values() for role in roles)
+    judged = "eval" in run.results().get("time_s", {}) and (run.path / "report.md").exists()
+    roles = sum(trained_by(run.config).values(), [])
+    return judged and not run.replace and all(map(run.done, roles))
 
 
 def trained_by(cfg):
@@ -275,24 +257,17 @@ class Session:
         import plan
 
         self.run, cfg = run, run.config
-        is_new = not run.path.exists()
-        if not is_new:  # a new run gets its folder once model and data are known to be good
-            run.lock()
         pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
         run.pin("data fingerprint", data.fingerprint(pairs))
-        self.rounds = cfg.rounds.split(",")
-        curriculum.check_given(self.rounds, pairs)
+        curriculum.check_given(cfg.rounds.split(","), pairs)
         self.lm = load_base(cfg)
         print(f"{cfg.model}: {self.lm.describe()}")
         if cfg.model != "tiny":
             plan.plan_memory(self.lm, cfg)
         self.parts = data.load_parts(cfg, self.lm, pairs)
-        if is_new:
-            run.lock()
+        run.lock()  # model and data are good: only now a new run gets its folder
         # enough to measure the accuracy of a reward model
         self.parts["held_out"] = self.parts["held_out"][: 8 * cfg.eval_n]
-        self.last = trained_by(cfg)["rl"][-1]
-        self.iterations = cfg.rl_steps * len(self.rounds)  # of PPO for PIT, in all rounds together
 
     def show(self, role):
         """Answer a few held-out prompts with what has been trained so far."""
@@ -300,11 +275,11 @@ class Session:
 
         chat.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
-    def require(self, *commands):
-        """Load the roles that earlier commands have trained."""
+    def require(self, *commands, but=None):
+        """Load the roles that earlier commands have trained, all but one."""
         for command in commands:
             for role in trained_by(self.run.config)[command]:
-                if role not in self.lm.roles:
+                if role not in self.lm.roles and role != but:
                     self.run.need(role, command)
                     self.run.load(self.lm, role)
 
@@ -334,16 +309,18 @@ def rl_stage(session):
     session.require("sft", "reward")
     curriculum.train_policy_rl(session.lm, session.run, session.parts["rl"])
     session.show("policy_rl")
-    train_rounds(session, session.rounds, "pit_rl")
+    train_rounds(session, session.run.config.rounds, "pit_rl")
 
 
 def train_rounds(session, sources, prefix):
-    """PIT's rounds, one per source of y_ref -> the adapter of the last one."""
+    """PIT's rounds, one per source of y_ref (SOURCE,SOURCE) -> the adapter of the last one."""
     import curriculum
 
-    for role, source, start, steps in curriculum.rounds(sources, session.iterations, prefix):
-        pairs = session.parts["rl"]
-        curriculum.train_pit_round(session.lm, session.run, pairs, role, source, start, steps)
+    run, pairs = session.run, session.parts["rl"]
+    # as many iterations for every curriculum as for the rounds of this run
+    total = run.config.rl_steps * len(run.config.rounds.split(","))
+    for role, source, start, steps in curriculum.rounds(sources.split(","), total, prefix):
+        curriculum.train_pit_round(session.lm, run, pairs, role, source, start, steps)
         session.show(role)
     return role
 
@@ -361,7 +338,8 @@ def eval_stage(session, judges=None):
         run.load_trained(lm, role)  # `ablate` may have trained more of them
     judges = judges or judges_by_name([], lm, run.config)
     with run.stage("eval", "who beats whom, on held-out prompts"):
-        evaluate.evaluate(lm, run, parts["held_out"], session.last, judges)
+        improver = trained_by(run.config)["rl"][-1]
+        evaluate.evaluate(lm, run, parts["held_out"], improver, judges)
         training = parts["sft"] + parts["rm"] + parts["rl"]
         main = next(iter(judges.values()))
         run.add_results(words=words.measure(votes.read_answers(run), training, main))
@@ -415,15 +393,16 @@ def rl_command(run: StageRun):
     rl_stage(Session(open_run(run)))
 
 
-def open_to_judge(path, judges):
-    """The session of a run that has been trained. Misspelt judges are refused at once."""
-    from judges import check_names
+def open_to_judge(path, names):
+    """The session of a run that has been trained, and the judges that --judge names."""
+    from judges import check_names, judges_by_name
 
     run = open_run(path)
-    check_names(judges or [], run.config.data)
+    check_names(names or [], run.config.data)  # misspelt ones are refused at once
     session = Session(run)
-    session.require("sft", "reward", "rl")
-    return session
+    own = not names or "judge" in names  # else the run's own judge may be missing
+    session.require("sft", "reward", "rl", but=None if own else "judge")
+    return session, judges_by_name(names, session.lm, run.config)
 
 
 @app.command(name="eval")
@@ -436,13 +415,12 @@ def eval_command(
 
     Example: python pit.py eval --run runs/tiny --judge judge
     """
-    session = open_to_judge(run, judge)
-    from judges import adapter_judge, judges_by_name
-    from reward import train_policy_reward
-
-    cfg, parts = session.run.config, session.parts
-    judges = judges_by_name(judge, session.lm, cfg)
+    session, judges = open_to_judge(run, judge)
     if judge_base:  # trained like the run's own judge, on the same pairs
+        from judges import adapter_judge
+        from reward import train_policy_reward
+
+        cfg, parts = session.run.config, session.parts
         role = "judge_" + re.sub(r"\W+", "_", judge_base)
         base = load_base(cfg, model=judge_base)
         train_policy_reward(base, session.run, parts["judge"], parts["held_out"], role)
@@ -456,15 +434,12 @@ def ablate(run: StageRun, judge: Judges = None):
 
     Example: python pit.py ablate --run runs/tiny
     """
-    session = open_to_judge(run, judge)
+    session, judges = open_to_judge(run, judge)
     import curriculum
     import evaluate
     import reward
-    from judges import judges_by_name
 
     lm, run, parts = session.lm, session.run, session.parts
-    judges = judges_by_name(judge, lm, run.config)  # fail early, before training
-
     # Eq. 2 as published, and with its first three terms
     for role, loss_of in (("reward_gap2", reward.gap_loss), ("reward_gap3", reward.three_terms)):
         reward.train_gap_reward(
@@ -480,7 +455,7 @@ def ablate(run: StageRun, judge: Judges = None):
     lasts = {}
     for name in curriculum.CURRICULA:
         prefix = f"ablate_{name.replace(',', '-')}_"
-        lasts[name] = train_rounds(session, name.split(","), prefix)
+        lasts[name] = train_rounds(session, name, prefix)
     with run.stage("ablate", "which curriculum is best?"):
         evaluate.judge_curricula(lm, run, parts["held_out"], lasts, judges)
     eval_stage(session, judges)
@@ -489,7 +464,7 @@ def ablate(run: StageRun, judge: Judges = None):
 @app.command(name="judge")
 def judge_command(
     run: StageRun,
-    by: option(str, "me, or a server's address, such as http://localhost:8000/v1.") = None,
+    by: option(str, "me, or a server's address, such as http://localhost:8000/v1."),
     llm: option(str, "The model's name there; its key: JUDGE_API_KEY in the environment.") = None,
     n: option(int, "Held-out prompts to ask about.", min=1) = 128,
 ):
@@ -497,7 +472,7 @@ def judge_command(
 
     Example: python pit.py judge --run runs/tiny --by me
     """
-    if by != "me" and not (llm and str(by).startswith("http")):
+    if by != "me" and not (llm and by.startswith("http")):
         raise UserError(
             "Who judges? Give --by me, or a server's address and the name of a model there:\n"
             "--by http://localhost:8000/v1 --llm NAME"
@@ -512,7 +487,7 @@ def judge_command(
     else:
         votes.ask_llm(opened, by, llm, n)
     evaluate.add_votes(opened)
-    report.write_report(opened, voter="me" if by == "me" else llm)
+    report.write_report(opened, voter=llm or by)
 
 
 @app.command(name="runs")
@@ -544,7 +519,7 @@ def runs_command(
 def infer_command(
     run: StageRun,
     prompt: Annotated[str, typer.Argument(help="What to answer. Without: a conversation.")] = None,
-    response: option(str, "Improve this text: TEXT, @FILE, or - for a pipe.") = None,
+    response: option(str, "Improve this text; - takes it from a pipe, or from < FILE.") = None,
     input: option(Path, "A file of rows with `prompt`, maybe `response`.", exists=True) = None,
     output: option(Path, "Where the rows of --input go, as .jsonl.") = None,
     rounds: option(int, "Improve so many times, at most.", min=1) = 3,
@@ -564,7 +539,6 @@ def infer_command(
     import chat
     import infer
     from files import read_rows, read_turns
-    from run import seed_all
 
     settings = infer.Settings(
         pit=trained_by(cfg)["rl"][-1],
@@ -576,11 +550,12 @@ def infer_command(
     )
     roles = [infer.POLICY, settings.pit, "reward_gap"]
     for role in roles:
-        opened.need(role, "all")
+        opened.need(role, "rl")
     rows = read_rows(input) if input else []
-    turns = read_turns(prompt, "prompt") if prompt else []
-    if response:
-        response = read_text(response)
+    if response == "-":
+        response = sys.stdin.read().strip()
+        if not response:
+            raise UserError("--response -: nothing came through the pipe.")
 
     lm = load_base(cfg)
     for role in roles:
@@ -588,8 +563,7 @@ def infer_command(
     if output:
         chat.improve_file(lm, cfg, settings, rows, output)
     elif prompt:
-        seed_all(seed, "infer")
-        chat.answer(lm, cfg, settings, turns, response)
+        chat.answer(lm, cfg, settings, read_turns(prompt, "prompt"), response)
     else:
         chat.converse(lm, cfg, settings)
 
@@ -598,7 +572,7 @@ def check_request(prompt, response, input, output, stop):
     """Complain about options of the command `infer` that do not go together."""
     if bool(input) != bool(output):
         raise UserError("--input and --output go together: give both.")
-    if input and (prompt or response):
+    if input and prompt:
         raise UserError("Give a prompt, or --input and --output, not both.")
     if response and not prompt:
         raise UserError("--response needs its prompt: give the prompt too.")
@@ -606,18 +580,6 @@ def check_request(prompt, response, input, output, stop):
         raise UserError("--stop time is for one prompt, not for a whole file.")
     if output and output.exists() and not output.is_file():
         raise UserError(f"--output {output}: give a file, which can be continued after a stop.")
-
-
-def read_text(word):
-    """The text that --response gives: itself, or what is in @FILE, or "-", what comes in."""
-    text = word
-    if word == "-":
-        text = sys.stdin.read()
-    elif word.startswith("@"):
-        text = Path(word[1:]).read_text(encoding="utf-8", errors="replace")
-    if not text.strip():
-        raise UserError(f"--response {word}: there is no text in it.")
-    return text.strip()
 
 
 @app.command(name="export")
@@ -634,10 +596,10 @@ def export_command(
     from run import new_folder
 
     opened = open_run(run)
-    roles = sorted(path.name for path in (opened.path / "adapters").glob("[!.]*"))
+    roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
-    opened.need(adapter, "all")
+    opened.need(adapter, "rl")
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():
@@ -646,10 +608,11 @@ def export_command(
     from models import export
 
     lm = load_base(opened.config, bits=16)  # merging into 4-bit weights would move the logits
+    opened.load(lm, adapter)
     with new_folder(to) as folder:
-        export(lm, adapter, opened.adapter(adapter), folder, merge)
+        export(lm, adapter, folder, merge)
         (folder / "README.md").write_text(card(lm, opened, adapter, merge), encoding="utf-8")
-    print(f"{to}: {adapter} of {run}, as {'a whole model' if merge else 'an adapter for peft'}")
+    print(f"{to}: {adapter} of {run}")
 
 
 def card(lm, run, role, merge):
@@ -696,7 +659,7 @@ def licence_of(base):
 def check_words(words):
     """Complain about empty words, which unset variables leave, and about broken UTF-8."""
     for before, word in zip(words, words[1:]):
-        if not word.strip() or (word.startswith("--") and word.endswith("=")):
+        if re.fullmatch(r"\s*|--[\w-]+=", word):
             raise UserError(f"{before} {word!r}: there is no value. Is a shell variable not set?")
         if re.search("[\ud800-\udfff]", word):
             raise UserError(

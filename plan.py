@@ -5,6 +5,7 @@ tokens of a stage, at the speed that the first steps of the run measure. From th
 corrects what is expected of the later ones of its kind.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from statistics import mean
@@ -14,21 +15,20 @@ import torch
 from tqdm import tqdm
 
 from curriculum import WRITERS
-from data import max_length
+from data import IMPROVE_TOKENS, max_length
 from errors import UserError
 from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
 
 GIB = 2**30
 DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
-TURN = 12  # tokens of IMPROVE and of the template around it: 8 in the built-in base, 16 in Qwen2
 EVAL_TEXTS = 17  # that the evaluation writes per prompt
 SELF_REFINE_TEXTS = 24  # more with Self-Refine, which needs a model that follows instructions
-# which work of `estimate_memory` each kind of stage does
+# which work of `estimate_memory` the stages of each command do
 WORK = {
-    "SFT": ["SFT, PPO update"],
-    "reward models": ["reward models"],
-    "RL": ["SFT, PPO update", "sampling"],
-    "evaluation": ["sampling"],
+    "sft": ["SFT, PPO update"],
+    "reward": ["reward models"],
+    "rl": ["SFT, PPO update", "sampling"],
+    "eval": ["sampling"],
 }
 # time to read and to write a token, as shares of training one: fitted to the stages of one run of
 # the built-in base on a CPU, and assumed for everything else until a stage of the kind is measured
@@ -69,13 +69,10 @@ def estimate_memory(lm, cfg):
     kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     length, rows = max_length(cfg), max(cfg.rl_batch, rows_at_a_time(cfg))
 
-    weights = lora = 0
-    for name, p in lm.peft.named_parameters():
-        if ".blank." in name:
-            lora += 4 * p.numel()
-        elif "lora" not in name:
-            weights += p.numel() * p.element_size()
-    # blank, two of SFT, three reward models, policy_rl, and PIT's rounds
+    # "blank" is the only adapter that is there already. To come: two of SFT, three reward models,
+    # policy_rl, and PIT's rounds
+    lora = sum(4 * matrix.numel() for matrix in lm.weights("blank").values())
+    weights = base.get_memory_footprint(return_buffers=False) - lora
     roles = 7 + len(cfg.rounds.split(","))
     always = {"weights": weights, "adapters": roles * lora, "optimiser, gradients": 3 * lora}
 
@@ -113,8 +110,8 @@ def totals(work):
 def plan_memory(lm, cfg):
     """Say what training will take, and recompute layers in the backward pass if memory is short."""
     work = estimate_memory(lm, cfg)
-    # the weights are there already
-    room = cfg.vram or free_memory() + work["sampling"]["weights"]
+    # what is free, and the weights, which are there already; --vram may allow less
+    room = min(free_memory() + work["sampling"]["weights"], cfg.vram or math.inf)
     if max(totals(work).values()) > room - DESKTOP:
         lm.checkpoint_layers()
         work = estimate_memory(lm, cfg)
@@ -141,13 +138,14 @@ class Stage:
     """What a stage has to do: rows to go through, and tokens per row."""
 
     name: str
-    kind: str
+    kind: str  # the command that runs it
     passes: float  # over its part of the data
     rows: int
     trained: float  # read, with a backward pass
     read: float = 0  # scored
     written: int = 0  # sampled, padding included
     memory: float = 0  # GiB
+    seconds: float = 0  # measured, or what its steps so far come to
 
     def work(self):
         """Its tokens, in the time that training one takes."""
@@ -165,21 +163,22 @@ def plan_stages(cfg, x, y, pairs):
     over_sft, over_rm, over_rl = sft / pairs["sft"], rm / pairs["rm"], rl / pairs["rl"]
     R, epochs = cfg.max_response, cfg.epochs
     answer = x + y
-    prompt = answer + TURN  # (x, y_ref)
+    prompt = answer + IMPROVE_TOKENS  # (x, y_ref)
+    improved = prompt + y
     both = x + 2 * y  # x with both answers, as R_P reads a pair
     four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
     stages = [
-        Stage("policy_sft", "SFT", over_sft, sft, answer),
-        Stage("pit_sft", "SFT", over_sft, sft, prompt + y),
-        Stage("reward_policy", "reward models", over_rm, rm, both),
-        Stage("reward_gap", "reward models", over_rm, rm, four),
-        Stage("judge", "reward models", rm / pairs["judge"], rm, both),
+        Stage("policy_sft", "sft", over_sft, sft, answer),
+        Stage("pit_sft", "sft", over_sft, sft, improved),
+        Stage("reward_policy", "reward", over_rm, rm, both),
+        Stage("reward_gap", "reward", over_rm, rm, four),
+        Stage("judge", "reward", rm / pairs["judge"], rm, both),
         # read by the reward model, the policy and the reference
-        Stage("policy_rl", "RL", over_rl, rl, epochs * answer, 3 * answer, R),
+        Stage("policy_rl", "rl", over_rl, rl, epochs * answer, 3 * answer, R),
     ]
     for k, source in enumerate(cfg.rounds.split(",")):
         # by R_PIT, which reads y_ref as well: "no change"
-        stage = Stage(f"pit_rl{k}", "RL", over_rl, rl, epochs * (prompt + y), 4 * (prompt + y), R)
+        stage = Stage(f"pit_rl{k}", "rl", over_rl, rl, epochs * improved, 4 * improved, R)
         if source == "annotated":  # each pair serves twice
             stage.passes = over_rl / 2
         if source in WRITERS:  # of y_ref
@@ -187,7 +186,7 @@ def plan_stages(cfg, x, y, pairs):
         stages.append(stage)
     # judged by a model of answers, and by R_PIT
     texts = EVAL_TEXTS if cfg.model == "tiny" else EVAL_TEXTS + SELF_REFINE_TEXTS
-    stages.append(Stage("eval", "evaluation", 0, cfg.eval_n * texts, 0, both + prompt, R))
+    stages.append(Stage("eval", "eval", 0, cfg.eval_n * texts, 0, both + prompt, R))
     return stages
 
 
@@ -197,51 +196,49 @@ def plan_stages(cfg, x, y, pairs):
 class Plan:
     """The stages of a run, and how long they take by what has been measured so far."""
 
-    def __init__(self, stages, seconds):
-        """seconds: of what is done, by name."""
+    def __init__(self, stages):
         self.stages = stages
-        # of each stage: measured, or what the steps of the present one come to
-        self.seconds = {
-            stage.name: seconds[stage.name] for stage in stages if stage.name in seconds
-        }
-        self.ends = []  # when each step of the present stage ended
 
     def begin(self, name):
-        """ "[3 of 9] " for a stage that begins, or nothing if it is not in the plan."""
-        self.ends = []
-        self.seconds.pop(name, None)
+        """ "[3 of 9] " for a stage that begins."""
         names = [stage.name for stage in self.stages]
-        return f"[{names.index(name) + 1} of {len(names)}] " if name in names else ""
+        number = names.index(name)
+        self.stage = self.stages[number]
+        self.stage.seconds = 0
+        self.ends = []  # when each of its steps ended
+        return f"[{number + 1} of {len(names)}] "
+
+    def measured(self):
+        return [stage for stage in self.stages if stage.seconds]
 
     def expect(self, stage):
         """Seconds that a stage takes: measured, or at the speed of its kind, or else of all."""
-        known = [other for other in self.stages if other.name in self.seconds]
+        known = self.measured()
         alike = [other for other in known if other.kind == stage.kind] or known
-        measured = sum(self.seconds[other.name] for other in alike)
-        per_token = measured / sum(other.work() for other in alike)
-        return self.seconds.get(stage.name, per_token * stage.work())
+        per_token = sum(other.seconds for other in alike) / sum(other.work() for other in alike)
+        return stage.seconds or per_token * stage.work()
 
     def left(self):
         """Seconds for all stages of which nothing has been measured."""
-        return sum(self.expect(stage) for stage in self.stages if stage.name not in self.seconds)
+        return sum(self.expect(stage) for stage in self.stages if not stage.seconds)
 
-    def end_step(self, name, done, total):
-        """Learn from a step of stage `name` -> the time left for all stages, in words."""
+    def end_step(self, done, total):
+        """Learn from a step of the present stage -> the time left for all stages, in words."""
         self.ends.append(time.perf_counter())
         n_steps = len(self.ends) - 1  # without the first, which is slower: caches are cold
         if not n_steps:
             return ""
         per_step = (self.ends[-1] - self.ends[0]) / n_steps
-        first = not self.seconds
-        self.seconds[name] = per_step * total
+        first = not self.measured()
+        self.stage.seconds = per_step * total
         if first:
             tqdm.write(self.table())
         return f"all: {clock(per_step * (total - done) + self.left())} left"
 
-    def end_stage(self, name, seconds):
-        """Learn how long a stage took, and say what is left."""
-        self.seconds[name] = seconds
-        rest = f"{clock(sum(self.seconds.values()))} in all"
+    def end_stage(self, seconds):
+        """Learn how long the present stage took, and say what is left."""
+        self.stage.seconds = seconds or 0.1  # rounded to tenths by run.py; 0 is "not measured"
+        rest = f"{clock(sum(stage.seconds for stage in self.stages))} in all"
         if self.left():
             rest = f"about {clock(self.left())} left for the other stages"
         print(f"  took {clock(seconds)}; {rest}")
@@ -250,23 +247,24 @@ class Plan:
         """The plan for people; with times as soon as something has been measured."""
         lines = ["  stage          passes  trained     read  written   memory     time"]
         for stage in self.stages:
-            k = stage.rows / 1000
-            tokens = f"{k * stage.trained:8,.0f}k{k * stage.read:8,.0f}k{k * stage.written:8,.0f}k"
-            seconds = clock(self.expect(stage)) if self.seconds else ""
-            cost = f"{tokens}{stage.memory:5.1f} GiB{seconds:>9}"
-            lines.append(f"  {stage.name:14}{stage.passes:7.1f}{cost}".rstrip())
-        if self.seconds:
+            line = f"  {stage.name:14}{stage.passes:7.1f}"
+            for per_row in (stage.trained, stage.read, stage.written):
+                line += f"{stage.rows * per_row / 1000:8,.0f}k"
+            line += f"{stage.memory:5.1f} GiB"
+            if self.measured():
+                line += f"{clock(self.expect(stage)):>9}"
+            lines.append(line)
+        if self.measured():
             total = sum(self.expect(stage) for stage in self.stages)
             lines.append(f"  {'all':57}{clock(total):>9}")
         return "\n".join(lines)
 
 
-def clock(seconds):
-    return tqdm.format_interval(seconds)
+clock = tqdm.format_interval  # seconds -> "01:02" or "1:02:03"
 
 
-def make_plan(lm, run, parts, last="eval"):
-    """Plan a run, up to the stage `last`, and print the plan -> Plan."""
+def make_plan(lm, run, parts, commands):
+    """Plan what these commands have to do for a run, and print it -> Plan."""
     pairs = parts["rl"][:200]
     x = mean(len(lm.encode_prompt(pair.prompt)) for pair in pairs)
     y = mean(len(lm.encode_response(pair.chosen)) for pair in pairs)
@@ -274,12 +272,12 @@ def make_plan(lm, run, parts, last="eval"):
     gib = totals(estimate_memory(lm, run.config))
     stages = []
     for stage in plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()}):
-        stage.memory = max(gib[kind] for kind in WORK[stage.kind])
+        stage.memory = max(gib[work] for work in WORK[stage.kind])
+        stage.seconds = seconds.get(stage.name, 0)
         # an adapter that took no time was taken over from another run (--from)
-        if stage.name in seconds or not run.done(stage.name):
+        taken_over = not stage.seconds and run.done(stage.name)
+        if stage.kind in commands and not taken_over:
             stages.append(stage)
-        if stage.name == last:
-            break
-    plan = Plan(stages, seconds)
+    plan = Plan(stages)
     print(plan.table())
     return plan

@@ -35,7 +35,9 @@ parts = load_parts(cfg, lm, load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_b
 start = out / "pit_sft"
 with state.local_main_process_first():
     if not start.exists():
-        export(pit.load_base(cfg, bits=16), "pit_sft", run.adapter("pit_sft"), start, merge=True)
+        unquantised = pit.load_base(cfg, bits=16)
+        run.load(unquantised, "pit_sft")
+        export(unquantised, "pit_sft", start, merge=True)
 
 rows = []
 for pair in parts["rl"]:

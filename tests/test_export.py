@@ -8,7 +8,6 @@ from conftest import shake
 
 import models
 from data import improve_prompt
-from models import load_model
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -26,9 +25,8 @@ def test_exports_answer_as_ours_under_plain_peft_and_transformers(lm, tmp_path, 
     lm.activate("blank")
     blank = lm.generate("blank", [lm.encode_prompt(messages)], 12, temperature=0)
     assert ours.ids.tolist() != blank.ids.tolist()
-    lm.save("pit_rl1", tmp_path)
     (tmp_path / "out").mkdir()
-    models.export(load_model("tiny", bits=16), "pit_rl1", tmp_path, tmp_path / "out", merge)
+    models.export(lm, "pit_rl1", tmp_path / "out", merge)
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     if merge:

@@ -17,6 +17,7 @@ import baselines
 import curriculum
 import evaluate
 import pit as command_line
+import plan
 from run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +159,7 @@ def test_runs_are_listed(mini, monkeypatch):
 # ---- using a run -------------------------------------------------------------------------------
 
 
-def test_infer_shows_the_original_and_each_round_with_its_gap(mini, tmp_path):
+def test_infer_shows_the_original_and_each_round_with_its_gap(mini):
     folder, _ = mini
     words = "infer", "--run", folder, "--rounds", 2, "--stop", "rounds"
     out = works(*words, PROMPT)
@@ -166,8 +167,6 @@ def test_infer_shows_the_original_and_each_round_with_its_gap(mini, tmp_path):
         assert label in out
     draft = "Now Ann west: west east."
     assert f"original\n{draft}\n" in works(*words, PROMPT, "--response", "-", stdin=draft + "\n")
-    (tmp_path / "draft.txt").write_text(draft + "\n")
-    assert command_line.read_text(f"@{tmp_path / 'draft.txt'}") == draft
 
 
 def test_infer_without_a_prompt_is_a_conversation(mini):
@@ -196,6 +195,20 @@ def test_an_export_carries_a_card(mini, tmp_path):
     assert "license: apache-2.0\n" in card and "the built-in base `tiny`" in card
     code, _, err = pit(*words)
     assert code == 2 and "there already" in err
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_an_export_without_its_weights_gets_a_line(mini, tmp_path, is_listed):
+    """Whether the checksums list the lost weights, or not."""
+    shutil.copytree(mini[0], tmp_path / "run")
+    folder = tmp_path / "run" / "adapters" / "pit_rl1"
+    (folder / "adapter_model.safetensors").unlink()
+    if not is_listed:
+        (folder / "sha256.json").write_text('{"role": "pit_rl1"}')
+    words = "--adapter", "pit_rl1", "--to", tmp_path / "whole"
+    code, _, err = pit("export", "--run", tmp_path / "run", *words)
+    assert code == 2 and str(folder) in err and len(err.splitlines()) <= 2
+    assert not (tmp_path / "whole").exists()
 
 
 # ---- what people are told ----------------------------------------------------------------------
@@ -232,7 +245,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
         ("all --run {tmp}/new --model no/such-model --data nowhere.jsonl", "no/such-model"),
         ("all --run {tmp}/new --pairs 100 --target-modules *_proj", "--target-modules *_proj"),
         ("eval --run {mini} --judge no/such-judge", "no/such-judge"),
-        ("judge --run {mini}", "--by me"),
+        ("judge --run {mini}", "--by"),
         ("judge --run {mini} --by http://127.0.0.1:9", "--llm"),
         ("judge --run {mini} --by localhost:8000 --llm NAME", "--by http://"),
         # data
@@ -240,7 +253,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
         # prompts, files, exports
         ("infer --run {mini} 'Human: a\n\nAssistant: b'", "take turns"),
         ("infer --run {mini} 'Where?' --response 'north {long}'", "response is longer"),
-        ("infer --run {mini} Where? --response @nowhere.txt", "nowhere.txt"),
+        ("infer --run {mini} Where? --response -", "nothing came"),
         ("infer --run {mini} --response x", "the prompt too"),
         ("infer --run {mini} --input {tmp}/in.jsonl", "give both"),
         ("infer --run {mini} hello --input {tmp}/in.jsonl --output {tmp}/o", "not both"),
@@ -332,7 +345,7 @@ def options(**given):
 def test_presets_fill_in_every_number_and_what_is_given_holds(model, smoke):
     filled = command_line.fill_in(options(model=model, minibatch=3), smoke)
     assert filled["minibatch"] == 3
-    assert {name for name, value in filled.items() if value is None} == {"vram", "columns"}
+    assert {name for name, value in filled.items() if value is None} <= {"vram", "columns"}
 
 
 def test_the_curricula_of_table_2_are_sources_that_rounds_may_name():
@@ -348,16 +361,24 @@ def test_presets_are_within_the_limits_of_the_options():
             assert limit is None or value >= limit, name
 
 
-def test_without_vram_the_card_decides(monkeypatch):
-    monkeypatch.setattr(command_line, "card_memory", lambda: 4)
-    expected = command_line.fill_in(options(model="Qwen2-0.5B", vram=4), False) | {"vram": None}
-    assert command_line.fill_in(options(model="Qwen2-0.5B"), False) == expected
+def test_with_little_memory_texts_are_shorter(monkeypatch):
+    def filled(free, vram=None):
+        monkeypatch.setattr(plan, "free_memory", lambda: free)
+        return command_line.fill_in(options(model="Qwen2-0.5B", vram=vram), False)
 
-
-def test_a_small_card_gets_shorter_texts():
-    small = command_line.fill_in(options(model="Qwen2-0.5B", vram=4), False)
-    large = command_line.fill_in(options(model="Qwen2-0.5B", vram=8), False)
+    small, large = filled(free=4.04), filled(free=8)
     assert small["max_prompt"] < large["max_prompt"] and small["micro_batch"] < large["micro_batch"]
+    assert small["vram"] == 4.0 and filled(free=8, vram=4) == small
+
+
+def test_a_continued_run_keeps_its_presets_whatever_is_free_now(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command_line, "fill_in", lambda options, smoke: asked.append(options))
+    monkeypatch.setattr("run.read_config", lambda folder: {"vram": 5.5})
+    for words in ({}, {"vram": 8.0}, {"overwrite": True}):
+        with pytest.raises(AttributeError):  # there are no options to go on with
+            command_line.run_all(run=tmp_path, **words)
+    assert [options["vram"] for options in asked] == [5.5, 8.0, None]
 
 
 def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):

@@ -54,7 +54,8 @@ def test_tokens_and_passes_are_those_of_the_options():
 
 
 def test_the_first_stage_tells_the_time_of_the_others_within_30_percent():
-    known = plan.Plan(stages(), {"policy_sft": MEASURED["policy_sft"]})
+    known = plan.Plan(stages())
+    known.stages[0].seconds = MEASURED["policy_sft"]
     for stage in known.stages[1:-1]:
         assert known.expect(stage) == pytest.approx(MEASURED[stage.name], rel=0.3)
     everything = sum(known.expect(stage) for stage in known.stages[:-1])
@@ -64,30 +65,32 @@ def test_the_first_stage_tells_the_time_of_the_others_within_30_percent():
 def test_a_plan_learns_from_steps_and_from_stages(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(plan.time, "perf_counter", lambda: now)
-    made = plan.Plan(stages(), {})
-    assert made.begin("pit_sft") == "[2 of 9] " and made.begin("toy") == ""
+    made = plan.Plan(stages())
+    assert made.begin("pit_sft") == "[2 of 9] "
     assert "00:" not in made.table()  # no time before something was measured
     made.begin("policy_sft")
     now = 99.0
-    assert made.end_step("policy_sft", 1, 60) == ""  # a first step is no measure
+    assert made.end_step(1, 60) == ""  # a first step is no measure
     assert "reward_gap" not in capsys.readouterr().out
     now = 99.2
-    left = made.end_step("policy_sft", 2, 60)
+    left = made.end_step(2, 60)
     table = capsys.readouterr().out
-    assert made.seconds["policy_sft"] == pytest.approx(12)
+    assert made.stages[0].seconds == pytest.approx(12)
     assert "reward_gap" in table and "00:12" in table and left.startswith("all: 0")
     # reward models turn out to be three times as slow as SFT says
     judge = next(stage for stage in made.stages if stage.name == "judge")
     before = made.expect(judge)
-    made.end_stage("reward_policy", 3 * before)
+    made.begin("reward_policy")
+    made.end_stage(3 * before)
     assert "left for the other stages" in capsys.readouterr().out
     assert made.expect(judge) > 2 * before
     for stage in made.stages:
-        made.end_stage(stage.name, 10)
+        made.begin(stage.name)
+        made.end_stage(10)
     assert "; 01:30 in all" in capsys.readouterr().out
 
 
-def made_for(lm, done, seconds, **kwargs):
+def made_for(lm, done, seconds, commands=("sft", "reward", "rl", "eval")):
     """The plan of a run that has trained the roles `done`, some of them in `seconds`."""
     run = SimpleNamespace(
         config=SimpleNamespace(**CFG),
@@ -95,7 +98,7 @@ def made_for(lm, done, seconds, **kwargs):
         done=lambda role: role in done,
     )
     parts = {name: synthetic_pairs(8, seed=0) for name in PARTS}
-    return plan.make_plan(lm, run, parts, **kwargs)
+    return plan.make_plan(lm, run, parts, commands)
 
 
 def test_a_plan_knows_what_is_done_and_what_was_taken_over(lm, capsys):
@@ -111,12 +114,12 @@ def test_a_damaged_adapter_that_was_taken_over_is_in_the_plan(lm):
     assert [stage.name for stage in made.stages] == ["policy_sft", "eval"]
     made.begin("policy_sft")
     for step in (1, 2):
-        said = made.end_step("policy_sft", step, 60)
+        said = made.end_step(step, 60)
     assert said.startswith("all: ")
 
 
 def test_a_plan_ends_with_the_last_stage_that_is_to_run(lm):
-    made = made_for(lm, done=[], seconds={}, last="pit_sft")
+    made = made_for(lm, done=[], seconds={}, commands=["sft"])
     assert [stage.name for stage in made.stages] == ["policy_sft", "pit_sft"]
 
 
@@ -131,6 +134,7 @@ def test_memory_is_held_against_what_is_free(lm, monkeypatch, capsys):
     plan.plan_memory(lm, cfg)
     assert "Lower --micro-batch" in capsys.readouterr().out
     assert lm.peft.get_base_model().is_gradient_checkpointing
+    monkeypatch.setattr(plan, "free_memory", lambda: 64.0)
     cfg.vram = 32
     plan.plan_memory(lm, cfg)
     assert "of 32.0 GiB" in capsys.readouterr().out

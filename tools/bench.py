@@ -364,12 +364,13 @@ def peak(empty):
 @app.command()
 def hours():
     """The plan of `python pit.py all --model Qwen2-0.5B` on two kinds of GPU, by assumed speeds."""
-    cfg = default_options("Qwen2-0.5B")
+    cfg = default_options("Qwen2-0.5B", vram=8)
     pairs = {name: share * cfg.pairs for name, share in PARTS.items()}
     stages = plan_stages(cfg, *ASSUMED_LENGTHS, pairs)
     for device, speed in ASSUMED_SPEED.items():
         print(f"{device}, {speed:,} tokens trained per second:")
-        print(Plan(stages, {"policy_sft": stages[0].work() / speed}).table())
+        stages[0].seconds = stages[0].work() / speed
+        print(Plan(stages).table())
 
 
 @app.command()
