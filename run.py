@@ -263,7 +263,8 @@ class Run:
                 p.data.copy_(value)
             for optimizer, its_state in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(its_state)
-            numbers.update(state["numbers"])
+            if numbers is not None:
+                numbers.update(state["numbers"])
             self.started -= state["seconds"]
             print(f"  continuing after step {int(folder.name)}", flush=True)
             return int(folder.name)
@@ -330,7 +331,6 @@ class Run:
         `numbers`. It needs no more: what a step draws, and its place in the data, follow from
         (seed, stage, step) alone.
         """
-        numbers = {} if numbers is None else numbers
         first = self.restore(optimizers, numbers)
         self.forget(first)
         self.bar = progress(range(first, total), initial=first, total=total)
