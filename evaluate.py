@@ -336,14 +336,12 @@ def stop_table(main, r_pit):
 def written_pairs(view):
     """PIT's answer and the original as preference pairs, by this judge; ties are left out."""
     answers, pit = view.answers, Key("pit")
-    texts = zip(answers.prompts, answers.side(pit).texts, answers.side(ORIGINAL).texts)
     signs = outcomes(view.scores(pit), view.scores(ORIGINAL), view.judge.margin)
+    texts = answers.side(pit).texts, answers.side(ORIGINAL).texts
     pairs = []
-    for (x, a, b), sign in zip(texts, signs):
-        if sign > 0:
-            pairs.append(Pair(x, a, b))
-        elif sign < 0:
-            pairs.append(Pair(x, b, a))
+    for x, a, b, sign in zip(answers.prompts, *texts, signs):
+        if sign:
+            pairs.append(Pair(x, a, b) if sign > 0 else Pair(x, b, a))
     return pairs
 
 
@@ -359,18 +357,10 @@ def gap_evidence(models, annotated, written):
                 fig2[kind] = {name: scores.round(3).tolist() for name, scores in four.items()}
             # the gap r(y, y_ref) - r(y_ref, y_ref) of better over worse, and of worse over better
             up, down = four["wl"] - four["ll"], four["lw"] - four["ww"]  # (n,)
-            # is the sign right, in both directions?
+            # is the sign right, in both directions? In one alone, that is a tie
             right = np.mean([up > 0, down < 0], axis=0)  # (n,)
-            eq2.append(
-                {
-                    "model": role,
-                    "pairs": kind,
-                    "n": len(pairs),
-                    "accuracy": mean(right),
-                    "ci95": interval(right, bounds=(0, 1)),
-                    "calibration_error": calibration(up, down),
-                }
-            )
+            row = {"model": role, "pairs": kind, "accuracy": mean(right)} | compare(right, 0.5)
+            eq2.append(row | {"calibration_error": calibration(up, down)})
     return {"fig2": fig2, "eq2": eq2}
 
 
@@ -412,24 +402,22 @@ def add_votes(run):
     """Turn all votes (votes.py) into rows of Table 1, and notes on them -> results.json."""
     votes, results = read_votes(run), run.results()
     said = all_verdicts(votes, read_answers(run), results["judges"])
-    # 1. rows of Table 1, where there are enough votes
-    table1 = [row for row in results["table1"] if row["judge"] not in votes]
-    notes = defaultdict(list)
-    for voter, sides in product(votes, ROWS):
-        a, b = sides
-        cast = [vote for question, vote in said[voter].items() if question.sides == sides]
-        if len(cast) >= ENOUGH:
-            table1.append({"a": a, "b": b, "judge": voter} | compare(cast, 0))
-        elif cast:
-            notes[voter].append(f"{len(cast)} votes on {a} vs {b}. A row needs {ENOUGH}.")
-    # 2. how far to trust them: do they agree with other judges?
-    for voter, judge in product(votes, said):
-        both = said[voter].keys() & said[judge].keys()
-        if both and judge != voter:
-            same = mean([said[voter][question] == said[judge][question] for question in both])
-            notes[voter].append(f"agrees with {judge} on {same:.0%} of {len(both)} pairs.")
-    # 3. a language model is asked in both orders
+    table1, notes = [row for row in results["table1"] if row["judge"] not in votes], {}
     for voter, cast in votes.items():
+        verdicts = said[voter]
+        notes[voter] = [f"{len(verdicts)} votes. A row of Table 1 needs {ENOUGH} on its sides."]
+        # 1. rows of Table 1, where there are enough votes
+        for a, b in ROWS:
+            on_row = [vote for question, vote in verdicts.items() if question.sides == (a, b)]
+            if len(on_row) >= ENOUGH:
+                table1.append({"a": a, "b": b, "judge": voter} | compare(on_row, 0))
+        # 2. how far to trust them: do they agree with other judges?
+        for judge, others in said.items():
+            both = verdicts.keys() & others.keys()
+            if both and judge != voter:
+                same = mean([verdicts[question] == others[question] for question in both])
+                notes[voter].append(f"agrees with {judge} on {same:.0%} of {len(both)} pairs.")
+        # 3. a language model is asked in both orders
         asked = [vote for vote in cast.values() if "order_decides" in vote]
         if asked:
             bias = mean([vote["order_decides"] for vote in asked])
@@ -459,7 +447,7 @@ def judge_curricula(lm, run, pairs, lasts, judges):
     name, judge = next(iter(judges.items()))
     view = View(name, judge, Answers(lm, run, pairs[: run.config.eval_n]))
     both, rows = Key(lasts["annotated,policy"]), []
-    for curriculum, role in progress(lasts.items(), total=len(lasts)):
+    for curriculum, role in progress(lasts.items()):
         row = {"curriculum": curriculum, "over_original": view.compare(Key(role), ORIGINAL)}
         rows.append(row | {"both_over_it": view.compare(both, Key(role))})
     run.add_results(table2=rows)

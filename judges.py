@@ -11,6 +11,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
@@ -39,7 +40,7 @@ class Judge:
 
     def score(self, prompts, texts):
         """The score of each text after its prompt -> (N,). The same text is never scored twice."""
-        keys = [(str(prompt), text) for prompt, text in zip(prompts, texts)]
+        keys = list(zip(map(str, prompts), texts))
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.known}
         if new:
             scores = self.ask(list(new.values()), [text for _, text in new])
@@ -98,18 +99,14 @@ def file_judge(path):
 
     See `function_judge` for what it is given. Its errors are shown with their line in the file.
     """
-    try:
+    with blaming(path):
         module = runpy.run_path(path)
-    except (Exception, SystemExit) as error:
-        raise UserError(blame(path, error)) from None
     if not callable(module.get("quality")):
         raise UserError(f"--judge {path}: the file has no function quality(prompt, answer).")
 
     def checked(prompt, answer):
-        try:
+        with blaming(path):
             value = module["quality"](prompt, answer)
-        except Exception as error:
-            raise UserError(blame(path, error)) from None
         if not isinstance(value, Real) or not isfinite(value):
             raise UserError(
                 f"--judge {path}: quality returned {value!r:.60} for the answer {answer!r:.60}; "
@@ -120,12 +117,17 @@ def file_judge(path):
     return function_judge(checked)
 
 
-def blame(path, error):
-    """One line: what the user's file raised, and on which of its lines."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    where = f", line {lines[-1]}" if lines else ""  # a SyntaxError says its line itself
-    return f"--judge {path}{where}: {type(error).__name__}: {first_line(error)}"
+@contextmanager
+def blaming(path):
+    """UserError for what the user's file raises in this block: what, and on which of its lines."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""  # a SyntaxError says its line itself
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"--judge {path}{where}: {said}") from None
 
 
 def hub_judge(name, device):

@@ -7,7 +7,6 @@ Everywhere Delta = win - lose, in points of held-out prompts, with its 95% inter
 
 import re
 from pathlib import Path
-from textwrap import fill
 
 import jinja2
 import matplotlib
@@ -73,12 +72,6 @@ def points(row, form="+.1f"):
     """A comparison's Delta with its interval, in points."""
     low, high = row["ci95"]
     return estimate(100 * row["delta"], [100 * low, 100 * high], form)
-
-
-def wrapped(name, text):
-    """A text of a sample beside its name, in 80 columns."""
-    indent = " " * 10
-    return fill(f"{name:9} {text}", 80, subsequent_indent=indent, max_lines=6, placeholder=" [...]")
 
 
 def judged_by(results, judge):
@@ -188,11 +181,10 @@ def other_claims(results):
         ("two rounds beat round 0 alone", "13 vs 0", [both.get("annotated")]),
         ("two rounds beat round 1 alone", "13 vs 2", [both.get("policy")]),
     ]
-    # 3. accuracies, as deltas: right - wrong
+    # 3. how often the gap is right, less how often it is wrong
     for row in grouped(results["eq2"], "model")["reward_gap"]:
         paper = "yes" if row["pairs"] == "annotated" else "not said"
-        right = {"delta": 2 * row["accuracy"] - 1, "ci95": [2 * end - 1 for end in row["ci95"]]}
-        claims.append((f"R_PIT ranks: {row['pairs']}", paper, [right]))
+        claims.append((f"R_PIT ranks: {row['pairs']}", paper, [row]))
     return claims
 
 
@@ -276,16 +268,21 @@ def plot_result(run, results, metrics):
             left.plot(row["delta"], name, "o", color="C0")
     left.axvline(0, color="black", linewidth=1)
     left.xaxis.set_major_formatter(IN_POINTS)
-    left.set_title(f"Better than the policy's own answer?\nJudged by {label(results['main'])}")
-    left.set_xlabel("win - lose, in points of held-out prompts (95% interval)")
+    left.set(
+        title=f"Better than the policy's own answer?\nJudged by {label(results['main'])}",
+        xlabel="win - lose, in points of held-out prompts (95% interval)",
+    )
     # 2. right: the rounds on one scale, but on references of their own
     stages = grouped(metrics, "stage")
     for number, source in enumerate(run.config.rounds.split(",")):
         name = f"round {number}, over {source} answers"
         curve(right, stages[f"pit_rl{number}"], "score", label=name)
     zero_line(right)
-    right.set_title("What PIT learns from: the gap by R_PIT\n(0 = no change)")
-    right.set(xlabel="PPO iteration of the round", ylabel="mean gap of a batch of answers")
+    right.set(
+        title="What PIT learns from: the gap by R_PIT\n(0 = no change)",
+        xlabel="PPO iteration of the round",
+        ylabel="mean gap of a batch of answers",
+    )
     save(figure, run, "result.png")
 
 
@@ -316,8 +313,11 @@ def plot_fig3(run, results):
         bars(ax, rows, "temperature", "delta", "ci95", label=label(method))
     zero_line(ax)
     ax.yaxis.set_major_formatter(IN_POINTS)
-    ax.set_title(f"One improvement against the original, judged by {label(results['main'])}")
-    ax.set(xlabel="sampling temperature", ylabel="win - lose, in points (95% interval)")
+    ax.set(
+        title=f"One improvement against the original, judged by {label(results['main'])}",
+        xlabel="sampling temperature",
+        ylabel="win - lose, in points (95% interval)",
+    )
     save(figure, run, "fig3.png")
 
 
@@ -330,8 +330,11 @@ def plot_rounds(run, results):
     main = results["main"]
     y_w = results["sides"]["y_w"]["scores"][main]
     ax.axhline(y_w, color="gray", linestyle="--", label="y_w, the annotators' better answers")
-    ax.set(xlabel="rounds of improvement (0 = the original)", ylabel="mean score (95% interval)")
-    ax.set_title(f"Improved again and again, judged by {label(main)}")
+    ax.set(
+        title=f"Improved again and again, judged by {label(main)}",
+        xlabel="rounds of improvement (0 = the original)",
+        ylabel="mean score (95% interval)",
+    )
     whole_numbers(ax)
     save(figure, run, "rounds.png")
 
@@ -361,8 +364,11 @@ def plot_fig4(run, results, metrics):
         rounds = f"ablate_{name.replace(',', '-')}_"
         gaps = [line["score"] for line in metrics if line["stage"].startswith(rounds)]
         ax.plot(range(1, len(gaps) + 1), gaps, label=name.replace(",", ", then "))
-    ax.set_title("What each curriculum learns (named by where y_ref comes from)")
-    ax.set(xlabel="PPO iteration of all rounds", ylabel="mean gap by R_PIT")
+    ax.set(
+        title="What each curriculum learns (named by where y_ref comes from)",
+        xlabel="PPO iteration of all rounds",
+        ylabel="mean gap by R_PIT",
+    )
     whole_numbers(ax)
     save(figure, run, "fig4.png")
 

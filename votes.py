@@ -141,9 +141,6 @@ def ask_llm(run, url, llm, n=128):
 
     Several pairs at a time, each in both orders -> votes.jsonl.
     """
-    if llm in (ME, *read_answers(run)[0]["scores"]):
-        raise UserError(f"--llm {llm} is the name of another judge. Serve it by another name.")
-
     from huggingface_hub import InferenceClient, constants
 
     # HF_HUB_OFFLINE makes the client refuse every address, but this one is not the hub's
@@ -212,26 +209,24 @@ CHOICES = "Which is better? 1, 2, t (tie), u (undo), q (quit): "
 
 def ask_person(run, n=128):
     """Let a person compare answers to the first n prompts in the terminal, blind -> votes.jsonl."""
-    left = questions_left(run, ME, n)
     voted = []  # in this session, for undo
-    while left:
-        if len(set(left[0].texts)) == 1:
+    while left := questions_left(run, ME, n):
+        question = left[0]
+        if len(set(question.texts)) == 1:
             # a tie, when its turn comes: all at once, a session cut short would have too many
-            add_vote(run, ME, left.pop(0), 0)
+            add_vote(run, ME, question, 0)
             continue
         print(f"\n{'=' * WIDTH}\n{len(left)} pairs to go")
-        turned = int(left[0].id(), 16) % 2  # a coin: b is shown first
-        show(left[0], turned)
+        turned = int(question.id(), 16) % 2  # a coin: b is shown first
+        show(question, turned)
         key = read_key()
         if key == "q":
             break
         if key in KEYS:
-            vote = -KEYS[key] if turned else KEYS[key]
-            add_vote(run, ME, left[0], vote)
-            voted.append(left.pop(0))
-        elif voted:  # undo
-            left.insert(0, voted.pop())
-            add_vote(run, ME, left[0], None)
+            add_vote(run, ME, question, -KEYS[key] if turned else KEYS[key])
+            voted.append(question)
+        elif voted:  # undo: the question is the first one again
+            add_vote(run, ME, voted.pop(), None)
 
 
 def show(question, turned):

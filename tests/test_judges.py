@@ -11,6 +11,7 @@ import pytest
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 import judges
+import pit
 from errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,27 @@ def test_a_name_that_no_judge_can_have_is_refused(tmp_path):
             judges.check_names(["judge", name], data="synthetic")
     with pytest.raises(UserError, match="built-in task only"):
         judges.check_names(["quality"], data="mine.jsonl")
+
+
+def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
+    needed = []
+    run = SimpleNamespace(
+        config=SimpleNamespace(data="synthetic", rounds="annotated"),
+        need=lambda role, command: needed.append(role),
+        load=lambda lm, role: None,
+    )
+
+    class Session(pit.Session):
+        def __init__(self, run):
+            self.run, self.lm = run, SimpleNamespace(roles=[])
+
+    monkeypatch.setattr(pit, "open_run", lambda path: run)
+    monkeypatch.setattr(pit, "Session", Session)
+    (tmp_path / "rule.py").write_text("def quality(prompt, answer): return 1")
+    for names, needs_judge in ((None, True), (["judge"], True), ([f"{tmp_path}/rule.py"], False)):
+        needed.clear()
+        pit.open_to_judge("runs/tiny", names)
+        assert ("judge" in needed) == needs_judge and "reward_gap" in needed
 
 
 def test_names_are_checked_before_torch_is_imported():

@@ -34,7 +34,7 @@ def results():
         ("pit_sft", "original"): 0.3,
     }
     one_round = dict(elo=1100, elo_ci95=[1050, 1150], mean=0.9, mean_ci95=[0.8, 1.0])
-    gap = dict(model="reward_gap", n=100, calibration_error=0.03)
+    gap = dict(model="reward_gap", accuracy=0.9, calibration_error=0.03)
     one_side = dict(length=12.0, tokens=24.0, texts=2, unchanged=0.1, scores={"judge": 0.5})
     sides = ["original", "y_w", "pit", "pit_sft"]
     scores = np.linspace(-1, 1, 20).tolist()
@@ -65,8 +65,8 @@ def results():
         ],
         "fig2": {"annotated": dict.fromkeys(["wl", "ww", "ll", "lw"], scores)},
         "eq2": [
-            gap | {"pairs": "annotated", "accuracy": 0.9, "ci95": [0.8, 0.97]},
-            gap | {"pairs": "written by models", "accuracy": 0.5, "ci95": [0.4, 0.6]},
+            compared(0.8, 0.15, **gap, pairs="annotated"),
+            compared(0.0, 0.2, **gap, pairs="written by models"),
         ],
         "rl": [dict(before="pit_sft", after="pit", by="gap", start=0.1, end=2.0, ci95=[1.5, 2.5])],
         "reward": {"reward_gap": {"accuracy": 0.9}},
@@ -185,8 +185,7 @@ def test_the_verdicts_of_a_run_by_hand():
         "R_PIT ranks: written by models": "cannot tell",
     }
     assert card["PIT beats the original"]["ours"] == "+50 [+45, +55]"
-    # right on 90% [80, 97] of the pairs: right - wrong is 80 [60, 94]
-    assert card["R_PIT ranks: annotated"]["ours"] == "+80 [+60, +94]"
+    assert card["R_PIT ranks: annotated"]["ours"] == "+80 [+65, +95]"
     by_me = report.scorecard(results(), "me")
     assert [line["claim"] for line in by_me] == ["PIT beats the original"]
 
