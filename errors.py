@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import contextmanager
 
 OUT_OF_MEMORY = """Repeat `all` with half the --micro-batch: results change by rounding alone, and
 finished work is kept. If it is 1 already, start a new --run with a lower --max-prompt,
@@ -32,6 +33,17 @@ def out_of_memory(error):
     # each device and each system has its own words
     texts = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+@contextmanager
+def explained(what, advice):
+    """Turn whatever goes wrong into a UserError: what does not work, why, and what to do."""
+    try:
+        yield
+    except Exception as error:  # libraries raise errors of all kinds
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{what}: {first_line(error)}\n{advice}") from None
 
 
 def explain(error):

@@ -15,7 +15,6 @@ size.
 import copy
 import logging
 import warnings
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data import max_length
-from errors import UserError, first_line, out_of_memory
+from errors import UserError, explained
 from tokens import Tokens, mask_after_eos, one_row_each
 
 # cuDNN's attention gives NaN with masks on H100 and B200 (pytorch issues 196678 and 193893)
@@ -420,17 +419,6 @@ def find_model(name):
     return name
 
 
-@contextmanager
-def explained(name, advice):
-    """Turn whatever goes wrong with model `name` into a UserError, with a word of advice."""
-    try:
-        yield
-    except Exception as error:  # files, config fields, patterns, templates, shapes: all kinds
-        if out_of_memory(error):
-            raise
-        raise UserError(f"Cannot load the model {name!r}: {first_line(error)}\n{advice}") from None
-
-
 @cache  # `all` checks before it reads any data, load_model again
 def check_model(name):
     """Its folder or hub id; UserError unless `name` is a base with a config and a tokenizer."""
@@ -447,7 +435,7 @@ def check_model(name):
         if name.startswith((".", "/", "~")):
             raise UserError(f"--model {name}: there is no such folder.")
         print(f"{source}: looking in the download cache, then on the hub", flush=True)
-    with explained(name, HOW_TO_GET.format(source)):
+    with explained(f"Cannot load the model {name!r}", HOW_TO_GET.format(source)):
         AutoConfig.from_pretrained(source, trust_remote_code=False)
         load_tokenizer(source)
     return source
@@ -461,10 +449,11 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     Never runs code from a hub, never opens a pickle.
     """
     source = check_model(name)
-    with explained(name, HOW_TO_GET.format(source)):
+    failed = f"Cannot load the model {name!r}"
+    with explained(failed, HOW_TO_GET.format(source)):
         tokenizer = load_tokenizer(source)
         base = load_base(source, bits)
-    with explained(name, f"Does --target-modules {target_modules} name layers of this model?"):
+    with explained(failed, f"Does --target-modules {target_modules} name layers of this model?"):
         lora = LoraConfig(
             r=lora_r,
             lora_alpha=lora_alpha,
@@ -475,7 +464,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         # LoRA's A is drawn here, once, for "blank": every role starts from the same one
         torch.manual_seed(seed)
         lm = LM(base, tokenizer, lora)
-    with explained(name, "PIT cannot train such a model: give another --model."):
+    with explained(failed, "PIT cannot train such a model: give another --model."):
         check_base(lm)
     return lm
 

@@ -35,7 +35,7 @@ from types import SimpleNamespace
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from errors import UserError, first_line, out_of_memory, to_continue, typed
+from errors import UserError, explained, to_continue, typed
 
 # all that a run writes: nothing else in its folder is ever moved or deleted
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
@@ -211,16 +211,10 @@ class Run:
 
     def load(self, lm, role):
         """Load the trained `role` into `lm`; UserError if it does not fit."""
-        try:
+        what = f"{self.adapter(role)} does not fit {self.config.model}, rank {self.config.lora_r}"
+        advice = "Undo what was changed in this run, or delete the adapter to train it again."
+        with explained(what, advice):
             lm.load(role, self.adapter(role))
-        except Exception as error:  # files, names, shapes: all kinds
-            if out_of_memory(error):
-                raise
-            raise UserError(
-                f"{self.adapter(role)} does not fit {self.config.model} with rank "
-                f"{self.config.lora_r}: {first_line(error)}\n"
-                "Undo what was changed in this run, or delete the adapter to train it again."
-            ) from None
 
     def keep(self, lm, role):
         """Save the trained `role` as an adapter of this run."""
@@ -289,14 +283,10 @@ class Run:
     def metrics(self):
         """All lines of metrics.jsonl, a dict each, the oldest first."""
         path = self.path / "metrics.jsonl"
-        try:
+        with explained(f"{path} is damaged", "Delete the line; only the curves need it."):
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             # what follows the last line end was cut off by a kill: its step is done again
             return [json.loads(line) for line in text.split("\n")[:-1]]
-        except ValueError as error:
-            raise UserError(
-                f"{path} is damaged: {first_line(error)}. Delete the line; only the curves need it."
-            ) from None
 
     def forget(self, step):
         """Drop the lines of this stage from `step` on, where it continues: no step comes twice."""
@@ -549,10 +539,8 @@ def read_json(path, remedy):
     """What `write_json` wrote, a dict; an empty one where there is no such file."""
     if not path.exists():
         return {}
-    try:
+    with explained(f"{path} is damaged", remedy):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}. {remedy}") from None
 
 
 # ---- order and chance --------------------------------------------------------------------------

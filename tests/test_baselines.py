@@ -131,7 +131,7 @@ def test_texts_of_a_damaged_cache_are_written_again(run, pairs, damage):
     assert Answers(Scribe(), run, pairs).side(ORIGINAL).texts == before
     assert path.read_text() == whole
     path.write_text("not JSON")
-    with pytest.raises(UserError, match="answers.json is damaged.*Delete it"):
+    with pytest.raises(UserError, match="answers.json is damaged.*\nDelete it"):
         Answers(Scribe(), run, pairs)
 
 

@@ -332,7 +332,7 @@ def test_an_adapter_under_another_name_or_of_another_shape_is_refused(whole, lm,
             run.load(lm, role)
     run.config.target_modules = ".*v_proj"
     with pytest.raises(
-        UserError, match="does not fit tiny with rank 2: its weights belong to other layers"
+        UserError, match="does not fit tiny, rank 2: its weights belong to other layers"
     ):
         run.load(pit.load_base(run.config), "pit_sft")
     run.config.target_modules = MINI["target_modules"]
@@ -356,7 +356,7 @@ def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
         with pytest.raises(UserError, match="metrics.jsonl is damaged"):
             run.metrics()
     (tmp_path / "results.json").write_text('{"time_s"')
-    with pytest.raises(UserError, match="results.json is damaged.*Delete it"):
+    with pytest.raises(UserError, match="results.json is damaged.*\nDelete it"):
         run.results()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"seed": 1}))
