@@ -201,13 +201,10 @@ class Run:
             )
 
     def load_trained(self, lm, role):
-        """Whether `role` has been trained already, or `lm` has it; loads it if need be."""
-        if role in lm.roles:
-            return True
-        if not self.done(role):
-            return False
-        self.load(lm, role)
-        return True
+        """Whether `lm` has the trained `role` now; loads it if need be."""
+        if role not in lm.roles and self.done(role):
+            self.load(lm, role)
+        return role in lm.roles
 
     def load(self, lm, role):
         """Load the trained `role` into `lm`; UserError if it does not fit."""
