@@ -6,6 +6,7 @@ runs/NAME/checkpoints/ROLE/N   the stage in progress after N steps: all that its
 runs/NAME/metrics.jsonl        one line per optimiser step or PPO iteration
 runs/NAME/samples.md           the same few prompts, answered after each stage that trains a writer
 runs/NAME/results.json         every number of the report; report.md and figures are drawn from it
+runs/NAME/.replaced            the run that --overwrite replaces, until there is a new adapter
 
 Nothing is lost, whenever the process dies. Files and folders are written beside their place and
 then renamed: the old state is there, or the new one, never half of one. Folders carry the SHA-256
@@ -41,7 +42,7 @@ from errors import UserError, explained, to_continue, typed
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
 results.json report.md curves.png result.png fig2.png fig3.png fig4.png rounds.png stops.png
 config.json""".split()
-REPLACED = ".replaced"  # the run that this one replaces, until there is a new adapter
+REPLACED = ".replaced"
 # options that may change within a run: results do not depend on them, except for rounding
 FREE = ("save_every", "micro_batch", "vram")
 # what config.json holds besides options and data ("replaces" in runs of older versions)
