@@ -20,12 +20,9 @@ from files import is_prompt
 from infer import POLICY, end_of, improve, improve_rounds, iterate
 from run import progress, seed_all, write_text
 
-OTHER_TASK = """Note: this run knows one kind of question and answer only. For any other, its text
-is nonsense, and no gap is shown. Try:
-
-Where does each look in the end? Ann north: left left back.
-Ben west: right left right. Eva south: left back right.
-"""
+OTHER_TASK = """This run knows the questions and answers of the built-in task only. Try:
+Where does each look in the end? Ann north: left left back. Ben west: right left
+right. Eva south: left back right."""
 
 
 # ---- in the terminal ---------------------------------------------------------------------------
@@ -33,14 +30,12 @@ Ben west: right left right. Eva south: left back right.
 
 def answer(lm, cfg, settings, turns, response=None):
     """Answer one prompt, or take `response`, and show each improvement -> the last text."""
-    no_gap = False
     if cfg.data == "synthetic":  # that task has no follow-up questions
         # a prompt from samples.md may come with the line breaks that it has there
         question = " ".join(turns[-1]["content"].split())
         turns = [{"role": "user", "content": question}]
-        no_gap = is_other_task(question, response)
-        if no_gap:
-            print(OTHER_TASK)
+        if is_other_task(question, response):
+            raise UserError(OTHER_TASK)
     seed_all(settings.seed, "infer")
     (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])
     steps = iterate(lm, cfg, settings, prompt, response)
@@ -48,8 +43,7 @@ def answer(lm, cfg, settings, turns, response=None):
     print(f"\noriginal\n{text}", flush=True)
     k = 0
     for k, (better, gap) in enumerate(steps, 1):
-        title = f"round {k}" if no_gap else f"round {k}, gap {gap:+.2f}"
-        print(f"\n{title}\n{mark_changes(text, better)}", flush=True)
+        print(f"\nround {k}, gap {gap:+.2f}\n{mark_changes(text, better)}", flush=True)
         text = better
     if k < settings.rounds:
         why = f"Round {k + 1} was no better" if settings.stop == "gap" else "No more rounds"
@@ -59,10 +53,10 @@ def answer(lm, cfg, settings, turns, response=None):
 
 
 def is_other_task(question, response):
-    """Whether a question, or a response to improve, is not in the language of the built-in task."""
+    """Whether a question is not of the built-in task, or a response has no line of an answer."""
     people = task.read(question)
     known = question == task.ask(people) and people.keys() <= set(task.NAMES)
-    return not known or response is not None and response != task.tell(task.read(response))
+    return not known or response is not None and not task.read(response)
 
 
 def mark_changes(old, new):

@@ -70,7 +70,7 @@ PRESETS = {
         critic_lr=1e-3,
         kl=0.05,
     ),
-    # less than 6 GiB of memory: shorter texts, fewer at a time
+    # less than 5 GiB free, such as a card of 4: shorter texts, fewer at a time
     "small": dict(max_prompt=256, max_response=96, rl_batch=32, micro_batch=4),
     # The fewest steps in which every stage logs, saves and shows something. On one CPU core
     # SmolLM2-135M takes about 9 ms to train a token, 3 ms to read one and 15 ms to write one. With
@@ -207,7 +207,7 @@ def fill_in(options, smoke):
 
         vram = options["vram"] or round(plan.free_memory(), 1)
         preset = PRESETS["real"] | {"vram": vram}
-        if vram < 6:
+        if vram < 5:
             preset |= PRESETS["small"]
     if smoke:
         preset = preset | PRESETS["smoke"]
@@ -216,9 +216,10 @@ def fill_in(options, smoke):
 
 def is_finished(run):
     """Whether a run that `all` is to continue has nothing left to do."""
-    judged = "eval" in run.results().get("time_s", {}) and (run.path / "report.md").exists()
+    if run.replace or "eval" not in run.results().get("time_s", {}):
+        return False
     roles = sum(trained_by(run.config).values(), [])
-    return judged and not run.replace and all(map(run.done, roles))
+    return (run.path / "report.md").exists() and all(map(run.done, roles))
 
 
 def trained_by(cfg):

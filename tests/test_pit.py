@@ -18,6 +18,8 @@ import curriculum
 import evaluate
 import pit as command_line
 import plan
+import run as run_module
+from errors import UserError
 from run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -171,8 +173,9 @@ def test_infer_shows_the_original_and_each_round_with_its_gap(mini):
 
 def test_infer_without_a_prompt_is_a_conversation(mini):
     folder, _ = mini
-    out = works("infer", "--run", folder, "--rounds", 1, stdin=f"{PROMPT}\nAnd then?\n")
-    assert out.count("you: ") == 3 and out.count("original\n") == 2
+    out = works("infer", "--run", folder, "--rounds", 1, stdin=f"{PROMPT}\nAnd then?\n{PROMPT}\n")
+    assert out.count("you: ") == 4 and out.count("original\n") == 2
+    assert out.count("the built-in task only") == 1
 
 
 def test_a_file_is_improved(mini, tmp_path):
@@ -251,8 +254,7 @@ def test_an_export_without_its_weights_gets_a_line(mini, tmp_path, is_listed):
         # data
         ("all --run {tmp}/new --data no-such-file.jsonl", "no-such-file.jsonl"),
         # prompts, files, exports
-        ("infer --run {mini} 'Human: a\n\nAssistant: b'", "take turns"),
-        ("infer --run {mini} 'Where?' --response 'north {long}'", "response is longer"),
+        ("infer --run {mini} 'What is the capital of France?'", "the built-in task only"),
         ("infer --run {mini} Where? --response -", "nothing came"),
         ("infer --run {mini} --response x", "the prompt too"),
         ("infer --run {mini} --input {tmp}/in.jsonl", "give both"),
@@ -268,7 +270,7 @@ def test_an_export_without_its_weights_gets_a_line(mini, tmp_path, is_listed):
 def test_bad_input_gets_a_line_or_two_and_exit_code_2(mini, tmp_path, words, said):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}')
     (tmp_path / "metrics.jsonl").write_text("notes of mine")
-    words = words.format(mini=mini[0], tmp=tmp_path, root=ROOT, long="north " * 50)
+    words = words.format(mini=mini[0], tmp=tmp_path, root=ROOT)
     code, out, err = pit(*shlex.split(words))
     assert code == 2, out + err
     assert said in err and "Traceback" not in err
@@ -372,13 +374,15 @@ def test_with_little_memory_texts_are_shorter(monkeypatch):
 
 
 def test_a_continued_run_keeps_its_presets_whatever_is_free_now(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(command_line, "fill_in", lambda options, smoke: asked.append(options))
-    monkeypatch.setattr("run.read_config", lambda folder: {"vram": 5.5})
-    for words in ({}, {"vram": 8.0}, {"overwrite": True}):
-        with pytest.raises(AttributeError):  # there are no options to go on with
+    def fill_in(options, smoke):
+        raise UserError(options["vram"])  # and no further
+
+    monkeypatch.setattr(command_line, "fill_in", fill_in)
+    monkeypatch.setattr(run_module, "read_config", lambda folder: {"vram": 5.5})
+    for words, vram in (({}, 5.5), ({"vram": 8.0}, 8.0), ({"overwrite": True}, None)):
+        with pytest.raises(UserError) as error:
             command_line.run_all(run=tmp_path, **words)
-    assert [options["vram"] for options in asked] == [5.5, 8.0, None]
+        assert error.value.args == (vram,)
 
 
 def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
