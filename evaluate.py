@@ -189,25 +189,22 @@ def evaluate(lm, run, pairs, last, judges):
             for view in views if key in of_table1 else [main]:
                 view.scores(key)
             bar.update()
-        # 2. the gap models, on the pairs and on PIT's rounds
-        bar.set_postfix_str("  gap models")
+        # 2. the tables look at these scores in every way, and at those of the gap models
+        bar.set_postfix_str("  tables")
         r_p = View("R_P", models["reward_policy"], answers)
         r_pit = View("gap by R_PIT", models["reward_gap"], answers)
         run.add_results(
+            **gap_evidence(models, answers.pairs, written_pairs(main)),
+            main=main.name,
+            judges=judge_accuracy(views),
+            table1=table1(views, of_table1),
+            sides=sides_table(views, of_table1),
+            fig3=temperature_table(main, methods),
+            table3=rounds_table(main, methods),
             rl=rl_table(r_p, r_pit, keys),
             stops=stop_table(main, r_pit),
-            **gap_evidence(models, answers.pairs, written_pairs(main)),
         )
         bar.update()
-    # 3. the other tables look at scores that are there by now
-    run.add_results(
-        main=main.name,
-        judges=judge_accuracy(views),
-        table1=table1(views, of_table1),
-        sides=sides_table(views, of_table1),
-        fig3=temperature_table(main, methods),
-        table3=rounds_table(main, methods),
-    )
     write_answers(run, views, of_table1)
     add_votes(run)
 
