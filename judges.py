@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import task
-from errors import UserError, first_line, out_of_memory
+from errors import UserError, explained, first_line
 
 SAME = 1e-4  # exact scores closer than this are a tie
 NEAR = 0.1  # learned scores are log-odds: closer than this is a tie, less sure than 52.5 to 47.5
@@ -137,7 +137,7 @@ def hub_judge(name, device):
     """
     from transformers import pipeline
 
-    try:
+    with explained(f"--judge {name}", CHOICES):  # missing files, other architectures ...
         model = pipeline(
             "text-classification",
             model=name,
@@ -145,10 +145,6 @@ def hub_judge(name, device):
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
-    except Exception as error:  # missing files, other architectures, bad configs ...
-        if out_of_memory(error):
-            raise
-        raise UserError(f"--judge {name}: {first_line(error)}\n{CHOICES}") from None
     outputs = model.model.config.num_labels
     if outputs != 1:
         raise UserError(f"--judge {name}: a reward model has one output, this one has {outputs}.")

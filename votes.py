@@ -20,7 +20,7 @@ from functools import partial
 from textwrap import fill
 from typing import NamedTuple
 
-from errors import UserError, first_line
+from errors import UserError, explained, first_line
 from run import progress
 
 # What they are asked: rows of the paper's Table 1, and PIT against two samples and the annotators
@@ -55,12 +55,9 @@ class Question(NamedTuple):
 def read_answers(run):
     """The lines of answers.jsonl, a dict each."""
     path = run.path / "answers.jsonl"
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except (OSError, ValueError):
-        again = f"python pit.py eval --run {run.path}"
-        raise UserError(f"{path} is missing or damaged. Write it with: {again}") from None
+    again = f"Write it with: python pit.py eval --run {run.path}"
+    with explained(path, again), open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def questions_about(lines):
