@@ -69,8 +69,8 @@ def estimate_memory(lm, cfg):
     kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     length, rows = max_length(cfg), max(cfg.rl_batch, rows_at_a_time(cfg))
 
-    # "blank" is the only adapter that is there already. To come: two of SFT, three reward models,
-    # policy_rl, and PIT's rounds
+    # "blank" is the only adapter so far. To come: two of SFT, three reward models, policy_rl, and
+    # PIT's rounds
     lora = sum(4 * matrix.numel() for matrix in lm.weights("blank").values())
     weights = base.get_memory_footprint(return_buffers=False) - lora
     roles = 7 + len(cfg.rounds.split(","))
