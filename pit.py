@@ -307,7 +307,7 @@ def reward_stage(session):
 def rl_stage(session):
     import curriculum
 
-    session.require("sft", "reward")
+    session.require("sft", "reward", but="judge")
     curriculum.train_policy_rl(session.lm, session.run, session.parts["rl"])
     session.show("policy_rl")
     train_rounds(session, session.run.config.rounds, "pit_rl")
