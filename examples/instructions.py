@@ -1,7 +1,6 @@
 """Your own task on a real base model: plain-English instructions, and a rule that checks answers.
 
-    Write about a rainy day. Use the words tea and coat. Begin with a title, your last word.
-    Write exactly 2 sentences. End with an exclamation mark.
+    Write about a pet shop. Use the words fish and cage. Begin with a title, your last word. ...
 
 Of two drafts, the one that meets more requirements is preferred. No training stage sees `quality`.
 
@@ -25,7 +24,7 @@ from models import load_model
 # One line per topic, with words that a text about it can use: "a rainy day: umbrella tea window".
 LINES = Path(__file__).with_name("topics.txt").read_text().splitlines()
 TOPICS = dict(line.split(": ") for line in LINES)
-OPENERS = "Today Sometimes Honestly Well Now Look So Oh".split()
+OPENERS = ["Today", "Sometimes", "Now", "Well"]
 
 
 # ---- What a prompt may ask for, and whether a text does it
@@ -39,11 +38,11 @@ REQUIREMENTS = {
     r"Avoid the word (\w+)": lambda text, words, word: word not in words,
     r"Begin with the word (\w+)": lambda text, words, word: words[0] == word.lower(),
     r"Begin with a title": lambda text, words: words[0] == words[-1] and ":" in text.split()[0],
-    r"End with an? (\w)": lambda text, words, mark: text.endswith({"e": "!", "q": "?"}[mark]),
+    r"End with an exclamation": lambda text, words: text.endswith("!"),
+    r"End with three dots": lambda text, words: text.endswith("..."),
     r"Write exactly (\d)": lambda text, words, n: re.fullmatch("[^.!?]+[.!?]+" * int(n), text),
     r"Use at most (\d+)": lambda text, words, n: len(words) <= int(n),
     r"Use at least (\d+)": lambda text, words, n: len(words) >= int(n),
-    r"Use small letters only": lambda text, words: text == text.lower(),
 }
 
 
@@ -59,93 +58,90 @@ def quality(prompt, answer):
 
 
 def draw_prompt(rng):
-    """A topic and five requirements: two words, how to begin, and two of five other kinds."""
+    """A topic and five requirements: two words, how to begin, and two of four other kinds."""
     topic = rng.choice([*TOPICS])
     one, other = rng.sample(TOPICS[topic].split(), 2)
     count = rng.randint(1, 3)
     # A title comes first, but only the whole text says what it is: hard to plan, easy to add.
-    first = rng.choice(["a title, your last word"] * 2 + [f"the word {rng.choice(OPENERS)}"])
+    first = rng.choice(["a title, your last word"] * 3 + [f"the word {rng.choice(OPENERS)}"])
     kinds = [
-        f"Avoid the word {rng.choice(['the', 'a', 'was'])}.",
-        f"End with {rng.choice(['an exclamation mark', 'a question mark'])}.",
+        f"Avoid the word {rng.choice(['the', 'and', 'my', 'was'])}.",
+        f"End with {rng.choice(['an exclamation mark', 'three dots'])}.",
         f"Write exactly {count} sentence{'s'[: count - 1]}.",
-        f"Use at {rng.choice(['most', 'least'])} {8 * count} words.",
-        "Use small letters only.",
+        rng.choice([f"Use at most {10 * count} words.", f"Use at least {6 * count} words."]),
     ]
     stated = f"Write about {topic}. Use the words {one} and {other}. Begin with {first}. "
     return stated + " ".join(rng.sample(kinds, 2)), topic
 
 
 # ---- The base writes. Before it does, it sees two answers of the kind that we want.
-SENTENCES = "The old bear sleeps in the sun all day.", "My costume was too big, but nobody laughed."
-QUESTIONS = "Have you ever seen a bear so close?", "Who made your lovely costume?"
-
-
-def writer_prompt(topic, word, kind):
-    bear, costume = SENTENCES if kind == "sentence" else QUESTIONS
-    system = {"role": "system", "content": f"Write one short {kind} with the word."}
+def writer_prompt(topic, word):
+    bear, costume = "A bear sleeps in the sun.", "Mother sewed a costume for my brother."
+    system = {"role": "system", "content": "Write one short sentence with the word."}
     zoo = {"role": "user", "content": "a zoo: bear"}
     return talk([system, zoo], bear, "a school play: costume", costume, f"{topic}: {word}")
 
 
 def write_sentences(model, path, batch=64):
-    """Five sentences and two questions for each word of each topic, one per line of the file."""
+    """Eight sentences for each word of each topic, one per line of the file."""
     lm = load_model(model, bits=16)
-    words = [(topic, word) for topic in TOPICS for word in TOPICS[topic].split()]
-    jobs = [(*word, kind) for word in words for kind in ["sentence"] * 5 + ["question"] * 2]
+    jobs = [(topic, word) for topic in TOPICS for word in TOPICS[topic].split() * 8]
     path.touch()
     for start in trange(len(path.read_text().splitlines()), len(jobs), batch):
         prompts = [lm.encode_prompt(writer_prompt(*job)) for job in jobs[start : start + batch]]
         torch.manual_seed(start)
-        texts = lm.decode(lm.generate("blank", prompts, 22, temperature=0.6).responses)
+        texts = lm.decode(lm.generate("blank", prompts, 22, temperature=0.7).responses)
         with open(path, "a") as file:
-            for (topic, _, _), text in zip(jobs[start:], texts):
+            for (topic, _), text in zip(jobs[start:], texts):
                 print(json.dumps([topic, text]), file=file)
 
 
 def fluent_sentences(path):
-    """{topic: sentences}: the first of each text, if it is short, on topic, and repeats no word."""
-    pools = {topic: [] for topic in TOPICS}
+    """{topic: sentences}: the first of each text, if short, on topic, and with a new last word."""
+    pools = {topic: {} for topic in TOPICS}
     for line in path.read_text().splitlines():
         topic, text = json.loads(line)
-        found = re.match(r"[A-Z][A-Za-z', -]*[.!?]", text)
+        found = re.match(r"[A-Z][A-Za-z', -]*\.", text)
         words = words_of(found[0]) if found else []
         long = [word for word in words if len(word) > 3]
-        fits = 4 <= len(words) <= 12 and len(long) == len(set(long))
-        if fits and set(words) & set(TOPICS[topic].split()) and found[0] not in pools[topic]:
-            pools[topic].append(found[0])
-    return pools
+        fits = 4 <= len(words) <= 12 and long[-1:] == words[-1:] and len(long) == len(set(long))
+        if fits and set(words) & set(TOPICS[topic].split()):
+            pools[topic].setdefault(words[-1], found[0])
+    return {topic: [*sentences.values()] for topic, sentences in pools.items()}
 
 
 # ---- Pairs of drafts. The parts of a draft, besides its sentences, and what each may be:
-PARTS = {"opener": ["", "title", "title", *OPENERS], "mark": [".", "!"], "small": [False, True]}
+TITLES = ["right title", "wrong title"] * 2 + ["wrong title"] * 2
+PARTS = {"opener": ["", *TITLES, *OPENERS], "mark": [".", "!", "..."]}
 
 
 def tell(draft):
-    text = " ".join(draft["sentences"])
-    text = text[:-1] + draft["mark"] if text.endswith(".") else text
-    if draft["opener"] == "title":
-        text = f"{words_of(text)[-1].capitalize()}: {text}"
-    elif draft["opener"]:
+    """The text of a draft. A wrong title is the longest of the other words."""
+    text = " ".join(draft["sentences"])[:-1] + draft["mark"]
+    *others, last = words_of(text)
+    if draft["opener"] in TITLES:
+        title = last if draft["opener"] == "right title" else max(others, key=len)
+        return f"{title.capitalize()}: {text}"
+    if draft["opener"]:
         start = "I" if re.match(r"I\b", text) else text[0].lower()
         text = f"{draft['opener']}, {start}{text[1:]}"
-    return text.lower() if draft["small"] else text
+    return text
 
 
 def change(draft, pool, rng):
     """Change one part at random, for better or worse, or one sentence, which may come or go."""
-    part = rng.choice(["sentences"] * 4 + [*PARTS])
+    part = rng.choice(["sentences"] * 2 + [*PARTS])
     if part != "sentences":
         return draft | {part: rng.choice(PARTS[part])}
     sentences = [*draft["sentences"]]
-    at = rng.randrange(len(sentences) + 1)
+    at = rng.randrange(len(sentences))
     sentences[at : at + rng.randint(0, 1)] = rng.sample(pool, rng.randint(0, 1))
     allowed = 1 <= len(set(sentences)) == len(sentences) <= 4
     return draft | {"sentences": sentences} if allowed else draft
 
 
 def revise(draft, prompt, pool, steps, rng):
-    """Try 200 changes, and keep those that meet more requirements: at most `steps` of them."""
+    """Try 200 changes, and keep those that meet more requirements, `steps` of them at most."""
     best = quality(prompt, tell(draft))
     for _ in range(200):
         new = change(draft, pool, rng)
@@ -165,22 +161,18 @@ def garble(text, rng):
 
 
 def draw_pair(prompt, pool, rng):
-    """A better and a worse text. In three of four pairs, the better one revises the worse one."""
-    plain = {"opener": "", "mark": ".", "small": False}
-    drafts = [plain | {"sentences": rng.sample(pool, rng.randint(1, 3))} for _ in range(2)]
-    for _ in range(3):
-        drafts = [change(draft, pool, rng) for draft in drafts]
-    worse = revise(drafts[0], prompt, pool, rng.randint(0, 3), rng)
-    start = worse if rng.random() < 0.75 else drafts[1]
-    better = tell(revise(start, prompt, pool, rng.randint(2, 5), rng))
-    return better, garble(tell(worse), rng) if rng.random() < 0.2 else tell(worse)
+    """A better and a worse text: the better one revises the worse one, which keeps some flaws."""
+    draft = {part: rng.choice(values) for part, values in PARTS.items()}
+    draft["sentences"] = rng.sample(pool, rng.randint(1, 3))
+    worse = revise(draft, prompt, pool, rng.randint(0, 3), rng)
+    better = tell(revise(worse, prompt, pool, rng.randint(2, 6), rng))
+    return better, garble(tell(worse), rng) if rng.random() < 0.15 else tell(worse)
 
 
 def draw_rows(pools, pairs, prompts, rng):
     """Rows with a prompt, a chosen and a rejected answer, and rows with a prompt of no pair."""
-    drawn = [draw_prompt(rng)[0] for _ in range(prompts)]
-    fresh = [{"prompt": prompt} for prompt in dict.fromkeys(drawn)]
-    rows, drawn, lead = [], set(drawn), 0
+    fresh = dict.fromkeys(draw_prompt(rng)[0] for _ in range(prompts))
+    rows, drawn, lead = [], set(fresh), 0
     while len(rows) < pairs:
         prompt, topic = draw_prompt(rng)
         better, worse = draw_pair(prompt, pools[topic], rng)
@@ -191,7 +183,7 @@ def draw_rows(pools, pairs, prompts, rng):
             drawn.add(prompt)
             rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
             lead += (longer > 0) - (longer < 0)
-    return rows, fresh
+    return rows, [{"prompt": prompt} for prompt in fresh]
 
 
 def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int = 0):

@@ -32,13 +32,12 @@ GOOD = "My tea is hot. I like my coat!"
             "Coat, the tea, my coat.",
         ),
         ("End with an exclamation mark.", GOOD, "My tea and my coat!."),
-        ("End with a question mark.", "Is my tea on my coat?", GOOD),
+        ("End with three dots.", "My tea is on my coat...", "My tea is on my coat.."),
         ("Write exactly 1 sentence.", "My tea wets my coat.", GOOD),
         ("Write exactly 2 sentences.", GOOD, "My tea is hot. I like my coat! And then"),
         ("Write exactly 3 sentences.", GOOD + " So it is.", GOOD),
         ("Use at most 8 words.", GOOD, GOOD + " Yes."),
         ("Use at least 8 words.", GOOD, "My tea wets my coat."),
-        ("Use small letters only.", GOOD.lower(), GOOD),
     ],
 )
 def test_rule_by_hand(requirement, meets, fails):
@@ -48,7 +47,7 @@ def test_rule_by_hand(requirement, meets, fails):
 
 
 def test_rule_counts_requirements():
-    prompt = f"Write about a rainy day. {WORDS} Avoid the word was. Use small letters only."
+    prompt = f"Write about a rainy day. {WORDS} Avoid the word was. End with three dots."
     assert example.quality(prompt, GOOD) == 0.75
     assert example.quality(prompt, "My tea was hot, and it was late.") == 0.25
     assert example.quality(prompt, "") == example.quality(prompt, "tea coat") == 0
@@ -67,30 +66,49 @@ def test_every_requirement_is_read():
     assert len(example.TOPICS) >= 60
 
 
-def test_pairs_of_a_stub_writer(tmp_path):
+@pytest.fixture
+def pools(tmp_path):
+    """What a stub writes about each topic: a sentence for each word, and what does not fit."""
     path = tmp_path / "sentences.jsonl"
-    lines = []
+    with open(path, "w") as file:
+        for topic, words in example.TOPICS.items():
+            for word in words.split():
+                for text in (
+                    f"I see one {word}.",
+                    f"The {word} was here!",
+                    f"A {word} that is cut off",
+                ):
+                    print(example.json.dumps([topic, text]), file=file)
+            print(example.json.dumps([topic, f"We all like that {word}."]), file=file)
+    return example.fluent_sentences(path)
+
+
+def test_sentences_end_in_different_words(pools):
     for topic, words in example.TOPICS.items():
-        for word in words.split():
-            for text in (
-                f"I see one {word}.",
-                f"The {word} was here again!",
-                f"Do you have a {word}?",
-                "Cut off",
-            ):
-                lines.append(example.json.dumps([topic, text]) + "\n")
-    path.write_text("".join(lines))
-    pools = example.fluent_sentences(path)
-    assert {len(pool) for pool in pools.values()} == {15}  # without what is cut off
-    rows, fresh = example.draw_rows(pools, pairs=24, prompts=40, rng=random.Random(0))
+        assert pools[topic] == [f"I see one {word}." for word in words.split() if len(word) > 3]
+
+
+def test_pairs_of_a_stub_writer(pools):
+    rows, fresh = example.draw_rows(pools, pairs=60, prompts=40, rng=random.Random(0))
     for row in rows:
-        assert example.quality(row["prompt"], row["chosen"]) > example.quality(
-            row["prompt"], row["rejected"]
-        )
+        better, worse = (example.quality(row["prompt"], row[y]) for y in ("chosen", "rejected"))
+        assert better > worse
     prompts = {row["prompt"] for row in rows}
-    assert len(prompts) == 24 and len(fresh) == 40
+    assert len(prompts) == 60 and len(fresh) == 40
     assert prompts.isdisjoint(row["prompt"] for row in fresh)
+    # the longer text wins in half of the pairs
     lengths = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
     longer = sum((a > b) + (a == b) / 2 for a, b in zip(*lengths))
-    assert 0.35 < longer / 24 < 0.65
-    assert example.draw_rows(pools, pairs=24, prompts=40, rng=random.Random(0)) == (rows, fresh)
+    assert 0.35 < longer / 60 < 0.65
+    assert example.draw_rows(pools, pairs=60, prompts=40, rng=random.Random(0)) == (rows, fresh)
+
+
+def test_a_title_alone_says_nothing(pools):
+    """Many a worse answer has a title, too: another word than its last."""
+    rows, _ = example.draw_rows(pools, pairs=200, prompts=0, rng=random.Random(0))
+    titled = [row for row in rows if "title" in row["prompt"]]
+    wrong = 0
+    for row in titled:
+        words = example.words_of(row["rejected"])
+        wrong += ":" in row["rejected"] and words[0] != words[-1]
+    assert wrong / len(titled) > 0.2
