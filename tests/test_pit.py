@@ -137,6 +137,15 @@ def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
         assert (folder / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
 
 
+def test_rl_does_without_the_judge(mini, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(mini[0], folder)
+    shutil.rmtree(folder / "adapters" / "judge")
+    works("rl", "--run", folder)
+    shutil.rmtree(folder / "adapters" / "reward_gap")
+    assert pit("rl", "--run", folder)[0] == 2
+
+
 def test_ablate_compares_curricula_and_eval_takes_one_more_judge(mini, monkeypatch):
     folder, _ = mini
     monkeypatch.setattr(curriculum, "CURRICULA", ["policy", "annotated,policy"])
