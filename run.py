@@ -47,6 +47,7 @@ REPLACED = ".replaced"
 FREE = ("save_every", "micro_batch", "vram")
 # what config.json holds besides options and data ("replaces" in runs of older versions)
 FACTS = ("versions", "command", "replaces", "checksum")
+MAY_MOVE = ("model", "data")  # options whose paths may be edited in config.json
 MINIATURE = 5  # PPO iterations: a run of fewer is a smoke run, whose numbers mean nothing
 WAYS_OUT = "Repeat the old ones to continue it, or give a new --run, or --overwrite to replace it."
 # options that do not matter to all adapters: how the names of those begin to which they do matter.
@@ -209,6 +210,12 @@ class Run:
 
     def load(self, lm, role):
         """Load the trained `role` into `lm`; UserError if it does not fit."""
+        scores = (self.adapter(role) / "head.safetensors").exists()
+        if scores != role.startswith(("reward", "judge")):
+            kind = "a reward model" if scores else "no reward model"
+            raise UserError(
+                f"{self.adapter(role)} holds {kind}. Delete it to train {role} again."
+            )
         what = f"{self.adapter(role)} does not fit {self.config.model}, rank {self.config.lora_r}"
         advice = "Undo what was changed in this run, or delete the adapter to train it again."
         with explained(what, advice):
@@ -424,17 +431,18 @@ def read_config(path):
     config = read_json(file, "Put back a copy of it, or give another --run.")
     if "versions" not in config:
         return {}
-    if config.get("checksum", checksum(config)) != checksum(config):
+    are_paths = all(isinstance(config.get(name, ""), str) for name in MAY_MOVE)
+    if config.get("checksum") != checksum(config) or not are_paths:
         raise UserError(
             f"{file} was edited by hand. Undo that, or start a new --run.\n"
-            'Where a model or a data file has moved, edit its path and delete "checksum".'
+            "Only the paths of a model or a data file that has moved may be edited."
         )
     return config
 
 
 def checksum(config):
     """Of the options and of what was pinned."""
-    kept = [item for item in sorted(config.items()) if item[0] not in FACTS]
+    kept = [item for item in sorted(config.items()) if item[0] not in (*FACTS, *MAY_MOVE)]
     return zlib.crc32(json.dumps(kept).encode())
 
 

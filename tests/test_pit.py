@@ -223,6 +223,20 @@ def test_an_export_without_its_weights_gets_a_line(mini, tmp_path, is_listed):
     assert not (tmp_path / "whole").exists()
 
 
+@pytest.mark.parametrize("theirs, mine", [("reward_gap", "pit_rl1"), ("pit_rl1", "judge")])
+def test_an_adapter_in_the_place_of_another_kind_gets_a_line(mini, tmp_path, theirs, mine):
+    """Even where somebody wrote new checksums."""
+    folder = tmp_path / "run" / "adapters"
+    shutil.copytree(mini[0], tmp_path / "run")
+    shutil.rmtree(folder / mine)
+    shutil.copytree(folder / theirs, folder / mine)
+    sums = run_module.checksums(folder / mine) | {"role": mine}
+    (folder / mine / "sha256.json").write_text(json.dumps(sums))
+    words = "--adapter", mine, "--to", tmp_path / "whole"
+    code, _, err = pit("export", "--run", tmp_path / "run", *words)
+    assert code == 2 and f"{mine} holds" in err and len(err.splitlines()) == 1
+
+
 # ---- what people are told ----------------------------------------------------------------------
 
 
@@ -403,8 +417,8 @@ def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
 
 def test_a_run_of_another_version_gets_one_line(mini, tmp_path):
     config = json.loads((mini[0] / "config.json").read_text())
-    for name in ("critic_lr", "checksum"):
-        del config[name]
+    del config["critic_lr"]
+    config["checksum"] = run_module.checksum(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     for words in (
         ["sft"],

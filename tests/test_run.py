@@ -359,9 +359,13 @@ def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
     with pytest.raises(UserError, match="results.json is damaged.*\nDelete it"):
         run.results()
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"seed": 1}))
-    with pytest.raises(UserError, match="config.json was edited"):
-        Run(tmp_path)
+    no_checksum = {name: value for name, value in config.items() if name != "checksum"}
+    for edited in (config | {"seed": 1}, no_checksum | {"seed": "0"}, config | {"data": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(edited))
+        with pytest.raises(UserError, match="config.json was edited"):
+            Run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"data": "moved.jsonl"}))
+    assert Run(tmp_path).config.data == "moved.jsonl"
     (tmp_path / "config.json").write_text("[")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="config.json is damaged"):
