@@ -213,9 +213,7 @@ class Run:
         scores = (self.adapter(role) / "head.safetensors").exists()
         if scores != role.startswith(("reward", "judge")):
             kind = "a reward model" if scores else "no reward model"
-            raise UserError(
-                f"{self.adapter(role)} holds {kind}. Delete it to train {role} again."
-            )
+            raise UserError(f"{self.adapter(role)} holds {kind}. Delete it to train {role} again.")
         what = f"{self.adapter(role)} does not fit {self.config.model}, rank {self.config.lora_r}"
         advice = "Undo what was changed in this run, or delete the adapter to train it again."
         with explained(what, advice):

@@ -1,8 +1,8 @@
 """Your own task on a real base model: plain-English instructions, and a rule that checks answers.
 
-    Write about a pet shop. Use the words fish and cage. Begin with a title, your last word. ...
+    Write about a pet shop. Use the words fish and cage. Begin with "Title:" and your last word. ...
 
-Of two drafts, the one that meets more requirements is preferred. No training stage sees `quality`.
+Of two drafts, the one that meets more requirements is preferred. Training never sees `quality`.
 
     python -m examples.instructions SmolLM2-135M-Instruct task
     python pit.py all --model SmolLM2-135M-Instruct --data task/pairs.jsonl --run runs/mine
@@ -22,8 +22,7 @@ from baselines import talk
 from models import load_model
 
 # One line per topic, with words that a text about it can use: "a rainy day: umbrella tea window".
-LINES = Path(__file__).with_name("topics.txt").read_text().splitlines()
-TOPICS = dict(line.split(": ") for line in LINES)
+TOPICS = dict(re.findall("(.+): (.+)", Path(__file__).with_name("topics.txt").read_text()))
 OPENERS = ["Today", "Sometimes", "Now", "Well"]
 
 
@@ -37,7 +36,7 @@ REQUIREMENTS = {
     r"Use the words \w+ and (\w+)": lambda text, words, word: word in words,
     r"Avoid the word (\w+)": lambda text, words, word: word not in words,
     r"Begin with the word (\w+)": lambda text, words, word: words[0] == word.lower(),
-    r"Begin with a title": lambda text, words: words[0] == words[-1] and ":" in text.split()[0],
+    r"Begin with .Title:. and": lambda text, words: text.startswith(f"Title: {words[-1]}\n"),
     r"End with an exclamation": lambda text, words: text.endswith("!"),
     r"End with three dots": lambda text, words: text.endswith("..."),
     r"Write exactly (\d)": lambda text, words, n: re.fullmatch("[^.!?]+[.!?]+" * int(n), text),
@@ -52,7 +51,7 @@ def quality(prompt, answer):
     met = []
     for wording, check in REQUIREMENTS.items():
         if stated := re.search(wording, prompt):
-            # An empty answer avoids every word, but it is no answer.
+            # an empty answer avoids every word, but it is no answer
             met.append(len(words) > 3 and bool(check(answer.strip(), words, *stated.groups())))
     return sum(met) / len(met)
 
@@ -61,25 +60,28 @@ def draw_prompt(rng):
     """A topic and five requirements: two words, how to begin, and two of four other kinds."""
     topic = rng.choice([*TOPICS])
     one, other = rng.sample(TOPICS[topic].split(), 2)
-    count = rng.randint(1, 3)
+    count = rng.randint(2, 3)
     # A title comes first, but only the whole text says what it is: hard to plan, easy to add.
-    first = rng.choice(["a title, your last word"] * 3 + [f"the word {rng.choice(OPENERS)}"])
+    first = rng.choice(['"Title:" and your last word'] * 3 + [f"the word {rng.choice(OPENERS)}"])
     kinds = [
         f"Avoid the word {rng.choice(['the', 'and', 'my', 'was'])}.",
         f"End with {rng.choice(['an exclamation mark', 'three dots'])}.",
-        f"Write exactly {count} sentence{'s'[: count - 1]}.",
-        rng.choice([f"Use at most {10 * count} words.", f"Use at least {6 * count} words."]),
+        f"Write exactly {count} sentences.",
+        rng.choice([f"Use at most {8 * count} words.", f"Use at least {7 * count} words."]),
     ]
     stated = f"Write about {topic}. Use the words {one} and {other}. Begin with {first}. "
     return stated + " ".join(rng.sample(kinds, 2)), topic
 
 
-# ---- The base writes. Before it does, it sees two answers of the kind that we want.
+# ---- The base writes. Before it does, it sees four answers of the kind that we want.
 def writer_prompt(topic, word):
-    bear, costume = "A bear sleeps in the sun.", "Mother sewed a costume for my brother."
-    system = {"role": "system", "content": "Write one short sentence with the word."}
-    zoo = {"role": "user", "content": "a zoo: bear"}
-    return talk([system, zoo], bear, "a school play: costume", costume, f"{topic}: {word}")
+    task = "Tell what happened, in one short sentence with the word."
+    zoo = "a zoo: bear", "The bear slept behind a big rock."
+    play = "a school play: costume", "Mother sewed a costume for my brother."
+    wedding = "a wedding: cake", "They cut the cake with a sword."
+    river = "a river: boat", "Our boat drifted slowly to the bridge."
+    first = [{"role": "system", "content": task}, {"role": "user", "content": zoo[0]}]
+    return talk(first, zoo[1], *play, *wedding, *river, f"{topic}: {word}")
 
 
 def write_sentences(model, path, batch=64):
@@ -111,20 +113,24 @@ def fluent_sentences(path):
 
 
 # ---- Pairs of drafts. The parts of a draft, besides its sentences, and what each may be:
-TITLES = ["right title", "wrong title"] * 2 + ["wrong title"] * 2
-PARTS = {"opener": ["", *TITLES, *OPENERS], "mark": [".", "!", "..."]}
+# A title is the last word, as it should be, or the one of that number among other last words and
+# long words.
+TITLES = ["last word", *range(4)]
+PARTS = {"opening": ["", *TITLES, *OPENERS], "mark": [".", "!", "..."]}
 
 
 def tell(draft):
-    """The text of a draft. A wrong title is the longest of the other words."""
+    """The text of a draft."""
     text = " ".join(draft["sentences"])[:-1] + draft["mark"]
-    *others, last = words_of(text)
-    if draft["opener"] in TITLES:
-        title = last if draft["opener"] == "right title" else max(others, key=len)
-        return f"{title.capitalize()}: {text}"
-    if draft["opener"]:
+    if draft["opening"] in TITLES:
+        *others, last = [words_of(sentence)[-1] for sentence in draft["sentences"]]
+        others += [word for word in words_of(text) if len(word) > 3]
+        others = [word for word in others if word != last] or [last]
+        right = draft["opening"] == "last word"
+        return f"Title: {last if right else others[draft['opening'] % len(others)]}\n{text}"
+    if draft["opening"]:
         start = "I" if re.match(r"I\b", text) else text[0].lower()
-        text = f"{draft['opener']}, {start}{text[1:]}"
+        text = f"{draft['opening']}, {start}{text[1:]}"
     return text
 
 
@@ -136,7 +142,7 @@ def change(draft, pool, rng):
     sentences = [*draft["sentences"]]
     at = rng.randrange(len(sentences))
     sentences[at : at + rng.randint(0, 1)] = rng.sample(pool, rng.randint(0, 1))
-    allowed = 1 <= len(set(sentences)) == len(sentences) <= 4
+    allowed = 1 <= len(set(sentences)) == len(sentences) <= 3
     return draft | {"sentences": sentences} if allowed else draft
 
 
@@ -152,7 +158,7 @@ def revise(draft, prompt, pool, steps, rng):
 
 
 def garble(text, rng):
-    """Leave out some words and swap others: a rule would not mind, but a reader does."""
+    """Swap some words and leave out others: a rule would not mind, but a reader does."""
     words = text.split()
     for _ in range(1 + len(words) // 5):
         at, to = rng.randrange(len(words)), rng.randrange(len(words))
@@ -163,9 +169,9 @@ def garble(text, rng):
 def draw_pair(prompt, pool, rng):
     """A better and a worse text: the better one revises the worse one, which keeps some flaws."""
     draft = {part: rng.choice(values) for part, values in PARTS.items()}
-    draft["sentences"] = rng.sample(pool, rng.randint(1, 3))
+    draft |= {"sentences": rng.sample(pool, rng.randint(1, 3))}
     worse = revise(draft, prompt, pool, rng.randint(0, 3), rng)
-    better = tell(revise(worse, prompt, pool, rng.randint(2, 6), rng))
+    better = tell(revise(worse, prompt, pool, rng.randint(2, 8), rng))
     return better, garble(tell(worse), rng) if rng.random() < 0.15 else tell(worse)
 
 
@@ -192,8 +198,8 @@ def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int
     write_sentences(model, out / "sentences.jsonl")
     pools = fluent_sentences(out / "sentences.jsonl")
     rows, fresh = draw_rows(pools, pairs, prompts, random.Random(seed))
-    (out / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (out / "prompts.jsonl").write_text("\n".join(map(json.dumps, fresh)))
+    for name, lines in ("pairs", rows), ("prompts", fresh):
+        (out / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ example = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(example)
 
 WORDS = "Use the words tea and coat."
+TITLE = 'Begin with "Title:" and your last word.'
 GOOD = "My tea is hot. I like my coat!"
 
 
@@ -21,16 +22,8 @@ GOOD = "My tea is hot. I like my coat!"
         ("", GOOD, "My team has coats and more."),
         ("Avoid the word the.", GOOD, "The tea is hot, and I like my coat."),
         ("Begin with the word Look.", "look, my tea and my coat.", GOOD),
-        (
-            "Begin with a title, your last word.",
-            "Coat: the tea stained my coat!",
-            "Tea: the tea, my coat.",
-        ),
-        (
-            "Begin with a title, your last word.",
-            "coat: the tea stained my coat.",
-            "Coat, the tea, my coat.",
-        ),
+        (TITLE, "Title: coat\nThe tea stained my coat!", "Title: tea\nThe tea stained my coat!"),
+        (TITLE, "Title: coat\nThe tea stained my coat!", "Title: coat. The tea stained my coat!"),
         ("End with an exclamation mark.", GOOD, "My tea and my coat!."),
         ("End with three dots.", "My tea is on my coat...", "My tea is on my coat.."),
         ("Write exactly 1 sentence.", "My tea wets my coat.", GOOD),
@@ -106,9 +99,9 @@ def test_pairs_of_a_stub_writer(pools):
 def test_a_title_alone_says_nothing(pools):
     """Many a worse answer has a title, too: another word than its last."""
     rows, _ = example.draw_rows(pools, pairs=200, prompts=0, rng=random.Random(0))
-    titled = [row for row in rows if "title" in row["prompt"]]
+    titled = [row for row in rows if "Title" in row["prompt"]]
     wrong = 0
     for row in titled:
         words = example.words_of(row["rejected"])
-        wrong += ":" in row["rejected"] and words[0] != words[-1]
+        wrong += words[0] == "title" and words[1] != words[-1]
     assert wrong / len(titled) > 0.2
