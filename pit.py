@@ -72,9 +72,8 @@ PRESETS = {
     ),
     # less than 5 GiB free, such as a card of 4: shorter texts, fewer at a time
     "small": dict(max_prompt=256, max_response=96, rl_batch=32, micro_batch=4),
-    # The fewest steps in which every stage logs, saves and shows something. On one CPU core
-    # SmolLM2-135M takes about 9 ms to train a token, 3 ms to read one and 15 ms to write one. With
-    # HH-RLHF that makes under four minutes in all, half of them for evaluation.
+    # The fewest steps in which every stage logs, saves and shows something. SmolLM2-135M with
+    # HH-RLHF took seven minutes on one CPU core that had other work too, most of it for evaluation.
     "smoke": dict(
         pairs=2_000,  # of HH, nine in ten have an answer of more than 32 tokens, and are dropped
         max_prompt=64,
