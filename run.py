@@ -402,7 +402,7 @@ def list_runs(folder):
     rows = []
     for path in run_folders(folder):
         row = dict(run=path, model="", data="", seed="", stage="damaged", delta="")
-        with suppress(UserError):
+        with suppress(UserError, KeyError, TypeError):  # damaged, or edited by hand
             run = Run(path)
             config, gain = run.config, run.gain()
             stage = [*run.results().get("time_s", ["none yet"])][-1]
@@ -429,7 +429,7 @@ def read_config(path):
     config = read_json(file, "Put back a copy of it, or give another --run.")
     if "versions" not in config:
         return {}
-    are_paths = all(isinstance(config.get(name, ""), str) for name in MAY_MOVE)
+    are_paths = all(isinstance(config.get(name), str) for name in MAY_MOVE)
     if config.get("checksum") != checksum(config) or not are_paths:
         raise UserError(
             f"{file} was edited by hand. Undo that, or start a new --run.\n"

@@ -2,7 +2,7 @@
 
     Write about a pet shop. Use the words fish and cage. Begin with "Title:" and your last word. ...
 
-Of two drafts, the one that meets more requirements is preferred. Training never sees `quality`.
+Of two drafts, the one that meets more requirements is preferred. No stage calls `quality`.
 
     python -m examples.instructions SmolLM2-135M-Instruct task
     python pit.py all --model SmolLM2-135M-Instruct --data task/pairs.jsonl --run runs/mine
@@ -46,7 +46,10 @@ REQUIREMENTS = {
 
 
 def quality(prompt, answer):
-    """The share of the prompt's requirements that the answer meets, in [0, 1]."""
+    """The share of the prompt's requirements that the answer meets, in [0, 1].
+
+    A title is the last word, in small letters, alone on the first line. It is text like the rest.
+    """
     words = words_of(answer)
     met = []
     for wording, check in REQUIREMENTS.items():
@@ -99,7 +102,10 @@ def write_sentences(model, path, batch=64):
 
 
 def fluent_sentences(path):
-    """{topic: sentences}: the first of each text, if short, on topic, and with a new last word."""
+    """{topic: sentences}: the first of each text, if short, on topic, and with a new last word.
+
+    The last word has over three letters, and no such word comes twice.
+    """
     pools = {topic: {} for topic in TOPICS}
     for line in path.read_text().splitlines():
         topic, text = json.loads(line)
@@ -113,8 +119,8 @@ def fluent_sentences(path):
 
 
 # ---- Pairs of drafts. The parts of a draft, besides its sentences, and what each may be:
-# A title is the last word, as it should be, or the one of that number among other last words and
-# long words.
+# A title is the last word, as it should be, or a wrong one: a number picks from the other
+# sentences' last words and all long words.
 TITLES = ["last word", *range(4)]
 PARTS = {"opening": ["", *TITLES, *OPENERS], "mark": [".", "!", "..."]}
 
@@ -140,7 +146,7 @@ def change(draft, pool, rng):
     if part != "sentences":
         return draft | {part: rng.choice(PARTS[part])}
     sentences = [*draft["sentences"]]
-    at = rng.randrange(len(sentences))
+    at = rng.randrange(len(sentences))  # where one is replaced, put in, or taken out
     sentences[at : at + rng.randint(0, 1)] = rng.sample(pool, rng.randint(0, 1))
     allowed = 1 <= len(set(sentences)) == len(sentences) <= 3
     return draft | {"sentences": sentences} if allowed else draft
@@ -158,7 +164,7 @@ def revise(draft, prompt, pool, steps, rng):
 
 
 def garble(text, rng):
-    """Swap some words and leave out others: a rule would not mind, but a reader does."""
+    """Swap some words and leave out others: most rules would not mind, but a reader does."""
     words = text.split()
     for _ in range(1 + len(words) // 5):
         at, to = rng.randrange(len(words)), rng.randrange(len(words))
@@ -197,6 +203,8 @@ def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int
     out.mkdir(parents=True, exist_ok=True)
     write_sentences(model, out / "sentences.jsonl")
     pools = fluent_sentences(out / "sentences.jsonl")
+    if few := [topic for topic, pool in pools.items() if len(pool) < 3]:
+        raise typer.BadParameter(f"{model} wrote too few usable sentences about {few[0]}.")
     rows, fresh = draw_rows(pools, pairs, prompts, random.Random(seed))
     for name, lines in ("pairs", rows), ("prompts", fresh):
         (out / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -202,9 +202,12 @@ class Value:
         (folder / "value").write_text(repr(self.p.tolist()))
 
 
+TOY = dict(seed=0, model="toy", data="noise", save_every=2)
+
+
 def toy(folder, stop=None, error=Killed, loss_at=lambda step: 1.0, overwrite=False, **options):
     """A stage of 7 steps, a checkpoint every 2, and `error` in step `stop` -> what it learned."""
-    run = Run.start(folder, dict(seed=0, save_every=2) | options, overwrite)
+    run = Run.start(folder, TOY | options, overwrite)
     run.begin()
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer, numbers = adamw([p], 0.1), {"sum": 0.0}
@@ -360,7 +363,9 @@ def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
         run.results()
     config = json.loads((tmp_path / "config.json").read_text())
     no_checksum = {name: value for name, value in config.items() if name != "checksum"}
-    for edited in (config | {"seed": 1}, no_checksum | {"seed": "0"}, config | {"data": 1}):
+    no_model = {name: value for name, value in config.items() if name != "model"}
+    edits = config | {"seed": 1}, no_checksum | {"seed": "0"}, config | {"data": 1}, no_model
+    for edited in edits:
         (tmp_path / "config.json").write_text(json.dumps(edited))
         with pytest.raises(UserError, match="config.json was edited"):
             Run(tmp_path)
@@ -369,7 +374,7 @@ def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
     (tmp_path / "config.json").write_text("[")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="config.json is damaged"):
-            Run.start(tmp_path, dict(seed=0), overwrite)
+            Run.start(tmp_path, TOY, overwrite)
     assert (tmp_path / "adapters" / "toy" / "value").exists()
 
 
@@ -380,18 +385,18 @@ def test_a_run_continues_with_its_own_options_only(tmp_path):
     toy(tmp_path)
     with pytest.raises(UserError, match=r"seed=0 \(now 1\)(.|\n)*--run(.|\n)*--overwrite"):
         toy(tmp_path, seed=1)
-    run = Run.start(tmp_path, dict(seed=0, save_every=5))  # may change: no result depends on it
+    run = Run.start(tmp_path, TOY | dict(save_every=5))  # may change: no result depends on it
     run.pin("data fingerprint", "abc")
     run.begin()
     assert run.config.versions.keys() >= {"python", "torch"}
     run.lock()
     with pytest.raises(UserError, match="in use"):
-        Run.start(tmp_path, dict(seed=0, save_every=2), overwrite=True).lock()
+        Run.start(tmp_path, TOY, overwrite=True).lock()
     run.lock_file.release()
     config = json.loads((tmp_path / "config.json").read_text())
     config["versions"] = {"python": "1.5"}  # other versions are no reason to refuse
     (tmp_path / "config.json").write_text(json.dumps(config))
-    run = Run.start(tmp_path, dict(seed=0, save_every=2))
+    run = Run.start(tmp_path, TOY)
     run.config.data = "x.jsonl"
     with pytest.raises(UserError, match="x.jsonl no longer holds the data.*\nPut back"):
         run.pin("data fingerprint", "abd")
@@ -403,7 +408,7 @@ def test_an_overwritten_run_stays_until_there_is_a_new_adapter(tmp_path):
     (folder / "mine.txt").write_text("not of the run")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     # model or data turn out to be bad: the new run never begins
-    Run.start(folder, dict(seed=1, save_every=2), overwrite=True)
+    Run.start(folder, TOY | dict(seed=1), overwrite=True)
     assert {file: file.read_bytes() for file in before} == before
     for seed in (1, 2):  # the second one replaces one that never had an adapter
         with pytest.raises(Killed):
@@ -480,6 +485,14 @@ def test_runs_are_listed_with_what_they_have_reached(whole):
         "stage": "pit_rl1 (smoke)",
         "delta": "",
     }
+
+
+def test_a_run_with_odd_results_is_listed_as_damaged(tmp_path):
+    toy(tmp_path / "odd")
+    for results in ('{"time_s": 5}', '{"table1": [{}]}'):
+        (tmp_path / "odd" / "results.json").write_text(results)
+        (row,) = list_runs(tmp_path)
+        assert row["stage"] == "damaged"
 
 
 # ---- order -------------------------------------------------------------------------------------
