@@ -447,7 +447,7 @@ def test_shift_and_scale_are_those_of_the_first_batch_even_after_a_stop(
 
     monkeypatch.setattr(ppo, "ppo_update", ppo_update)
     prompts = [lm.encode_prompt(pair.prompt) for pair in pairs[:3]]
-    options = CFG | dict(seed=0, save_every=1, max_response=2)
+    options = CFG | dict(model="tiny", data="synthetic", seed=0, save_every=1, max_response=2)
     models = dict(reference="policy", reward_role="policy", shift=shift)
     no_penalty = dict(penalty=lambda tokens, eos: torch.zeros(3))
     for last_step in (0, 1):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import report
-from run import Run
+from run import Run, checksum
 
 CURRICULA = ["annotated", "policy", "annotated,policy"]
 
@@ -134,6 +134,7 @@ def drawn(tmp_path_factory):
         versions={"machine": "Linux x86_64, 2 cores", "torch": "2.13"},
         command="python pit.py all --data pairs.jsonl",
     )
+    config["checksum"] = checksum(config)
     (path / "config.json").write_text(json.dumps(config))
     (path / "results.json").write_text(json.dumps(results()))
     for name, lines in (("metrics.jsonl", metrics()), ("answers.jsonl", answer_lines())):
