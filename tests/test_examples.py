@@ -96,6 +96,24 @@ def test_pairs_of_a_stub_writer(pools):
     assert example.draw_rows(pools, pairs=60, prompts=40, rng=random.Random(0)) == (rows, fresh)
 
 
+def test_a_wrong_title_is_another_word_of_the_text():
+    sentences = ["The old cat drank tea.", "Rain fell on the street."]
+    titles = []
+    for opening in example.TITLES:
+        draft = {"sentences": sentences, "opening": opening, "mark": "!"}
+        first, text = example.tell(draft).split("\n")
+        assert text == "The old cat drank tea. Rain fell on the street!"
+        titles.append(first)
+    # the last word; then the last word of the other sentence, and all long words
+    assert titles == [f"Title: {word}" for word in ("street", "tea", "drank", "rain", "fell")]
+
+
+def test_too_few_sentences_are_told_by_topic(tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "write_sentences", lambda model, path: path.write_text(""))
+    with pytest.raises(example.typer.BadParameter, match="about a rainy day"):
+        example.main("stub", tmp_path)
+
+
 def test_a_title_alone_says_nothing(pools):
     """Many a worse answer has a title, too: another word than its last."""
     rows, _ = example.draw_rows(pools, pairs=200, prompts=0, rng=random.Random(0))
