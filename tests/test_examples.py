@@ -97,15 +97,15 @@ def test_pairs_of_a_stub_writer(pools):
 
 
 def test_a_wrong_title_is_another_word_of_the_text():
-    sentences = ["The old cat drank tea.", "Rain fell on the street."]
+    sentences = ["The street is wet.", "Rain fell on the street."]
     titles = []
     for opening in example.TITLES:
         draft = {"sentences": sentences, "opening": opening, "mark": "!"}
         first, text = example.tell(draft).split("\n")
-        assert text == "The old cat drank tea. Rain fell on the street!"
+        assert text == "The street is wet. Rain fell on the street!"
         titles.append(first)
-    # the last word; then the last word of the other sentence, and all long words
-    assert titles == [f"Title: {word}" for word in ("street", "tea", "drank", "rain", "fell")]
+    # the last word; then the last word of the other sentence, the other long words, and again
+    assert titles == [f"Title: {word}" for word in ("street", "wet", "rain", "fell", "wet")]
 
 
 def test_too_few_sentences_are_told_by_topic(tmp_path, monkeypatch):
