@@ -84,6 +84,7 @@ def speed(
                 epochs=epochs,
                 rl_lr=1e-5,
                 critic_lr=1e-3,
+                kl=0.05,
             )
             job = pool.submit(measure, model, data, bits, b, max_prompt, iterations, cfg)
             found = results[b, length] = job.result()
@@ -136,8 +137,8 @@ def ppo_iteration(lm, critic, optimizers, prompts, cfg, seconds):
         sample = ppo.rate(lm, tokens, score, critic=critic, cfg=cfg, **roles)
     with timed(seconds, "updating"):
         scores = ppo.normalise(sample.scores, 0, 1)
-        settings = dict(beta=0.05, decay=1.0, cfg=cfg)
-        ppo.ppo_update(lm, "policy", critic, optimizers, sample, scores, **settings)
+        models = (lm, "policy", critic, optimizers)
+        ppo.ppo_update(*models, sample, scores, decay=1.0, cfg=cfg)
 
 
 def some_prompts(lm, data, n, longest):

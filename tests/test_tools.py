@@ -1,0 +1,56 @@
+"""tools/: what the pages tell people to run still runs."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tools import bench, compare
+
+PAGES = Path(__file__).parent.parent / "docs"
+
+
+def test_speed_times_every_phase_of_a_ppo_iteration():
+    cfg = SimpleNamespace(
+        max_response=4,
+        temperature=1.0,
+        micro_batch=4,
+        minibatch=2,
+        epochs=1,
+        rl_lr=1e-5,
+        critic_lr=1e-3,
+        kl=0.05,
+    )
+    found = bench.measure("tiny", "synthetic", 16, 4, 48, 1, cfg)
+    assert list(found) == list(bench.COLUMNS)
+    assert found["total"] == pytest.approx(sum(found[phase] for phase in bench.PHASES))
+    assert found["tokens per second"] == pytest.approx(4 * 4 / found["total"])
+
+
+def test_stages_times_a_step_of_each(capsys):
+    bench.stages("tiny", bits=16, batch=2, steps=1)
+    names = re.findall(r"^\| (\w+) \| [\d.]+ \| \d+ \|", capsys.readouterr().out, re.MULTILINE)
+    expected = "policy_sft pit_sft reward_policy reward_gap policy_rl pit_rl0 pit_rl1"
+    assert names == expected.split()
+
+
+def test_the_page_has_the_hours_that_the_defaults_take(capsys):
+    """Renew its table with `python tools/bench.py hours`."""
+    bench.hours()
+    said = capsys.readouterr().out
+    page = (PAGES / "performance.md").read_text(encoding="utf-8")
+    on_page = re.findall(r"^\| `?(\w+)`? \|[^|]*\| (\d+:\d\d) \| (\d+:\d\d) \|", page, re.MULTILINE)
+    times = re.findall(r"^  (\w+) .* (\d\d:\d\d|\d+:\d\d:\d\d)$", said, re.MULTILINE)
+    columns = {}
+    for name, time in times:
+        *hours, minutes, _ = time.split(":")
+        columns.setdefault(name, []).append(f"{int(*hours or [0])}:{minutes}")
+    assert columns == {{"evaluation": "eval"}.get(name, name): list(two) for name, *two in on_page}
+
+
+def test_compare_draws_a_stage_of_several_runs(miniature, tmp_path):
+    plot = tmp_path / "compare.png"
+    compare.main([miniature, miniature], stage="pit_rl0", plot=plot)
+    assert plot.stat().st_size > 10_000
+    assert [line["step"] for line in compare.lines_of(miniature, "pit_rl0")] == [0, 1]
