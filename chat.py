@@ -1,4 +1,4 @@
-"""PIT at work, for people: a conversation, a file of rows, samples while it trains.
+"""Using PIT: a conversation, a file of rows, samples during training.
 
 Run: python pit.py infer --run runs/tiny "..."                                  one prompt
      python pit.py infer --run runs/tiny                                        a conversation
@@ -20,9 +20,10 @@ from files import is_prompt
 from infer import POLICY, end_of, improve, improve_rounds, iterate
 from run import progress, seed_all, write_text
 
-OTHER_TASK = """This run knows the questions and answers of the built-in task only. Try:
+OTHER_TASK = f"""This run knows the questions and answers of the built-in task only. Try:
 Where does each look in the end? Ann north: left left back. Ben west: right left
-right. Eva south: left back right."""
+right. Eva south: left back right.
+Other names that it knows: {", ".join(task.NAMES[:12])} ..."""
 
 
 # ---- in the terminal ---------------------------------------------------------------------------

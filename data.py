@@ -3,7 +3,7 @@
 A *pair* is (prompt, chosen, rejected): a list of chat messages, the better answer, the worse one.
 PIT learns from nothing else: nobody writes down *why* one answer is better.
 
-This file needs no model but to count tokens.
+A model is needed here only to count tokens.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What people are told when something goes wrong: in a line or two, what, where, and what to do."""
+"""Error messages: in a line or two, what went wrong, where, and what to do."""
 
 import shlex
 import sys

@@ -108,7 +108,7 @@ class Form:
 
 
 FORMS = [Form(*line.split()) for line in (TABLE.strip() + UNPAIRED).splitlines()[1:]]
-FORMS_HELP = f"What is read:{TABLE}For other columns: --columns prompt=...,chosen=...,rejected=..."
+FORMS_HELP = f"Known forms:{TABLE}For other columns: --columns prompt=...,chosen=...,rejected=..."
 
 
 # From a source to its rows

@@ -108,10 +108,10 @@ def check_rounds(rounds):
 
 @app.command(name="all")
 def run_all(
-    run: option(Path, "Folder of the run (default: runs/MODEL).", "Run") = None,
+    run: option(Path, "Its folder (default: runs/MODEL, or runs/MODEL-smoke).", "Run") = None,
     smoke: option(bool, "Every stage in miniature, to see that it works.", "Run") = False,
     overwrite: option(bool, "Replace the run in that folder.", "Run") = False,
-    from_run: option(Path, "Take over what this run has trained alike.", "Run", "--from") = None,
+    from_run: option(Path, "A run: reuse of it what still fits.", "Run", "--from") = None,
     until: option(Stage, "The last stage to run.", "Run") = "eval",
     save_every: option(int, "Steps between checkpoints.", "Run", min=1) = None,
     seed: option(int, "Seed of data, sampling, initialisation.", "Run", min=0, max=2**32) = 0,
@@ -124,14 +124,12 @@ def run_all(
         str, "Layers with adapters: all-linear, or a pattern.", "Model"
     ) = "all-linear",
     data: option(str, "synthetic (built in), hh, tldr, a file, a folder, a hub id.", "Data") = None,
-    columns: option(
-        str, "Their names in your data: prompt=A,chosen=B.C,rejected=D.", "Data"
-    ) = None,
+    columns: option(str, "Your columns: prompt=A,chosen=B,rejected=C.", "Data") = None,
     pairs: option(int, "Use at most this many pairs.", "Data", min=80) = None,
     skip_bad: option(bool, "Leave out rows that are not pairs.", "Data") = False,
     max_prompt: option(int, "Longest prompt in tokens; older turns are cut.", "Data", min=8) = None,
     max_response: option(
-        int, "Longest answer in tokens; pairs with longer ones go.", "Data", min=4
+        int, "Longest answer in tokens; longer pairs are dropped.", "Data", min=4
     ) = None,
     sft_steps: option(int, "Steps of each SFT stage.", "SFT", min=1) = None,
     sft_lr: option(float, "Learning rate.", "SFT", min=0, max=1) = None,
@@ -520,12 +518,12 @@ def infer_command(
     run: StageRun,
     prompt: Annotated[str, typer.Argument(help="What to answer. Without: a conversation.")] = None,
     response: option(str, "Improve this text; - takes it from a pipe, or from < FILE.") = None,
-    input: option(Path, "A file of rows with `prompt`, maybe `response`.", exists=True) = None,
+    input: option(Path, "Rows with `prompt`, optionally `response`.", exists=True) = None,
     output: option(Path, "Where the rows of --input go, as .jsonl.") = None,
-    rounds: option(int, "Improve so many times, at most.", min=1) = 3,
+    rounds: option(int, "At most this many improvements.", min=1) = 3,
     temperature: option(float, "Of the sampling. 0: the likeliest token.", min=0, max=2) = 0.4,
     seed: option(int, "Seed of the sampling.", min=0) = 0,
-    stop: option(StopRule, "What ends the rounds: no gain, no change, --seconds.") = "gap",
+    stop: option(StopRule, "Ends at no gain, no change, --seconds, or --rounds.") = "gap",
     seconds: option(float, "For --stop time: start no round after this long.", min=0) = 60.0,
 ):
     """Answer a prompt, and improve the answer round by round.

@@ -374,9 +374,9 @@ def check(run, sample, eos):
     """Warn, once a stage, of signs that training is going wrong."""
     mask = sample.tokens.response_mask
     if masked_mean(k1(sample.logprobs, sample.ref_logprobs), mask) > WILD_KL:
-        run.warn(f"the KL is above {WILD_KL} nats per token. Try a higher --kl, a lower --rl-lr.")
+        run.warn(f"the KL is above {WILD_KL} nats per token. Raise --kl or lower --rl-lr.")
     if not ended(sample.tokens, eos).any():
         run.warn("every answer was cut off. Try a higher --max-response, more --sft-steps.")
     answers = sample.tokens.responses * mask
     if len(answers) > 1 and len(answers.unique(dim=0)) == 1:
-        run.warn("all answers are the same. Try a higher --kl or --temperature, a lower --rl-lr.")
+        run.warn("all answers are the same. Raise --kl or --temperature, or lower --rl-lr.")

@@ -113,7 +113,7 @@ def write_report(run, voter=None):
 
 def print_tables(run, results, judge):
     """Print some blocks of the page, as a terminal shows Markdown."""
-    context = PAGE.new_context(dict(cfg=run.config, results=results, judge=judge))
+    context = PAGE.new_context(dict(run=run, cfg=run.config, results=results, judge=judge))
     for name in ("table1", "table2", "caveats", "banner"):
         Console().print(Markdown("".join(PAGE.blocks[name](context))))
     print(f"\nAll tables and figures: {run.path / 'report.md'}")

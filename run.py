@@ -11,7 +11,7 @@ runs/NAME/.replaced            the run that --overwrite replaces, until there is
 Nothing is lost, whenever the process dies. Files and folders are written beside their place and
 then renamed: the old state is there, or the new one, never half of one. Folders carry the SHA-256
 of their files, so that damage is noticed. A stage resumes from its newest intact checkpoint and
-ends in the very numbers that it would have reached without the stop.
+ends with exactly the numbers of an uninterrupted run.
 
 torch takes seconds to import. So the functions that need it import it, and a mistyped --run is
 answered at once.
@@ -139,7 +139,7 @@ class Run:
         """Stop after the step in progress; outside a step, or at a second signal, at once."""
         if self.in_step and not self.stop_signal:
             self.stop_signal = number
-            say("\nStopping after this step, which may take a while. Again: stop at once.\n")
+            say("\nStopping after this step, which may take a while. Once more: stop now.\n")
             return
         say(f"\nStopped. {to_continue()}\n")
         # as harmless as a kill: whatever was being written is not in its place yet

@@ -3,7 +3,7 @@
 A reward model can fall for a single word, and PIT then learns to write that word everywhere. The
 scores rise, and no table of scores shows why. So we count the words on both sides, find those that
 PIT adds, and see whether the annotators' better answers have them too. Then the judge reads the
-answers again with such a word deleted from both sides: what Delta loses, the word alone had won.
+answers again with such a word deleted from both sides: what Delta loses is what that word won.
 """
 
 import re
