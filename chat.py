@@ -20,10 +20,9 @@ from files import is_prompt
 from infer import POLICY, end_of, improve, improve_rounds, iterate
 from run import progress, seed_all, write_text
 
-OTHER_TASK = f"""This run knows the questions and answers of the built-in task only. Try:
+OTHER_TASK = """This run knows the built-in task only, and the names in task.py. Try:
 Where does each look in the end? Ann north: left left back. Ben west: right left
-right. Eva south: left back right.
-Other names that it knows: {", ".join(task.NAMES[:12])} ..."""
+right. Eva south: left back right."""
 
 
 # ---- in the terminal ---------------------------------------------------------------------------
@@ -31,7 +30,7 @@ Other names that it knows: {", ".join(task.NAMES[:12])} ..."""
 
 def answer(lm, cfg, settings, turns, response=None):
     """Answer one prompt, or take `response`, and show each improvement -> the last text."""
-    if cfg.data == "synthetic":  # that task has no follow-up questions
+    if cfg.data == "synthetic" and turns:  # that task has no follow-up questions
         # a prompt from samples.md may come with the line breaks that it has there
         question = " ".join(turns[-1]["content"].split())
         turns = [{"role": "user", "content": question}]
@@ -104,7 +103,7 @@ def improve_file(lm, cfg, settings, rows, path):
     columns = [row for row, *_ in rows]
     weights = zlib.crc32(save(lm.weights(settings.pit)))
     stamp = zlib.crc32(repr((settings, weights, columns)).encode())
-    done = rows_done(path, f'{{"made_with": {stamp}, '.encode())
+    done = rows_done(path, f'{{"made_with": {stamp}, '.encode(), len(rows), cfg.rl_batch)
     prompts = fit_prompts(lm, cfg, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     # backslashreplace: half a character (a lone surrogate) in a row goes out as it came in
@@ -126,8 +125,8 @@ def improve_file(lm, cfg, settings, rows, path):
     print(f"Rows written to {path}: {len(rows) - done:,}.")
 
 
-def rows_done(path, begin):
-    """How many rows an earlier start has written to `path`; half a last line is cut off.
+def rows_done(path, begin, total, batch):
+    """How many rows an earlier run of this command has written to `path`; half a batch is cut off.
 
     begin: what each line begins with: a checksum of the settings, the weights and all rows.
     """
@@ -139,9 +138,12 @@ def rows_done(path, begin):
             f"--output {path} exists, and was made with other rows, settings or weights. "
             "Give another --output."
         )
-    if rest:
-        os.truncate(path, len(text) - len(rest))
-    return len(lines)
+    done = len(lines)
+    if done < total:  # a batch that is written as a whole again draws as before
+        done -= done % batch
+    if text:
+        os.truncate(path, sum(len(line) + 1 for line in lines[:done]))
+    return done
 
 
 def fit_prompts(lm, cfg, rows):

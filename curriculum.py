@@ -20,7 +20,7 @@ from functools import partial
 from data import improve_prompt
 from errors import UserError
 from ppo import train
-from reward import encode_written, gap
+from reward import no_change
 from run import shuffled_batch
 
 # Table 2 of the paper, and two more. All start from M_PIT^SFT, with the same number of iterations.
@@ -83,9 +83,9 @@ def train_policy_rl(lm, run, pairs):
 
 
 def draw_references(lm, pairs, source, step, cfg):
-    """The x and y_ref of one PPO iteration -> chats, and as many texts: rl_batch,
+    """The x and y_ref of one PPO iteration -> rl_batch chats, and as many texts.
 
-    or one less in round 0 where that is odd.
+    An annotated round takes both answers of a pair, so one less where rl_batch is odd.
     """
     if source == "annotated":
         # Eq. 4: each triple twice, once from its worse, once from its better answer
@@ -115,11 +115,11 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         prompts = [
             lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
         ]
-        same_answer = [encode_written(lm, y_ref, cfg) for y_ref in references]
+        unchanged = no_change(lm, chats, references, cfg)  # (B,)
 
         def score(tokens, states):
-            changed = lm.scores_from_states("reward_gap", tokens, states)
-            return gap(lm, changed, prompts, same_answer, cfg.micro_batch)
+            # the gap: r(x, y, y_ref) - r(x, y_ref, y_ref)
+            return lm.scores_from_states("reward_gap", tokens, states) - unchanged
 
         return prompts, score
 

@@ -4,9 +4,9 @@ import shlex
 import sys
 from contextlib import contextmanager
 
-OUT_OF_MEMORY = """Repeat `all` with half the --micro-batch: results change by rounding alone, and
-finished work is kept. If it is 1 already, start a new --run with a lower --max-prompt,
---max-response or --rl-batch."""
+OUT_OF_MEMORY = """In training, repeat `all` with half the --micro-batch: results change by rounding
+alone, and finished work is kept. If it is 1 already, or while texts are written, start a new --run
+with a lower --rl-batch, --max-prompt or --max-response."""
 
 FULL = ("No space left on device", "Disk quota exceeded")
 

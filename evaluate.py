@@ -17,8 +17,9 @@ from torch.nn.functional import logsigmoid
 
 import infer
 from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
-from data import Pair, improve_prompt
+from data import Pair
 from judges import SAME, Judge, adapter_judge
+from reward import answer_contexts, gap_contexts, score_pairs
 from run import progress, write_lines
 from votes import ROWS, questions_about, read_answers, read_votes
 
@@ -41,7 +42,7 @@ GAP_MODELS = {
     "reward_gap2": "Eq. 2 as published",
     "reward_gap3": "Eq. 2, first three terms",
 }
-ENOUGH = 20  # votes: from fewer, the 95% interval of delta would be 75 points wide, or wider
+ENOUGH = 20  # votes: evenly split, the 95% interval of delta is 44 points to either side
 Z = 1.96  # standard deviations on either side in a 95% interval
 
 
@@ -132,19 +133,6 @@ def bradley_terry(wins):
     return (strength - strength[:, :1]).detach().numpy()
 
 
-def calibration(up, down, bins=10):
-    """Gaps of better over worse, and of worse over better, (n,) -> the error of sigma(gap).
-
-    This is the expected calibration error of sigma(gap) as a probability; 0 is perfect. With noisy
-    labels Eq. 2 cannot be perfect: where annotators prefer the better text with p = 0.8, its
-    minimum is at sigma(gap) = 0.75, since r^wl and r^lw, two gaps apart, are to be 0.8 as well.
-    """
-    p = 1 / (1 + np.exp(-np.concatenate([up, down])))  # (2n,)
-    better = np.repeat([1.0, 0.0], len(up))
-    too_high, _ = np.histogram(p, bins, range=(0, 1), weights=p - better)  # in each bin, in total
-    return float(np.abs(too_high).sum() / len(p))
-
-
 # ---- measuring ---------------------------------------------------------------------------------
 
 
@@ -175,13 +163,14 @@ def evaluate(lm, run, pairs, last, judges):
 
     last: the adapter of PIT's last round. judges: Judge by name, the main one first.
     """
-    models = {r: adapter_judge(lm, r, run.config) for r in GAP_MODELS if r in lm.roles}
-    answers = Answers(lm, run, pairs[: run.config.eval_n], last, models["reward_policy"])
+    cfg = run.config
+    reward_policy, reward_gap = [adapter_judge(lm, r, cfg) for r in ("reward_policy", "reward_gap")]
+    answers = Answers(lm, run, pairs[: cfg.eval_n], last, reward_policy)
     views = [View(name, judge, answers) for name, judge in judges.items()]
     main = views[0]
-    methods = ["pit"] if run.config.model == "tiny" else ["pit", "self_refine"]
+    methods = ["pit"] if cfg.model == "tiny" else ["pit", "self_refine"]
     keys = all_keys(methods, last)
-    of_table1 = [key for key in keys if key == Key(key.method)]  # temperature 1, one round
+    of_table1 = [key for key in keys if key == Key(key.method)]  # at temperature 1, one round
     with progress(None, total=len(keys) + 1) as bar:
         # 1. every side: its texts, and their scores
         for key in keys:
@@ -191,10 +180,10 @@ def evaluate(lm, run, pairs, last, judges):
             bar.update()
         # 2. the tables look at these scores in every way, and at those of the gap models
         bar.set_postfix_str("  tables")
-        r_p = View("R_P", models["reward_policy"], answers)
-        r_pit = View("gap by R_PIT", models["reward_gap"], answers)
+        r_p = View("R_P", reward_policy, answers)
+        r_pit = View("gap by R_PIT", reward_gap, answers)
         run.add_results(
-            **gap_evidence(models, answers.pairs, written_pairs(main)),
+            **gap_evidence(lm, answers.pairs, written_pairs(main), cfg),
             main=main.name,
             judges=judge_accuracy(views),
             table1=table1(views, of_table1),
@@ -342,39 +331,32 @@ def written_pairs(view):
     return pairs
 
 
-def gap_evidence(models, annotated, written):
+def gap_evidence(lm, annotated, written, cfg):
     """Fig. 2's four distributions, and how right every gap model is, on both kinds of pairs."""
+    kinds = {"annotated": annotated, "written by models": written}
     fig2, eq2 = {}, []
-    for kind, pairs in (("annotated", annotated), ("written by models", written)):
-        if not pairs:
+    for (kind, pairs), role in product(kinds.items(), GAP_MODELS):
+        if not pairs or role not in lm.roles:
             continue
-        for role, model in models.items():
-            four = eq1_scores(role, model, pairs)
-            if role == "reward_gap":
-                fig2[kind] = {name: scores.round(3).tolist() for name, scores in four.items()}
-            # the gap r(y, y_ref) - r(y_ref, y_ref) of better over worse, and of worse over better
-            up, down = four["wl"] - four["ll"], four["lw"] - four["ww"]  # (n,)
-            # is the sign right, in both directions? In one alone, that is a tie
-            right = np.mean([up > 0, down < 0], axis=0)  # (n,)
-            row = {"model": role, "pairs": kind, "accuracy": mean(right)} | compare(right, 0.5)
-            eq2.append(row | {"calibration_error": calibration(up, down)})
+        ww, lw, wl, ll = four = eq1_scores(lm, role, pairs, cfg)
+        if role == "reward_gap":
+            fig2[kind] = dict(zip(("ww", "lw", "wl", "ll"), four.round(3).tolist()))
+        # the gap r(y, y_ref) - r(y_ref, y_ref) of better over worse, and of worse over better
+        up, down = wl - ll, lw - ww  # (n,)
+        # is the sign right, in both directions? In one alone, that is a tie
+        right = np.mean([up > 0, down < 0], axis=0)  # (n,)
+        eq2.append({"model": role, "pairs": kind, "accuracy": mean(right)} | compare(right, 0.5))
     return {"fig2": fig2, "eq2": eq2}
 
 
-def eq1_scores(role, model, pairs):
-    """The scores of Eq. 1, the candidate's letter first -> {"ww": (n,), "lw": ..., "wl", "ll"}.
+def eq1_scores(lm, role, pairs, cfg):
+    """The scores of Eq. 1, the candidate's letter first -> (4, n): ww, lw, wl, ll.
 
-    R_P reads no reference, so its "wl" is "ww", and its gap is R_P(y) - R_P(y_ref).
+    R_P reads no reference: its scores are w, l after both, and its gap is R_P(y) - R_P(y_ref).
     """
-    texts = {"w": [pair.chosen for pair in pairs], "l": [pair.rejected for pair in pairs]}
-    four = {}
-    for reference in "wl":
-        contexts = [pair.prompt for pair in pairs]
-        if role != "reward_policy":
-            contexts = [improve_prompt(x, y_ref) for x, y_ref in zip(contexts, texts[reference])]
-        for candidate in "wl":
-            four[candidate + reference] = model.score(contexts, texts[candidate])
-    return four
+    if role == "reward_policy":
+        return np.tile(score_pairs(lm, role, answer_contexts, pairs, cfg), (2, 1))
+    return score_pairs(lm, role, gap_contexts, pairs, cfg).numpy()
 
 
 # ---- for other judges --------------------------------------------------------------------------
@@ -446,5 +428,5 @@ def judge_curricula(lm, run, pairs, lasts, judges):
     both, rows = Key(lasts["annotated,policy"]), []
     for curriculum, role in progress(lasts.items()):
         row = {"curriculum": curriculum, "over_original": view.compare(Key(role), ORIGINAL)}
-        rows.append(row | {"both_over_it": view.compare(both, Key(role))})
+        rows.append(row | {"both_over_it": view.compare(both, Key(role)), "judge": name})
     run.add_results(table2=rows)

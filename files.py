@@ -71,7 +71,8 @@ ROLES = {
 }
 
 
-MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')  # how JSON of them begins
+# text that begins like this holds chat messages as JSON, as cells of tables do
+MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
 
 
 class BadRow(ValueError):
@@ -190,12 +191,7 @@ def rows_of_table(text):
     csv.field_size_limit(2**31 - 1)
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     for row in table:
-        yield f"line {table.line_num}", {name: read_cell(cell) for name, cell in row.items()}
-
-
-def read_cell(cell):
-    """A cell of a table: its text, or the messages that it holds as JSON."""
-    return json.loads(cell) if MESSAGES.match(str(cell)) else cell
+        yield f"line {table.line_num}", row
 
 
 def rows_of_json(text):
@@ -256,7 +252,9 @@ def find(row, path):
 def form_of_columns(text):
     """--columns prompt=...,chosen=...,rejected=... -> its form."""
     try:
-        return Form("--columns", **dict(part.split("=") for part in text.split(",")))
+        form = Form("--columns", **dict(part.split("=") for part in text.split(",")))
+        float(form.low), float(form.high)
+        return form
     except (TypeError, ValueError):
         raise UserError(
             f"--columns {text}: name your columns: prompt=...,chosen=...,rejected=...\n"
@@ -341,7 +339,12 @@ def label_is_high(row, form):
 
 def read_turns(value, column, speaker="user"):
     """Text, a message or a list of messages -> messages by speakers in turn, no empty ones."""
-    if isinstance(value, str):
+    if isinstance(value, str) and MESSAGES.match(value):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow(f"`{column}` holds messages in JSON that breaks off") from None
+    elif isinstance(value, str):
         value = read_transcript(value) or {"role": speaker, "content": value}
     messages = value if isinstance(value, list) else [value]
     return join_turns([read_message(message, column) for message in messages])

@@ -3,8 +3,8 @@
 All of them score texts, and the higher score wins. People and language models, who compare two
 texts instead, are in votes.py.
 
-torch and the models are imported by the judges that need them, so that a misspelt name is answered
-at once.
+torch and the models are imported by the judges that need them, so that a misspelt name fails at
+once.
 """
 
 import re
@@ -23,7 +23,7 @@ import task
 from errors import UserError, explained, first_line
 
 SAME = 1e-4  # exact scores closer than this are a tie
-NEAR = 0.1  # learned scores are log-odds: closer than this is a tie, less sure than 52.5 to 47.5
+NEAR = 0.1  # a difference of learned scores is a log-odds, and 0.1 is 52.5% against 47.5%: a tie
 CHOICES = (
     "Give quality (built-in task only), judge, a FILE.py with a rule of yours, or a reward model: "
     "its folder, or its hub id, OWNER/NAME."
@@ -48,13 +48,13 @@ class Judge:
         return np.array([self.known[key] for key in keys], dtype=float)
 
 
-def judges_by_name(names, lm, cfg):
-    """Judges for the names of --judge -> {name: Judge}, the main one first.
+def default_judges(cfg):
+    """The exact rule where there is one, and the run's own judge."""
+    return ["quality", "judge"] if cfg.data == "synthetic" else ["judge"]
 
-    Without names: the exact rule where there is one, and the run's own judge.
-    """
-    if not names:
-        names = ["quality", "judge"] if cfg.data == "synthetic" else ["judge"]
+
+def judges_by_name(names, lm, cfg):
+    """Judges for the names of --judge -> {name: Judge}, the main one first."""
     return {name: judge_named(name, lm, cfg) for name in names}
 
 
@@ -66,12 +66,11 @@ def judge_named(name, lm, cfg):
     return file_judge(name) if name.endswith(".py") else hub_judge(name, lm.device)
 
 
-def check_names(names, data):
-    """UserError for a name of --judge that no judge can have in a run on `data`; loads nothing."""
-    own = ["quality", "judge"] if data == "synthetic" else ["judge"]
+def check_names(names, cfg):
+    """UserError for a name of --judge that no judge of a run can have; loads nothing."""
     for name in names:
         on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)  # as far as its form goes
-        if not (name in own or on_hub or Path(name).exists()):
+        if not (name in default_judges(cfg) or on_hub or Path(name).exists()):
             raise UserError(f"--judge {name}: there is no such judge.\n{CHOICES}")
 
 
@@ -154,7 +153,8 @@ def hub_judge(name, device):
     def ask(prompts, texts):
         inputs = [classifier_input(model.tokenizer, x, y) for x, y in zip(prompts, texts)]
         # one text at a time, the pipeline's default: not all such models know their padding
-        said = model(inputs, function_to_apply="none", **options)
+        with explained(f"--judge {name}", "Can it read texts as long as those of this run?"):
+            said = model(inputs, function_to_apply="none", **options)
         return [answer["score"] for answer in said]
 
     return Judge(ask)

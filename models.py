@@ -453,7 +453,10 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     with explained(failed, HOW_TO_GET.format(source)):
         tokenizer = load_tokenizer(source)
         base = load_base(source, bits)
-    with explained(failed, f"Does --target-modules {target_modules} name layers of this model?"):
+    advice = (
+        f"Does --target-modules {target_modules} name layers of it? Is its chat template sound?"
+    )
+    with explained(failed, advice):
         lora = LoraConfig(
             r=lora_r,
             lora_alpha=lora_alpha,
@@ -527,10 +530,12 @@ def check_base(lm):
         raise ValueError(f"its tokenizer has {tokens} tokens, its embedding only {rows}.")
     if lm.eos is None:
         raise ValueError("its tokenizer has no end-of-sequence token.")
-    # Log-probs as in training, of some first tokens of an answer: after padding, before others ...
+    # Log-probs as in training, of three first tokens of an answer, with later tokens after them.
+    # The fourth prompt, a longer one, is there to put padding before the others ...
     prompt, first = [9, 5], [6, 7, 8]
     prompts = [prompt, prompt, prompt, [5, 6, 7]]
-    ours = lm.logprobs(lm.collate(prompts, [[token, 9, 5] for token in (*first, 9)]))[:3, 0]
+    answers = [[token, 9, 5] for token in (*first, 9)]
+    ours = lm.logprobs(lm.collate(prompts, answers))[:3, 0]
     # ... and as in sampling, where neither of them is there, and after all that the model does to
     # its logits
     logits = lm.peft(input_ids=torch.tensor([prompt], device=lm.device)).logits[0, -1]

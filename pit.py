@@ -7,8 +7,8 @@
 The signature of `all` is the configuration: its options go to runs/NAME/config.json, where the
 other commands read them. What depends on the size of the base is None there: see PRESETS.
 
-The libraries take seconds to import. So each function imports what it needs, and `--help` and a
-typo are answered at once.
+The libraries take seconds to import. So each function imports what it needs, and `--help` answers,
+and a typo fails, at once.
 """
 
 import inspect
@@ -229,15 +229,22 @@ def trained_by(cfg):
     }
 
 
+def command_that_trains(role, cfg):
+    for command, roles in trained_by(cfg).items():
+        if role in roles:
+            return command
+    return "ablate"
+
+
 # ---- the stages --------------------------------------------------------------------------------
 
 
-def load_base(cfg, model=None, bits=None):
-    """The base of a run, or another one, with the run's kind of adapters -> LM."""
+def load_base(cfg, bits=None):
+    """The base of a run, with its kind of adapters -> LM."""
     from models import load_model
 
     return load_model(
-        name=model or cfg.model,
+        name=cfg.model,
         bits=bits or cfg.bits,
         lora_r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha,
@@ -329,12 +336,12 @@ def eval_stage(session, judges=None):
     import report
     import votes
     import words
-    from judges import judges_by_name
+    from judges import default_judges, judges_by_name
 
     lm, run, parts = session.lm, session.run, session.parts
     for role in evaluate.GAP_MODELS:
         run.load_trained(lm, role)  # `ablate` may have trained more of them
-    judges = judges or judges_by_name([], lm, run.config)
+    judges = judges or judges_by_name(default_judges(run.config), lm, run.config)
     with run.stage("eval", "who beats whom, on held-out prompts"):
         improver = trained_by(run.config)["rl"][-1]
         evaluate.evaluate(lm, run, parts["held_out"], improver, judges)
@@ -393,13 +400,14 @@ def rl_command(run: StageRun):
 
 def open_to_judge(path, names):
     """The session of a run that has been trained, and the judges that --judge names."""
-    from judges import check_names, judges_by_name
+    from judges import check_names, default_judges, judges_by_name
 
     run = open_run(path)
-    check_names(names or [], run.config.data)  # misspelt ones are refused at once
+    names = names or default_judges(run.config)
+    check_names(names, run.config)  # misspelt ones are refused at once
     session = Session(run)
-    own = not names or "judge" in names  # else the run's own judge may be missing
-    session.require("sft", "reward", "rl", but=None if own else "judge")
+    # the run's own judge may be missing where it has no say
+    session.require("sft", "reward", "rl", but=None if "judge" in names else "judge")
     return session, judges_by_name(names, session.lm, run.config)
 
 
@@ -407,23 +415,12 @@ def open_to_judge(path, names):
 def eval_command(
     run: StageRun,
     judge: Judges = None,
-    judge_base: option(str, "Train one more judge, on this base: a folder or hub id.") = None,
 ):
     """Judge a run again: scorecard, tables, figures.
 
     Example: python pit.py eval --run runs/tiny --judge judge
     """
-    session, judges = open_to_judge(run, judge)
-    if judge_base:  # trained like the run's own judge, on the same pairs
-        from judges import adapter_judge
-        from reward import train_policy_reward
-
-        cfg, parts = session.run.config, session.parts
-        role = "judge_" + re.sub(r"\W+", "_", judge_base)
-        base = load_base(cfg, model=judge_base)
-        train_policy_reward(base, session.run, parts["judge"], parts["held_out"], role)
-        judges[role] = adapter_judge(base, role, cfg)
-    eval_stage(session, judges)
+    eval_stage(*open_to_judge(run, judge))
 
 
 @app.command()
@@ -480,12 +477,13 @@ def judge_command(
     import votes
 
     opened = open_run(run)
+    opened.lock()  # `eval` writes its results, too
     if by == "me":
         votes.ask_person(opened, n)
     else:
         votes.ask_llm(opened, by, llm, n)
     evaluate.add_votes(opened)
-    report.write_report(opened, voter=llm or by)
+    report.write_report(opened, voter=votes.ME if by == "me" else llm)
 
 
 @app.command(name="runs")
@@ -548,7 +546,7 @@ def infer_command(
     )
     roles = [infer.POLICY, settings.pit, "reward_gap"]
     for role in roles:
-        opened.need(role, "rl")
+        opened.need(role, command_that_trains(role, cfg))
     rows = read_rows(input) if input else []
     if response == "-":
         response = sys.stdin.read().strip()
@@ -597,7 +595,7 @@ def export_command(
     roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
-    opened.need(adapter, "rl")
+    opened.need(adapter, command_that_trains(adapter, opened.config))
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():

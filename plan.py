@@ -67,7 +67,7 @@ def estimate_memory(lm, cfg):
     D, layers = shape.hidden_size, shape.num_hidden_layers
     W = getattr(shape, "intermediate_size", None) or 4 * D
     kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    length, rows = max_length(cfg), max(cfg.rl_batch, rows_at_a_time(cfg))
+    length, rows = max_length(cfg), rows_at_a_time(cfg)
 
     # "blank" is the only adapter so far. To come: two of SFT, three reward models, policy_rl, and
     # PIT's rounds
@@ -200,7 +200,7 @@ class Plan:
         self.stages = stages
 
     def begin(self, name):
-        """ "[3 of 9] " for a stage that begins."""
+        """Begin a stage -> its number, as a prefix: "[3 of 9] "."""
         names = [stage.name for stage in self.stages]
         number = names.index(name)
         self.stage = self.stages[number]

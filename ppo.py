@@ -177,7 +177,7 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     policy_logprobs = in_parts(logprobs, tokens, cfg.micro_batch)
     lm.activate(reference)
     ref_logprobs = in_parts(logprobs, tokens, cfg.micro_batch)
-    # the value of a token must not see it: states[:, t] has seen t tokens, so the last one goes
+    # the value of token t may not see it: states[:, t] has seen t tokens, so drop the last state
     critic_states = states[:, :-1]
     return Rollout(
         tokens=tokens,
@@ -258,11 +258,10 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
         loss = (per_token * mask).sum() / n_tokens
         loss.backward()
         with torch.no_grad():
-            kl = k3(old_logprobs, logprobs)
+            kl = (k3(old_logprobs, logprobs) * mask).sum() / n_tokens
             outside = (torch.exp(logprobs - old_logprobs) - 1).abs() > CLIP
-            totals += (
-                torch.stack([per_token * mask, kl * mask, outside * mask]).sum((1, 2)) / n_tokens
-            )
+            clipped = (outside * mask).sum() / n_tokens
+            totals += torch.stack([loss.detach(), kl, clipped])
     return totals
 
 
@@ -348,7 +347,7 @@ def zero_head(hidden_size, device):
 def describe(sample, eos):
     """What is logged of a rollout, one line per iteration -> dict of scalars.
 
-    With the metrics of ppo_update:
+    With the metrics of ppo_update, besides its losses and the norm of the policy's gradient:
 
         score               mean raw score
         kl                  from policy to reference, nats per answer: the sum of k1

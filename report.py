@@ -88,8 +88,8 @@ def examples(run, judge):
 
 def alarms(results):
     """The words that win more than a third of PIT's delta alone: rows of results["words"]."""
-    words = results["words"]
-    if words["delta"]["ci95"][0] <= 0:
+    words = results.get("words")  # not yet, if `eval` was stopped before it
+    if not words or words["delta"]["ci95"][0] <= 0:
         return []
     most = 2 / 3 * words["delta"]["delta"]
     return [row for row in words["rows"] if "without" in row and row["without"]["delta"] < most]
@@ -170,7 +170,10 @@ def other_claims(results):
     rounds = grouped(results["table3"], "method")["pit"]
     temperatures = grouped(results["fig3"], "method")["pit"]
     cooler = {row["temperature"]: row.get("04_over_it") for row in temperatures}
-    both = {row["curriculum"]: row["both_over_it"] for row in results.get("table2", [])}
+    both = {}
+    for row in results.get("table2", []):
+        if row.get("judge") == results["main"]:
+            both[row["curriculum"]] = row["both_over_it"]
     # 2. deltas
     claims = [
         ("temperature 0.4 beats 1", "yes", [cooler[1.0]]),
@@ -276,7 +279,7 @@ def plot_result(run, results, metrics):
     stages = grouped(metrics, "stage")
     for number, source in enumerate(run.config.rounds.split(",")):
         name = f"round {number}, over {source} answers"
-        curve(right, stages[f"pit_rl{number}"], "score", label=name)
+        curve(right, stages.get(f"pit_rl{number}", []), "score", label=name)
     zero_line(right)
     right.set(
         title="What PIT learns from: the gap by R_PIT\n(0 = no change)",
@@ -382,4 +385,6 @@ PAGE = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 ).get_template("report.md.jinja")
-PAGE.globals |= globals() | {"is_smoke": is_smoke}  # what the template may call
+# what the template may call
+for function in (alarms, estimate, examples, is_smoke, judged_by, label, points, scorecard):
+    PAGE.globals[function.__name__] = function

@@ -45,7 +45,8 @@ def bradley_terry(chosen, rejected):
 def gap_loss(ww, lw, wl, ll):
     """Eq. 2 of each pair -> (B,): -log sigma over the five comparisons of Eq. 1.
 
-    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first.
+    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first. sigma(gap) is no probability:
+    where annotators agree on 80%, the minimum is at sigma(gap) = 0.75.
     """
     return three_terms(ww, lw, wl, ll) + bradley_terry(ww, lw) + bradley_terry(ll, lw)
 
@@ -84,7 +85,7 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     with run.stage(role, why):
         lm.add(role, like="blank", head=True)
         train(lm, run, role, answer_contexts, bradley_terry, pairs)
-        chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config.micro_batch)
+        chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config)
         right = chosen > rejected
         finish(lm, run, role, {"accuracy": right.float().mean().item()}, n=len(right))
 
@@ -104,12 +105,12 @@ def train_gap_reward(
     with run.stage(role, f"R_PIT, how much better than y_ref? ({loss_name})"):
         lm.add(role, like="reward_policy", head=True)
         train(lm, run, role, gap_contexts, loss_of, pairs)
-        four = score_pairs(lm, role, gap_contexts, held_out, run.config.micro_batch)
+        four = score_pairs(lm, role, gap_contexts, held_out, run.config)
         finish(lm, run, role, measure_gaps(*four), n=2 * len(held_out))
 
 
 def train(lm, run, role, contexts_of, loss_of, pairs):
-    """Minimise loss_of(scores of y_w and y_l in the first context, in the second ...) on `role`."""
+    """Minimise loss_of(w, l) for R_P, loss_of(ww, lw, wl, ll) for R_PIT, on `role`."""
     cfg = run.config
     optimizer = adamw(lm.parameters(role), cfg.rm_lr)
     for step in run.steps(cfg.rm_steps, [optimizer]):
@@ -120,7 +121,7 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
         total = torch.zeros((), device=lm.device)
         right = torch.zeros((), device=lm.device)
         for part in micro_batches(batch, cfg.micro_batch, pair_length):
-            scores = score_batch(lm, role, contexts_of, part)  # (2c, B)
+            scores = score_batch(lm, role, contexts_of, part, cfg)  # (2c, B)
             loss = loss_of(*scores).sum() / len(batch)
             loss.backward()
             total += loss.detach()
@@ -184,7 +185,7 @@ def gap_contexts(lm, pair):
     ]
 
 
-def score_batch(lm, role, contexts_of, pairs):
+def score_batch(lm, role, contexts_of, pairs, cfg):
     """Score y_w and y_l after each of the c contexts of a pair -> (2c, B).
 
     One context, x: the rows are w, l. Two, (x, y_w) and (x, y_l): ww, lw, wl, ll, the candidate
@@ -193,7 +194,8 @@ def score_batch(lm, role, contexts_of, pairs):
     # both answers of a pair share a row with their context where the model allows it
     contexts = [contexts_of(lm, pair) for pair in pairs]
     candidates = [
-        [lm.encode_response(pair.chosen), lm.encode_response(pair.rejected)] for pair in pairs
+        [encode_written(lm, pair.chosen, cfg), encode_written(lm, pair.rejected, cfg)]
+        for pair in pairs
     ]
     scores = []
     for prompts in zip(*contexts):
@@ -202,40 +204,17 @@ def score_batch(lm, role, contexts_of, pairs):
 
 
 @torch.no_grad()
-def score_pairs(lm, role, contexts_of, pairs, micro_batch):
+def score_pairs(lm, role, contexts_of, pairs, cfg):
     """`score_batch` of any number N of pairs, without gradients -> (2c, N) on the CPU."""
     lm.activate(role)
     scores = []
-    for start in range(0, len(pairs), micro_batch):
-        part = pairs[start : start + micro_batch]
-        scores.append(score_batch(lm, role, contexts_of, part))
+    for start in range(0, len(pairs), cfg.micro_batch):
+        part = pairs[start : start + cfg.micro_batch]
+        scores.append(score_batch(lm, role, contexts_of, part, cfg))
     return torch.cat(scores, 1).cpu()
 
 
 # ---- scores of texts: what RL, evaluation and `infer` see --------------------------------------
-
-
-@torch.no_grad()
-def scores(lm, role, prompts, responses, micro_batch):
-    """What reward model `role` says of each response after its prompt -> (B,).
-
-    prompts, responses: lists of B lists of token ids.
-    """
-    lm.activate(role)
-    tokens = lm.collate(prompts, responses)
-    return in_parts(lambda part: lm.scores(role, part), tokens, micro_batch)
-
-
-def gap(lm, changed, prompts, references, micro_batch):
-    """How much better is y than y_ref? -> (B,)
-
-        gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)
-
-    changed: r(x, y, y_ref), (B,). prompts, (x, y_ref), and references: lists of B lists of token
-    ids. The value of "no change", r(x, y_ref, y_ref), is near 0 only on average. Measured against
-    it, a gap of 0 means no change for each y_ref.
-    """
-    return changed - scores(lm, "reward_gap", prompts, references, micro_batch)
 
 
 def encode_written(lm, text, cfg):
@@ -246,17 +225,30 @@ def encode_written(lm, text, cfg):
     return lm.encode_response(text)[: cfg.max_response]
 
 
+@torch.no_grad()
 def rewards(lm, role, prompts, answers, cfg):
-    """What a reward model says of each answer (chats and texts) -> (N,) on the CPU."""
+    """What reward model `role` says of each answer (chats and texts) -> (N,)."""
+    lm.activate(role)
     prompts = [lm.encode_prompt(x) for x in prompts]
     answers = [encode_written(lm, text, cfg) for text in answers]
-    return scores(lm, role, prompts, answers, cfg.micro_batch).cpu()
+    tokens = lm.collate(prompts, answers)
+    return in_parts(lambda part: lm.scores(role, part), tokens, cfg.micro_batch)
+
+
+def no_change(lm, prompts, references, cfg):
+    """What R_PIT says of y_ref itself, r(x, y_ref, y_ref) -> (N,)."""
+    chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
+    return rewards(lm, "reward_gap", chats, references, cfg)
 
 
 def gaps(lm, prompts, answers, references, cfg):
-    """How much better R_PIT finds each answer than its reference -> (N,) on the CPU."""
-    prompts = [lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(prompts, references)]
-    answers = [encode_written(lm, text, cfg) for text in answers]
-    references = [encode_written(lm, text, cfg) for text in references]
-    changed = scores(lm, "reward_gap", prompts, answers, cfg.micro_batch)
-    return gap(lm, changed, prompts, references, cfg.micro_batch).cpu()
+    """How much better is each answer than its reference? By R_PIT -> (N,)
+
+        gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)
+
+    What "no change" is worth is near 0 only on average. Measured against it, a gap of 0 means no
+    change for each y_ref.
+    """
+    chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
+    changed = rewards(lm, "reward_gap", chats, answers, cfg)
+    return changed - no_change(lm, prompts, references, cfg)

@@ -8,13 +8,13 @@ runs/NAME/samples.md           the same few prompts, answered after each stage t
 runs/NAME/results.json         every number of the report; report.md and figures are drawn from it
 runs/NAME/.replaced            the run that --overwrite replaces, until there is a new adapter
 
-Nothing is lost, whenever the process dies. Files and folders are written beside their place and
-then renamed: the old state is there, or the new one, never half of one. Folders carry the SHA-256
-of their files, so that damage is noticed. A stage resumes from its newest intact checkpoint and
-ends with exactly the numbers of an uninterrupted run.
+Whenever the process dies, at most the steps since the last checkpoint are done again. Files and
+folders are written beside their place and then renamed: the old state is there, or the new one,
+never half of one. Folders carry the SHA-256 of their files, so that damage is noticed. A stage
+resumes from its newest intact checkpoint and ends with exactly the numbers of an uninterrupted run.
 
-torch takes seconds to import. So the functions that need it import it, and a mistyped --run is
-answered at once.
+torch takes seconds to import. So the functions that need it import it, and a mistyped --run fails
+at once.
 """
 
 import hashlib
@@ -45,22 +45,21 @@ config.json""".split()
 REPLACED = ".replaced"
 # options that may change within a run: results do not depend on them, except for rounding
 FREE = ("save_every", "micro_batch", "vram")
-# what config.json holds besides options and data ("replaces" in runs of older versions)
-FACTS = ("versions", "command", "replaces", "checksum")
+# what config.json holds besides options and data
+FACTS = ("versions", "command", "checksum")
 MAY_MOVE = ("model", "data")  # options whose paths may be edited in config.json
 MINIATURE = 5  # PPO iterations: a run of fewer is a smoke run, whose numbers mean nothing
 WAYS_OUT = "Repeat the old ones to continue it, or give a new --run, or --overwrite to replace it."
-# options that do not matter to all adapters: how the names of those begin to which they do matter.
-# Every other option matters to all
+OF_RL = "rl_steps rl_batch rl_lr critic_lr kl epochs minibatch temperature"
+# Options that do not matter to all adapters, and how the names of those begin to which they do.
+# Every other option matters to all.
 ONLY = {
-    "sft_steps sft_lr sft_batch": "policy pit ablate",
-    "keep_better unlikelihood": "pit ablate",
-    "rm_steps rm_lr rm_batch": "reward judge policy_rl pit_rl ablate",
-    "rl_steps rl_batch rl_lr critic_lr kl epochs minibatch temperature": (
-        "policy_rl pit_rl ablate"
-    ),
-    "rounds": "pit_rl ablate",
-    "eval_n": "",
+    "sft_steps sft_lr sft_batch": ("policy", "pit", "ablate"),
+    "keep_better unlikelihood": ("pit", "ablate"),
+    "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),
+    OF_RL: ("policy_rl", "pit_rl", "ablate"),
+    "rounds": ("pit_rl", "ablate"),
+    "eval_n": (),
 }
 
 
@@ -121,7 +120,7 @@ class Run:
         config |= {"versions": versions(), "command": typed()}
         config["checksum"] = checksum(config)
         write_json(self.path / "config.json", config)
-        if self.source and not learned(self.path):
+        if self.source:
             take_over(self, self.source)
 
     def lock(self):
@@ -223,7 +222,7 @@ class Run:
         """Save the trained `role` as an adapter of this run."""
         with new_folder(self.adapter(role), role) as folder:
             lm.save(role, folder)
-            self.add_seconds()  # first, so that what is trained always has its time
+            self.add_seconds()  # first: a kill in between must not leave an adapter without one
         remove(self.path / "checkpoints" / role)
         remove(self.path / REPLACED)
 
@@ -357,24 +356,32 @@ def in_training(optimizers):
 
 
 def take_over(run, source):
-    """Copy the adapters of the run `source` that this run's options would give, too."""
+    """Copy the adapters of the run `source` that this run's options would give, too.
+
+    Those that this run has by now, by a start that was cut short, are left alone.
+    """
     roles = []
     for folder in sorted(source.adapter("").glob("[!.]*")):
         role = folder.name
         names = differing(vars(source.config), vars(run.config), role)
         if names:
             print(f"{folder} is not taken over: {', '.join(names)} differ.")
-        elif source.done(role):
+        elif source.done(role) and not run.done(role):
             print(f"{folder} is taken over.")
             roles.append(role)
     # the numbers first: an adapter that is there has its curves and its accuracy
     rows = [row for row in source.metrics() if row["stage"] in roles]
+    rows += [row for row in run.metrics() if row["stage"] not in roles]
     write_lines(run.path / "metrics.jsonl", rows)
-    accuracy = source.results().get("reward", {})
-    run.add_results(reward={role: accuracy[role] for role in accuracy if role in roles})
+    measured = run.results().get("reward", {})
+    for role, of_role in source.results().get("reward", {}).items():
+        if role in roles:
+            measured[role] = of_role
+    run.add_results(reward=measured)
     for role in roles:
         with new_folder(run.adapter(role), role) as new:
             shutil.copytree(source.adapter(role), new, dirs_exist_ok=True)
+        remove(run.path / REPLACED)
 
 
 def differing(old, new, role=None):
@@ -383,8 +390,8 @@ def differing(old, new, role=None):
     role: of these, the options on which that adapter depends.
     """
     skipped = [*FACTS, *FREE]
-    for options, roles in ONLY.items():
-        if role and not role.startswith(tuple(roles.split())):
+    for options, beginnings in ONLY.items():
+        if role and not role.startswith(beginnings):
             skipped += options.split()
     return [name for name in new if name not in skipped and old.get(name) != new[name]]
 

@@ -73,7 +73,7 @@ def one_row_each(prompts, candidates):
         position   0   1   2   3   4   5   3   4
         ends                           5       7       the last token of each response
     """
-    rows = [[], [], [], []]
+    all_ids, all_parts, all_positions, all_ends = [], [], [], []
     for prompt, responses in zip(prompts, candidates):
         ids = list(prompt)
         part = [0] * len(prompt)
@@ -85,9 +85,11 @@ def one_row_each(prompts, candidates):
             part += [number] * len(response)
             position += range(len(prompt), len(prompt) + len(response))
             ends.append(len(ids) - 1)
-        for column, row in zip(rows, (ids, part, position, ends)):
-            column.append(row)
-    return rows
+        all_ids.append(ids)
+        all_parts.append(part)
+        all_positions.append(position)
+        all_ends.append(ends)
+    return all_ids, all_parts, all_positions, all_ends
 
 
 def micro_batches(items, size, length):

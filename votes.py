@@ -210,7 +210,7 @@ def ask_person(run, n=128):
     while left := questions_left(run, ME, n):
         question = left[0]
         if len(set(question.texts)) == 1:
-            # a tie, when its turn comes: all at once, a session cut short would have too many
+            # Identical answers are a tie, recorded in order: a short session is not mostly ties.
             add_vote(run, ME, question, 0)
             continue
         print(f"\n{'=' * WIDTH}\n{len(left)} pairs to go")

@@ -14,7 +14,7 @@ from math import log, sqrt
 
 from evaluate import compare
 
-CLEAR = 2  # a smaller z is chance: without any difference, 1 word in 40 exceeds it
+CLEAR = 2  # a smaller z is chance; the prior shrinks z: without a difference, few words exceed it
 LINES = 10  # of each kind, at most
 
 

@@ -142,9 +142,10 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, rows, 
         assert row["improved"] == row["versions"][-1]
     complete = path.read_bytes()
     lines = complete.splitlines(True)
-    for cut in (0, 3, 25):  # killed within the third line
-        path.write_bytes(b"".join(lines[:2]) + lines[2][:cut])
-        assert chat.rows_done(path, lines[0][:20]) == 2
+    # killed after so many lines, and so many bytes of the next: whole batches of two are kept
+    for n, cut, kept in ((2, 0, 2), (2, 3, 2), (2, 25, 2), (3, 0, 2), (1, 9, 0), (5, 0, 5)):
+        path.write_bytes(b"".join(lines[:n]) + b"".join(lines[n : n + 1])[:cut])
+        assert chat.rows_done(path, lines[0][:20], total=5, batch=2) == kept
         work(able, rows, path)
         assert path.read_bytes() == complete
     work(able, rows, path)

@@ -138,28 +138,6 @@ def test_elo_of_equal_sides_and_of_one_that_always_wins():
     assert low == 1000 and 1400 < high < 2500
 
 
-# ---- calibration -------------------------------------------------------------------------------
-
-
-def test_calibration_is_0_where_the_odds_are_right_and_large_where_they_are_not():
-    rng = np.random.default_rng(0)
-    gap = rng.normal(0, 2, 40_000)
-    better = rng.random(40_000) < 1 / (1 + np.exp(-gap))
-    right = np.where(better, gap, -gap)  # the gap of the better over the worse
-    assert evaluate.calibration(right, -right) < 0.01
-    assert evaluate.calibration(5 * right, -5 * right) > 0.1
-
-
-def test_with_noisy_labels_the_minimum_of_eq_2_is_not_the_probability():
-    """What `calibration` says: 0.75 where annotators agree on 0.8."""
-    gap = torch.linspace(0, 3, 3001)
-    zero = torch.zeros(())
-    by_truth = reward.gap_loss(zero, -gap, gap, zero)  # w is better: r^wl = gap, r^lw = -gap
-    by_mistake = reward.gap_loss(zero, gap, -gap, zero)
-    best = gap[(0.8 * by_truth + 0.2 * by_mistake).argmin()]
-    assert torch.sigmoid(best).item() == pytest.approx(0.75, abs=1e-3)
-
-
 # ---- a whole evaluation, made again from its texts ---------------------------------------------
 
 
@@ -177,15 +155,15 @@ class Scores:
 QUESTION = [{"role": "user", "content": "x"}]
 
 
-def test_gaps_of_pairs_are_measured_against_no_change_in_both_directions():
+def test_gaps_of_pairs_are_measured_against_no_change_in_both_directions(monkeypatch):
     pair = data.Pair(QUESTION, "good", "bad")
-    known = {("good", "good"): 0.5, ("bad", "good"): 1.5, ("good", "bad"): 3.0, ("bad", "bad"): 1.0}
-    found = evaluate.gap_evidence({"reward_gap": Scores(known)}, [pair], [])
+    four = torch.tensor([[0.5], [1.5], [3.0], [1.0]])  # ww, lw, wl, ll
+    monkeypatch.setattr(evaluate, "score_pairs", lambda *args: four)
+    found = evaluate.gap_evidence(SimpleNamespace(roles={"reward_gap"}), [pair], [], cfg=None)
     assert found["fig2"]["annotated"] == {"ww": [0.5], "lw": [1.5], "wl": [3.0], "ll": [1.0]}
     # good over bad is 2 above "no change", bad over good is 1 above it: half right
     (row,) = found["eq2"]
     assert row["accuracy"] == 0.5
-    assert row["calibration_error"] == pytest.approx(evaluate.calibration([2.0], [1.0]))
 
 
 def test_the_gap_of_a_round_is_that_over_the_round_before():

@@ -411,9 +411,25 @@ def test_messages_in_a_cell_of_a_table(tmp_path, how):
     assert read_pairs(str(tmp_path / "pairs.csv"))[0] == [Pair(TURNS[2:], "a", "b")]
 
 
-@pytest.mark.parametrize("text", ["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[x](y)", None])
-def test_a_cell_of_other_json_is_text(text):
-    assert files.read_cell(text) == text
+def test_messages_that_break_off_are_one_bad_row(tmp_path):
+    cells = [json.dumps([turn]) for turn in (TURNS[2], said("a"), said("b"))]
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        broken = [cells[0][:-3], *cells[1:]]
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], broken, cells])
+    with pytest.raises(UserError, match="line 2: `prompt` holds messages in JSON that breaks off"):
+        read_pairs(str(tmp_path / "pairs.csv"))
+    assert read_pairs(str(tmp_path / "pairs.csv"), skip_bad=True)[0] == [Pair(TURNS[2:], "a", "b")]
+
+
+@pytest.mark.parametrize("text", ["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[x](y)"])
+def test_other_json_is_text(text):
+    assert files.read_turns(text, "prompt") == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("end", ["low=bad", "high=good"])
+def test_the_ends_of_a_label_must_be_numbers(end):
+    with pytest.raises(UserError, match="name your columns"):
+        files.form_of_columns(f"prompt=a,chosen=b,rejected=c,label=d,{end}")
 
 
 def test_a_column_whose_name_has_a_dot_can_be_named():

@@ -39,22 +39,21 @@ def test_each_text_is_scored_once():
     assert asked == [("x", "a"), ("z", "bb"), ("x", "ccc")]
 
 
-def test_without_names_the_exact_rule_decides_where_there_is_one(lm):
-    assert list(judges.judges_by_name([], lm, BUILT_IN)) == ["quality", "judge"]
-    own_data = SimpleNamespace(data="mine.jsonl")
-    assert list(judges.judges_by_name([], lm, own_data)) == ["judge"]
+def test_without_names_the_exact_rule_decides_where_there_is_one():
+    assert judges.default_judges(BUILT_IN) == ["quality", "judge"]
+    assert judges.default_judges(SimpleNamespace(data="mine.jsonl")) == ["judge"]
 
 
 def test_a_name_that_no_judge_can_have_is_refused(tmp_path):
     (tmp_path / "rule.py").write_text("")
     good = ["quality", "judge", str(tmp_path), str(tmp_path / "rule.py"), "owner/reward-1.5B"]
-    judges.check_names(good, data="synthetic")
+    judges.check_names(good, BUILT_IN)
     bad = ["qualitty", "Judge", "rule.py", "./nowhere", "https://hub/owner/name"]
     for name in bad:
         with pytest.raises(UserError, match=f"--judge {name}: there is no such judge"):
-            judges.check_names(["judge", name], data="synthetic")
+            judges.check_names(["judge", name], BUILT_IN)
     with pytest.raises(UserError, match="built-in task only"):
-        judges.check_names(["quality"], data="mine.jsonl")
+        judges.check_names(["quality"], SimpleNamespace(data="mine.jsonl"))
 
 
 def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
@@ -79,7 +78,10 @@ def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
 
 
 def test_names_are_checked_before_torch_is_imported():
-    code = "import sys, judges; judges.check_names(['judge'], 'hh'); print('torch' in sys.modules)"
+    code = (
+        "import sys, types, judges; cfg = types.SimpleNamespace(data='hh'); "
+        "judges.check_names(['judge'], cfg); print('torch' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert said.stdout == "False\n"
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import baselines
 import curriculum
@@ -146,7 +147,7 @@ def test_rl_does_without_the_judge(mini, tmp_path):
     assert pit("rl", "--run", folder)[0] == 2
 
 
-def test_ablate_compares_curricula_and_eval_takes_one_more_judge(mini, monkeypatch):
+def test_ablate_compares_curricula_and_eval_keeps_them(mini, monkeypatch):
     folder, _ = mini
     monkeypatch.setattr(curriculum, "CURRICULA", ["policy", "annotated,policy"])
     works("ablate", "--run", folder)
@@ -154,10 +155,10 @@ def test_ablate_compares_curricula_and_eval_takes_one_more_judge(mini, monkeypat
     assert [row["curriculum"] for row in results["table2"]] == ["policy", "annotated,policy"]
     assert {"reward_gap2", "reward_gap3"} <= {row["model"] for row in results["eq2"]}
     assert (folder / "fig4.png").stat().st_size > 10_000
-    works("eval", "--run", folder, "--judge", "judge", "--judge-base", "tiny")
+    works("eval", "--run", folder, "--judge", "judge")
     results = json.loads((folder / "results.json").read_text())
-    assert {row["judge"] for row in results["table1"]} == {"judge", "judge_tiny"}
-    # an evaluation without those judges still has Table 2
+    assert {row["judge"] for row in results["table1"]} == {"judge"}
+    # an evaluation by another judge still has Table 2
     assert "](fig4.png)" in (folder / "report.md").read_text()
 
 
@@ -237,6 +238,23 @@ def test_an_adapter_in_the_place_of_another_kind_gets_a_line(mini, tmp_path, the
     assert code == 2 and f"{mine} holds" in err and len(err.splitlines()) == 1
 
 
+def test_nobody_votes_while_another_process_has_the_run(mini):
+    """Both would write results.json."""
+    with FileLock(mini[0] / ".lock"):
+        code, _, err = pit("judge", "--run", mini[0], "--by", "me")
+    assert code == 2 and "in use by another process" in err
+
+
+def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path):
+    shutil.copytree(mini[0], tmp_path / "run")
+    trained_by = {"pit_sft": "sft", "reward_gap": "reward", "pit_rl1": "rl"}
+    for role, command in trained_by.items():
+        (tmp_path / "run" / "adapters" / role / "sha256.json").unlink()
+        words = "--adapter", role, "--to", tmp_path / "whole"
+        err = pit("export", "--run", tmp_path / "run", *words)[2]
+        assert f"First run: python pit.py {command} --run" in err
+
+
 # ---- what people are told ----------------------------------------------------------------------
 
 
@@ -288,6 +306,7 @@ def test_an_adapter_in_the_place_of_another_kind_gets_a_line(mini, tmp_path, the
         ("export --run {mini} --adapter policy --to {tmp}/x", "policy_rl, policy_sft"),
         ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
+        ("infer --run {mini} Human:", "the prompt: user and assistant must take turns"),
     ],
 )
 def test_bad_input_gets_a_line_or_two_and_exit_code_2(mini, tmp_path, words, said):

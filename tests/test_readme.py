@@ -72,10 +72,10 @@ def test_links_to_code_name_what_the_file_defines(page):
 
 
 def test_a_renamed_function_is_noticed():
-    right = "[`reward.py`](reward.py) `gap`, `bradley_terry` and `CENTRE`; [`ppo.py`](ppo.py)"
+    right = "[`reward.py`](reward.py) `gaps`, `bradley_terry` and `CENTRE`; [`ppo.py`](ppo.py)"
     assert wrong_names(right, ROOT) == []
     assert wrong_names(right.replace("terry", "berry"), ROOT) == ["reward.py has no bradley_berry"]
-    assert wrong_names("[`reward.py`](ppo.py) `gap`", ROOT) == ["reward.py links to ppo.py"]
+    assert wrong_names("[`reward.py`](ppo.py) `gaps`", ROOT) == ["reward.py links to ppo.py"]
     assert wrong_names("[`gone.py`](gone.py)", ROOT) == ["gone.py links to gone.py"]
 
 

@@ -34,7 +34,7 @@ def results():
         ("pit_sft", "original"): 0.3,
     }
     one_round = dict(elo=1100, elo_ci95=[1050, 1150], mean=0.9, mean_ci95=[0.8, 1.0])
-    gap = dict(model="reward_gap", accuracy=0.9, calibration_error=0.03)
+    gap = dict(model="reward_gap", accuracy=0.9)
     one_side = dict(length=12.0, tokens=24.0, texts=2, unchanged=0.1, scores={"judge": 0.5})
     sides = ["original", "y_w", "pit", "pit_sft"]
     scores = np.linspace(-1, 1, 20).tolist()
@@ -72,6 +72,7 @@ def results():
         "reward": {"reward_gap": {"accuracy": 0.9}},
         "table2": [
             {"curriculum": c, "over_original": compared(0.2), "both_over_it": compared(0.1)}
+            | {"judge": "judge"}
             for c in CURRICULA
         ],
         "words": learned_words(),
@@ -189,6 +190,21 @@ def test_the_verdicts_of_a_run_by_hand():
     assert card["R_PIT ranks: annotated"]["ours"] == "+80 [+65, +95]"
     by_me = report.scorecard(results(), "me")
     assert [line["claim"] for line in by_me] == ["PIT beats the original"]
+
+
+def test_curricula_are_claims_of_the_judge_that_compared_them():
+    found = results()
+    for row in found["table2"]:
+        row["judge"] = "quality"  # then `eval --judge judge` made another one the main judge
+    assert not any("two rounds" in line["claim"] for line in report.scorecard(found, "judge"))
+
+
+def test_a_vote_after_an_evaluation_that_was_cut_short_has_a_page(drawn):
+    """The words come last: without them the page has no such section."""
+    found = results()
+    del found["words"]
+    page = page_of(Run(drawn), found)
+    assert "## Table 1" in page and "What did it learn" not in page
 
 
 # ---- text --------------------------------------------------------------------------------------

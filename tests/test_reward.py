@@ -66,6 +66,16 @@ def test_centring_holds_no_change_at_0_where_eq_2_has_lost_its_pull():
             assert tensors[name].grad.item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_with_noisy_labels_the_minimum_of_eq_2_is_not_the_probability():
+    """What `gap_loss` says: sigma(gap) = 0.75 where annotators agree on 0.8."""
+    gap = torch.linspace(0, 3, 3001)
+    zero = torch.zeros(())
+    by_truth = reward.gap_loss(zero, -gap, gap, zero)  # w is better: r^wl = gap, r^lw = -gap
+    by_mistake = reward.gap_loss(zero, gap, -gap, zero)
+    best = gap[(0.8 * by_truth + 0.2 * by_mistake).argmin()]
+    assert torch.sigmoid(best).item() == pytest.approx(0.75, abs=1e-3)
+
+
 # ---- training ----------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -452,6 +453,15 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
     # what was taken over took this run no time
     times = json.loads((tmp_path / "run" / "results.json").read_text())["time_s"]
     assert set(times) == {"policy_rl", "pit_rl0", "pit_rl1"}
+    # the same command again, after it was cut short while it took over: it goes on there
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    for role in ("policy_rl", "judge", "pit_sft"):
+        shutil.rmtree(tmp_path / "cut" / "adapters" / role)
+    Run.start(tmp_path / "cut", MINI, source=source).begin()
+    said = capsys.readouterr().out
+    assert said.count("is taken over") == 2 and not Run(tmp_path / "cut").done("policy_rl")
+    times_seen = Counter((row["stage"], row["step"]) for row in Run(tmp_path / "cut").metrics())
+    assert set(times_seen.values()) == {1}
     with pytest.raises(UserError, match="its own adapters"):
         Run.start(tmp_path / "run", MINI, source=tmp_path / "run")
     options = vars(Run(whole).config)

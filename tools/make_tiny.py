@@ -28,8 +28,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 VOCABULARY = 600  # every word of the task becomes one token; any other text is spelled in bytes
-# Large on purpose: with 0.08, copying appeared within 200 steps on lists that were told three times
-# over; with the usual 0.02 there was no sign of it after 300.
+# Large on purpose: on texts that repeat each list three times, copying appeared within 200 steps
+# with 0.08; with the usual 0.02 there was no sign of it after 300.
 INITIALIZER_RANGE = 0.08
 
 CHECK = "Check it turn by turn."
