@@ -201,3 +201,34 @@ def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path)
 def test_no_side_is_named_twice():
     keys = baselines.all_keys(["pit", "self_refine"], "pit_rl1")
     assert len(keys) == len(set(map(str, keys)))
+
+
+def test_who_writes_the_answers_to_the_prompt_alone(run, pairs):
+    _, answers = all_sides(run, pairs)
+    writers = {
+        "original": "policy_rl",
+        "second_sample": "policy_rl",
+        "third_sample": "policy_rl",
+        "policy_sft": "policy_sft",
+    }
+    for name, role in writers.items():
+        assert answers.side(Key(name)).texts[0].startswith(f"{role} wrote"), name
+
+
+def test_another_seed_writes_other_answers(run, pairs):
+    before = all_sides(run, pairs)[1].side(ORIGINAL).texts
+    (run.path / "answers.json").unlink()
+    run.config.seed = 1
+    assert all_sides(run, pairs)[1].side(ORIGINAL).texts != before
+
+
+def test_improvements_of_originals_that_changed_are_written_again(run, pairs):
+    class Other(Scribe):
+        def decode(self, texts):
+            return [text + "!" for text in texts]
+
+    all_sides(run, pairs)
+    (run.path / "policy_rl" / "adapter_model.safetensors").write_bytes(b"another")
+    lm = Other()
+    Answers(lm, run, pairs, "pit_rl1").side(Key("pit"))
+    assert {role for role, _ in lm.calls} == {"policy_rl", "pit_rl1"}

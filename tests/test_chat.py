@@ -223,3 +223,43 @@ def test_samples_are_improved_by_every_stage_of_pit(able, pairs, tmp_path):
     assert [part.count("- policy_rl: ") for part in parts] == [2, 2, 2]
     improved = [part.count(f"- {part.split()[0]}: ") for part in parts[1:]]
     assert improved == [2, 2] and "- pit" not in parts[0]
+
+
+def test_the_same_question_gets_the_same_answer(able, capsys):
+    said = []
+    for _ in range(2):
+        chat.answer(able, CFG, settings(1), [{"role": "user", "content": "Hello."}])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_each_batch_of_a_file_draws_anew(able, rows, tmp_path):
+    same = [({"id": i}, rows[0][1], None, "row") for i in range(4)]
+    lines = work(able, same, tmp_path / "out.jsonl")
+    versions = [line["versions"] for line in lines]
+    assert versions[:2] != versions[2:]
+
+
+def test_an_answer_of_full_length_may_be_improved(lm):
+    text = "north " * 8
+    written = len(lm.encode_response(text)) - 1
+    # as PIT writes them: all tokens used, no room for an EOS
+    cfg = SimpleNamespace(max_prompt=40, max_response=written)
+    turns = [{"role": "user", "content": "x"}]
+    assert chat.fit_prompts(lm, cfg, [({}, turns, text, "row")]) == [turns]
+
+
+def test_each_stage_improves_the_same_originals_by_itself(able, pairs, tmp_path, monkeypatch):
+    seen = []
+
+    def improve(lm, role, prompts, answers, cfg):
+        seen.append((role, answers))
+        return answers
+
+    monkeypatch.setattr(chat, "improve", improve)
+    able.add("pit_rl0")
+    run = SimpleNamespace(path=tmp_path, config=SimpleNamespace(seed=0, **vars(CFG)))
+    for stage in ("pit_rl0", "pit_rl1"):
+        chat.show_samples(able, run, stage, pairs[:2])
+    assert [role for role, _ in seen] == ["pit_rl0", "pit_rl1"]
+    assert seen[0][1] == seen[1][1]

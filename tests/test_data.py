@@ -171,3 +171,8 @@ def test_data_is_imported_without_torch_and_datasets():
     code = "import data, sys; sys.exit(bool({'torch', 'datasets'} & sys.modules.keys()))"
     root = Path(data.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_the_longest_sequence_has_two_answers():
+    cfg = SimpleNamespace(max_prompt=100, max_response=10)
+    assert data.max_length(cfg) == 100 + 10 + 10 + data.IMPROVE_TOKENS

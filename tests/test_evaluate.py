@@ -138,6 +138,17 @@ def test_elo_of_equal_sides_and_of_one_that_always_wins():
     assert low == 1000 and 1400 < high < 2500
 
 
+def test_elos_interval_is_one_of_95_percent():
+    _, ends = evaluate.elo(np.random.default_rng(0).normal(size=(2, 400)))
+    width = 2 * 1.96 * 400 / np.log(10) / np.sqrt(400 / 4)  # of log-odds near 0
+    assert ends[1][1] - ends[1][0] == pytest.approx(width, rel=0.2)
+
+
+def test_enough_votes_say_something():
+    low, high = evaluate.interval([1, -1] * (evaluate.ENOUGH // 2))
+    assert high - low < 1.5
+
+
 # ---- a whole evaluation, made again from its texts ---------------------------------------------
 
 
@@ -164,6 +175,7 @@ def test_gaps_of_pairs_are_measured_against_no_change_in_both_directions(monkeyp
     # good over bad is 2 above "no change", bad over good is 1 above it: half right
     (row,) = found["eq2"]
     assert row["accuracy"] == 0.5
+    assert (row["win"], row["lose"], row["tie"], row["delta"]) == (0, 0, 1, 0)
 
 
 def test_the_gap_of_a_round_is_that_over_the_round_before():
@@ -205,6 +217,56 @@ def test_after_one_round_pit_rl0_has_no_rows_of_its_own():
         assert ("pit_rl0" in sides) == ("pit_rl0" in stages)
         after = [row["after"] for row in evaluate.rl_table(view, view, keys)]
         assert after == ["original", *stages]
+
+
+def test_a_real_base_has_self_refine_and_r_p_chooses_the_best(monkeypatch):
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def all_keys(methods, last):
+        seen.append(methods)
+        raise Enough
+
+    monkeypatch.setattr(evaluate, "all_keys", all_keys)
+    monkeypatch.setattr(evaluate, "adapter_judge", lambda lm, role, cfg: role)
+    monkeypatch.setattr(evaluate, "Answers", lambda *args: seen.append(args[-1]))
+    run = SimpleNamespace(config=SimpleNamespace(model="Qwen2-0.5B", eval_n=2))
+    with pytest.raises(Enough):
+        evaluate.evaluate(None, run, [], "pit_rl1", {"by": None})
+    assert seen == ["reward_policy", ["pit", "self_refine"]]
+
+
+def test_table_3_compares_equal_rounds_and_has_the_judges_margin():
+    view = SimpleNamespace(
+        scores=lambda key: np.ones(3) + 0.01 * key.round,
+        compare=lambda a, b: (a, b),
+        judge=SimpleNamespace(margin=0.1),
+    )
+    rows = evaluate.rounds_table(view, ["pit", "self_refine"])
+    assert [row["elo"] for row in rows] == pytest.approx([1000] * 11)
+    for k, row in enumerate(rows[1:6], 1):
+        assert row["over_self_refine"] == (Key("pit", round=k), Key("self_refine", round=k))
+
+
+def test_table_2_asks_the_prompts_of_table_1(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "Answers", lambda lm, run, pairs: seen.append(pairs))
+    monkeypatch.setattr(evaluate.View, "compare", lambda *_: 0)
+    run = SimpleNamespace(config=SimpleNamespace(eval_n=2), add_results=lambda **_: None)
+    evaluate.judge_curricula(None, run, [1, 2, 3], {"annotated,policy": "x"}, {"by": None})
+    assert seen == [[1, 2]]
+
+
+def test_near_scores_are_ties_in_agreement_too():
+    line = {
+        "prompt": [],
+        "answers": {"pit": "a", "original": "b"},
+        "scores": {"by": {"pit": 1.2, "original": 1.0}},
+    }
+    said = evaluate.all_verdicts({}, [line], {"by": {"margin": 0.5}})
+    assert list(said["by"].values()) == [0]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 """The example of your own task: its rule by hand, and its pairs from a stub writer."""
 
 import importlib.util
+import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,3 +125,16 @@ def test_a_title_alone_says_nothing(pools):
         words = example.words_of(row["rejected"])
         wrong += words[0] == "title" and words[1] != words[-1]
     assert wrong / len(titled) > 0.2
+
+
+def test_sentences_keep_their_topics_in_every_batch(tmp_path, monkeypatch):
+    def generate(role, prompts, *_, **__):
+        return SimpleNamespace(responses=["t"] * len(prompts))
+
+    stub = SimpleNamespace(encode_prompt=str, decode=lambda texts: texts, generate=generate)
+    monkeypatch.setattr(example, "load_model", lambda *_, **__: stub)
+    monkeypatch.setattr(example, "TOPICS", {"a": "x", "b": "y"})
+    path = tmp_path / "sentences.jsonl"
+    example.write_sentences("stub", path, batch=8)
+    topics = [json.loads(line)[0] for line in path.read_text().splitlines()]
+    assert topics == ["a"] * 8 + ["b"] * 8

@@ -45,3 +45,15 @@ def test_exports_answer_as_ours_under_plain_peft_and_transformers(lm, tmp_path, 
     )
     assert out.tolist() == ours.ids.tolist()
     assert tokenizer.eos_token_id == lm.eos != tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("own_eos", ["<|pad|>", "<|end|>"])
+def test_an_export_knows_where_to_stop(lm, tmp_path, own_eos):
+    """Whatever the tokenizer of the base calls EOS."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    lm.add("pit_rl1")
+    lm.tokenizer.eos_token = own_eos
+    models.export(lm, "pit_rl1", tmp_path, merge=True)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == lm.eos
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == lm.eos

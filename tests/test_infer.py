@@ -1,5 +1,6 @@
 """Using a result: rounds and stop rules."""
 
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -60,3 +61,13 @@ def test_each_round_improves_and_is_measured_against_the_text_before_it(monkeypa
     for call, before in zip(asked[1:], texts):
         assert call == ("pit_rl1", [improve_prompt(x, y_ref) for y_ref in before], 0.7)
     assert measured == [([x, x], texts[1], texts[0]), ([x, x], texts[2], texts[1])]
+
+
+def test_the_rule_time_allows_its_seconds(monkeypatch):
+    clock, drafts = count(100.0), iter("bcde")
+    monkeypatch.setattr(infer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(infer, "improve", lambda *_: [next(drafts)])
+    monkeypatch.setattr(infer, "gaps", lambda *_: torch.ones(1))
+    how = infer.Settings("pit_rl1", 4, 1.0, "time", seconds=1.5, seed=0)
+    steps = infer.iterate(SimpleNamespace(answer=lambda *_: []), None, how, [], "a")
+    assert "".join(text for text, _ in steps) == "abc"  # at 1 s a round, two

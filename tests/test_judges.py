@@ -1,6 +1,7 @@
 """Who decides by a score: rules, adapters, reward models."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 import judges
@@ -163,3 +165,43 @@ def test_a_judge_never_runs_code_of_its_own(tmp_path, lm, monkeypatch):
     with pytest.raises(UserError, match="Give quality"):
         judges.hub_judge(str(tmp_path), "cpu")
     assert not (tmp_path / "ran").exists()
+
+
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "ho"},
+    {"role": "user", "content": "hey"},
+]
+
+
+def test_a_rule_reads_the_last_message_and_is_exact():
+    asked = []
+
+    def quality(prompt, answer):
+        asked.append(prompt)
+        return 1.0
+
+    judge = judges.function_judge(quality)
+    judge.score([TALK], ["y"])
+    assert asked == ["hey"] and judge.margin == judges.SAME
+
+
+def test_without_a_template_prompt_and_answer_are_two_texts():
+    read = judges.classifier_input(SimpleNamespace(chat_template=None), TALK, "y")
+    assert read == {"text": "hi\n\nho\n\nhey", "text_pair": "y"}
+
+
+def test_a_template_gets_no_second_bos(reward_model, lm, tmp_path):
+    # the same model, with a tokenizer that begins each text with a BOS, as Llama's do
+    shutil.copytree(reward_model, tmp_path / "bos")
+    bos = ("<|user|>", lm.tokenizer.convert_tokens_to_ids("<|user|>"))
+    begin = TemplateProcessing("<|user|> $A", special_tokens=[bos])
+    lm.tokenizer.backend_tokenizer.post_processor = begin
+    lm.tokenizer.save_pretrained(tmp_path / "bos")
+    said = judges.hub_judge(str(tmp_path / "bos"), "cpu").score([TALK], ["y"])[0]
+    text = lm.tokenizer.apply_chat_template(
+        [*TALK, {"role": "assistant", "content": "y"}], tokenize=False
+    )
+    ids = lm.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    model = Qwen2ForSequenceClassification.from_pretrained(reward_model)
+    assert said == pytest.approx(model(ids).logits.item(), abs=1e-5)

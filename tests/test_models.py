@@ -564,3 +564,26 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(lm, tmp_path):
     lm.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its tokenizer has .* tokens, its embedding only 64"):
         models.load_model(str(tmp_path), bits=16)
+
+
+def test_an_answer_ends_as_the_template_ends_turns(lm):
+    """Qwen2's case: the tokenizer's own EOS is another token."""
+    lm.tokenizer.eos_token = "<|pad|>"
+    assert models.end_of_turn(lm.tokenizer) == lm.tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def test_control_tokens_that_were_sampled_are_no_text(lm):
+    user = lm.tokenizer.convert_tokens_to_ids("<|user|>")
+    assert lm.decode(torch.tensor([[user, *lm.encode_response("tea: tea.")]])) == ["tea: tea."]
+
+
+def test_four_bits_are_nf4(lm4):
+    kinds = {p.quant_type for p in lm4.peft.parameters() if hasattr(p, "quant_type")}
+    assert kinds == {"nf4"}
+
+
+def test_cards_without_bf16_compute_in_fp32_and_none_by_cudnn(monkeypatch):
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert models.best_device() == ("cuda", torch.float32)

@@ -97,6 +97,11 @@ def test_whiten_uses_real_tokens_only():
     assert (white[mask == 0] == 0).all()
 
 
+def test_equal_advantages_are_0():
+    ones = torch.ones(2, 3)
+    assert (ppo.whiten(ones, ones) == 0).all()
+
+
 @pytest.mark.parametrize(
     "ratio, advantage, loss, slope",
     [
@@ -488,3 +493,85 @@ def test_ppo_finds_the_best_answer_of_a_toy_problem(lm):
     ppo.train(lm, run, "policy", problem, 10, **models)
     scores = [line["score"] for line in run.lines]
     assert scores[0] < 0.5 and sum(scores[-3:]) / 3 > 0.9
+
+
+# ---- what training hands to an update ----------------------------------------------------------
+
+
+def given_to_update(lm, monkeypatch, raw, **options):
+    """Train one step on these raw scores -> the run, the update's scores, its settings."""
+    lm.add("policy")
+    seen = []
+
+    def update(lm, policy, critic, optimizers, sample, scores, **settings):
+        seen.append((scores, settings))
+        return {}
+
+    def problem(step):
+        return [[5, 6]] * len(raw), lambda tokens, states: raw
+
+    monkeypatch.setattr(ppo, "ppo_update", update)
+    run = FakeRun(**CFG | dict(max_response=2))
+    ppo.train(lm, run, "policy", problem, 1, reference="policy", reward_role="policy", **options)
+    return run, *seen[0]
+
+
+def test_equal_scores_are_no_division_by_0(lm, monkeypatch):
+    def none(tokens, eos):
+        return torch.zeros(3)
+
+    _, scores, _ = given_to_update(lm, monkeypatch, torch.ones(3), penalty=none)
+    assert scores.tolist() == [0, 0, 0]
+
+
+def test_the_penalty_comes_after_the_clip(lm, monkeypatch):
+    def cut_off(tokens, eos):
+        return -torch.ones(64)
+
+    raw = torch.tensor([0.0] * 63 + [-100.0])
+    _, scores, _ = given_to_update(lm, monkeypatch, raw, penalty=cut_off)
+    assert scores.min() == -ppo.SCORE_CLIP - 1
+
+
+def test_an_advantage_of_ones_own_reaches_the_update(lm, monkeypatch):
+    def mine(rewards, values, mask):
+        return rewards, rewards
+
+    _, _, settings = given_to_update(lm, monkeypatch, torch.ones(3), advantage=mine)
+    assert settings["advantage"] is mine
+
+
+def test_training_looks_for_bad_signs(lm, monkeypatch):
+    run, *_ = given_to_update(lm, monkeypatch, torch.ones(3))
+    assert any("cut off" in text for text in run.warnings)
+
+
+@pytest.mark.parametrize("kl, steps", [(0.2, 0), (0.05, 2)])
+def test_an_update_ends_at_a_tenth_of_a_nat(lm, monkeypatch, kl, steps):
+    lm.add("policy")
+    taken = []
+
+    def take_step(optimizer, lr):
+        taken.append(lr)
+        return torch.zeros(())
+
+    monkeypatch.setattr(ppo, "policy_gradient", lambda *_: torch.tensor([0.0, kl, 0.0]))
+    monkeypatch.setattr(ppo, "take_step", take_step)
+    cfg = SimpleNamespace(**CFG)
+    critic = torch.nn.Linear(lm.hidden_size, 1)
+    sample = ppo.rate(
+        lm,
+        lm.generate("policy", [[5, 6, 7]] * 2, 3),
+        lambda tokens, states: torch.zeros(2),
+        policy="policy",
+        reference="policy",
+        reward_role="policy",
+        critic=critic,
+        cfg=cfg,
+    )
+    optimizers = [
+        torch.optim.AdamW(lm.parameters("policy")),
+        torch.optim.AdamW(critic.parameters()),
+    ]
+    ppo.ppo_update(lm, "policy", critic, optimizers, sample, sample.scores, decay=1.0, cfg=cfg)
+    assert len(taken) == steps  # one of the policy, one of the critic; or none

@@ -320,3 +320,31 @@ def test_a_smoke_run_says_so_and_has_no_verdicts(drawn, capsys):
     assert "| holds |" not in page and "| cannot tell |" not in page
     report.print_tables(run, results(), "judge")
     assert "A smoke run" in capsys.readouterr().out
+
+
+def test_claims_are_about_what_they_say():
+    found = results()
+    annotated = found["table2"][0]
+    assert annotated["curriculum"] == "annotated"
+    annotated["both_over_it"] = compared(-0.3)
+    found["table1"] += table1_rows("judge", {("pit", "best_of_2"): 0.5, ("pit", "best_of_3"): -0.5})
+    card = {line["claim"]: line["verdict"] for line in report.scorecard(found, "judge")}
+    assert card["two rounds beat round 0 alone"] == "does not hold"
+    assert card["PIT beats best of 2, same cost"] == "holds"
+
+
+def test_the_gain_of_a_run_is_that_over_the_original(drawn):
+    gain = Run(drawn).gain()
+    assert (gain["a"], gain["b"], gain["judge"], gain["delta"]) == ("pit", "original", "judge", 0.5)
+
+
+def test_figure_2_labels_its_distributions(drawn, monkeypatch):
+    seen = []
+
+    def violinplot(self, scores, **_):
+        seen.append(scores)
+
+    monkeypatch.setattr(report.plt.Axes, "violinplot", violinplot)
+    four = {"ww": [1], "lw": [2], "wl": [3], "ll": [4]}  # the order of evaluate.eq1_scores
+    report.plot_fig2(Run(drawn), {"fig2": {"annotated": four}})
+    assert seen == [[[2], [4], [1], [3]]]  # worst first, from the bottom to the top

@@ -215,3 +215,10 @@ def test_a_model_that_has_learned_nothing_is_pointed_out(lm):
     for accuracy in (0.55, 0.45):
         reward.finish(lm, run, "role", {"accuracy": accuracy}, n=1000)
     assert len(run.warnings) == 1 and "role is no better than chance" in run.warnings[0]
+
+
+def test_an_accuracy_within_two_standard_errors_of_chance_is_told(lm):
+    for accuracy, is_told in ((0.52, True), (0.6, False)):
+        run = FakeRun()
+        reward.finish(lm, run, "judge", {"accuracy": accuracy}, n=1000)
+        assert bool(run.warnings) == is_told

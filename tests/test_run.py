@@ -9,13 +9,21 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+import chat
+import curriculum
+import data
+import models
 import pit
+import ppo
+import reward
 import run as run_module
+import sft
 from errors import UserError
 from models import adamw, take_step
 from run import Run, differing, list_runs, shuffled_batch
@@ -470,6 +478,7 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
         "rounds": ["pit_rl0", "pit_rl1"],
         "rm_lr": ["reward_policy", "reward_gap", "judge", "policy_rl", "pit_rl0", "pit_rl1"],
         "keep_better": ["pit_sft", "pit_rl0", "pit_rl1"],
+        "sft_lr": ["policy_sft", "pit_sft", "policy_rl", "pit_rl0", "pit_rl1"],
         "eval_n": [],
         "micro_batch": [],
         "data fingerprint": ROLES,
@@ -503,6 +512,54 @@ def test_a_run_with_odd_results_is_listed_as_damaged(tmp_path):
         (tmp_path / "odd" / "results.json").write_text(results)
         (row,) = list_runs(tmp_path)
         assert row["stage"] == "damaged"
+
+
+def test_every_draw_depends_on_the_seed(tmp_path, monkeypatch):
+    """Or runs of several seeds would share their order, their samples, or their first weights."""
+    seeds = set()
+
+    def spy(module, name, seed_of):
+        real = getattr(module, name)
+
+        def spied(*args, **kwargs):
+            seeds.add((module.__name__, name, seed_of(args, kwargs)))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, spied)
+
+    for module in (sft, reward, curriculum):
+        spy(module, "shuffled_batch", lambda args, _: args[3])
+    for module in (run_module, ppo, chat):
+        spy(module, "seed_all", lambda args, _: args[0])
+    spy(data, "load_pairs", lambda args, _: args[2])
+    spy(data, "split", lambda args, _: args[1])
+    spy(models, "load_model", lambda _, kwargs: kwargs["seed"])
+    monkeypatch.setitem(MINI, "seed", 5)
+    train(tmp_path / "run")
+    assert len(seeds) == 9 and {seed for *_, seed in seeds} == {5}, seeds
+
+
+def test_a_run_does_not_go_on_with_other_pairs(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(data, "load_pairs", lambda *_: data.synthetic_pairs(80, seed=9))
+    with pytest.raises(UserError, match="no longer holds"):
+        pit.Session(Run(tmp_path / "run"))
+
+
+def test_missing_given_answers_are_told_before_training(tmp_path):
+    run = Run.start(tmp_path / "run", MINI | dict(rounds="given"))
+    with pytest.raises(UserError, match="needs a column `response`"):
+        pit.Session(run)
+
+
+def test_a_continued_stage_remembers_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module.time, "perf_counter", count(0.0, 10.0).__next__)
+    toy(tmp_path / "whole")
+    with pytest.raises(Killed):
+        toy(tmp_path / "run", stop=5)
+    toy(tmp_path / "run")
+    whole, run = (Run(tmp_path / name).results()["time_s"] for name in ("whole", "run"))
+    assert run == whole
 
 
 # ---- order -------------------------------------------------------------------------------------

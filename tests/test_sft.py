@@ -141,3 +141,15 @@ def test_each_pass_sees_every_pair_once_while_the_learning_rate_falls_to_0(
     assert sorted(seen[:12]) == sorted(seen[12:]) == once and seen[:12] != seen[12:]
     assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
     assert run.kept == ["policy_sft"]
+
+
+@pytest.mark.parametrize("beta, gamma, weights", [(0.3, 0.0, [1, 0.3]), (0.0, 0.2, [1, 0.2])])
+def test_each_term_may_stand_alone(lm, pairs, monkeypatch, beta, gamma, weights):
+    seen = []
+
+    def train(lm, run, role, terms):
+        seen.extend(weight for weight, *_ in terms)
+
+    monkeypatch.setattr(sft, "train", train)
+    sft.train_pit(lm, FakeRun(keep_better=beta, unlikelihood=gamma), pairs)
+    assert seen == weights

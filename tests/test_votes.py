@@ -342,3 +342,18 @@ def test_a_person_in_a_terminal(run):
     os.close(terminal)
     assert b"\x1b" not in screen and max(map(len, screen.decode().splitlines())) <= 80
     assert len(votes.read_votes(run)["me"]) == 1
+
+
+def test_rows_of_votes_are_replaced_not_added(run, serve):
+    votes.ask_llm(run, serve(longer).url, "x", n=100)
+    for _ in range(2):
+        evaluate.add_votes(run)
+    assert sum(row["judge"] == "x" for row in run.results()["table1"]) == 4
+
+
+def test_who_votes_reads_the_whole_conversation():
+    turns = [("user", "hi"), ("assistant", "ho"), ("user", "hey")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    line = {"prompt": prompt, "answers": {"pit": "a", "original": "b"}}
+    (question,) = votes.questions_about([line])
+    assert question.prompt == "User: hi\n\nAssistant: ho\n\nUser: hey"

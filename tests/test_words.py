@@ -117,3 +117,14 @@ def test_the_same_shares_have_a_z_of_0_and_chance_rarely_exceeds_2():
 )
 def test_only_the_whole_word_is_deleted(text, rest):
     assert words.without("indeed", text) == rest
+
+
+def test_the_prior_knows_the_annotators_words():
+    sides = {"pit": ["a b"] * 40, "original": ["b"] * 40, "y_w": ["c"] * 20, "y_l": ["c"] * 20}
+    z = words.log_odds(Counter(a=40, b=40), Counter(b=40), Counter(a=40, b=80, c=40))
+    assert words.standing_out(words.words_of, sides)[0]["z"] == pytest.approx(z["a"])
+
+
+def test_delta_has_the_judges_margin():
+    judge = Judge(lambda prompts, texts: [0.05 * ("indeed" in text) for text in texts])
+    assert words.measure(lines_of(add_indeed), PAIRS, judge)["delta"]["delta"] == 0

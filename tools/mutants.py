@@ -1,10 +1,10 @@
-r"""Which mistakes in RLHF are silent, and which test notices? 204 of them, one line each.
+r"""Which mistakes in RLHF are silent, and which test notices? 297 of them, one line each.
 
 Nearly all of these run to the end, print falling losses, and train something worse. Each is made in
 a temporary copy of the project, where the test that should notice it must fail; if it does not,
 all tests of that module and the golden run have their turn. What no test notices is printed.
 
-Run: python tools/mutants.py                all, about fifteen minutes
+Run: python tools/mutants.py                all, about twenty-five minutes
      python tools/mutants.py ppo.py EOS     those whose file, line or meaning has one of these words
 
 How to read the list, mutants.txt:

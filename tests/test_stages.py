@@ -1,0 +1,93 @@
+"""pit.py's stages with everything they call replaced: who gets which pairs, roles and options."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from conftest import FakeRun
+
+import chat
+import curriculum
+import data
+import evaluate
+import infer
+import models
+import pit
+import report
+import reward
+import votes
+import words
+
+PARTS = {name: [name] for name in data.PARTS}  # each part of the pairs is its own name
+
+
+def session(**options):
+    run = FakeRun(rounds="annotated,policy", **options)
+    return SimpleNamespace(lm=None, run=run, parts=PARTS, show=lambda role: None)
+
+
+def test_the_base_gets_the_options_of_the_run(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(models, "load_model", lambda **options: seen.update(options))
+    cfg = dict(bits=16, lora_r=4, lora_alpha=5, target_modules="x", seed=6)
+    pit.load_base(SimpleNamespace(model="m", **cfg))
+    assert seen == cfg | {"name": "m"}
+
+
+def test_samples_answer_held_out_prompts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(chat, "show_samples", lambda lm, run, role, pairs: seen.append(pairs))
+    pit.Session.show(session(), "policy_sft")
+    assert seen == [["held_out"]]
+
+
+def test_the_evaluation_asks_held_out_prompts_of_the_last_round(monkeypatch):
+    seen = {}
+
+    def evaluated(lm, run, pairs, last, judges):
+        seen.update(pairs=pairs, last=last)
+
+    def measured(lines, pairs, judge):
+        seen.update(training=pairs, judge=judge)
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    monkeypatch.setattr(words, "measure", measured)
+    monkeypatch.setattr(votes, "read_answers", lambda run: [])
+    monkeypatch.setattr(report, "write_report", lambda run: None)
+    pit.eval_stage(session(), {"first": 1, "second": 2})
+    training = ["sft", "rm", "rl"]
+    assert seen == dict(pairs=["held_out"], last="pit_rl1", judge=1, training=training)
+
+
+def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
+    trained, steps, asked = [], Counter(), []
+
+    def train_pit_round(lm, run, pairs, role, source, start, n):
+        curriculum_of = role.rpartition("_")[0]
+        steps[curriculum_of] += n
+
+    monkeypatch.setattr(pit, "open_to_judge", lambda run, judge: (session(rl_steps=3), {}))
+    monkeypatch.setattr(pit, "eval_stage", lambda *_: None)
+    monkeypatch.setattr(reward, "train_gap_reward", lambda lm, run, **how: trained.append(how))
+    monkeypatch.setattr(curriculum, "train_pit_round", train_pit_round)
+    monkeypatch.setattr(evaluate, "judge_curricula", lambda lm, run, pairs, *_: asked.append(pairs))
+    pit.ablate("run")
+    assert [(how["role"], how["loss_of"], how["pairs"]) for how in trained] == [
+        ("reward_gap2", reward.gap_loss, ["rm"]),
+        ("reward_gap3", reward.three_terms, ["rm"]),
+    ]
+    # every curriculum has as many iterations as the two rounds of the run
+    assert len(steps) == len(curriculum.CURRICULA) and set(steps.values()) == {6}
+    assert asked == [["held_out"]]
+
+
+@pytest.mark.parametrize("stop", ["time", "gap"])
+def test_infer_does_as_it_is_told(monkeypatch, stop):
+    seen = []
+    cfg = SimpleNamespace(rounds="annotated,policy", temperature=1.0, seed=0)
+    run = SimpleNamespace(config=cfg, need=lambda *_: None, load=lambda *_: None)
+    monkeypatch.setattr(pit, "open_run", lambda path: run)
+    monkeypatch.setattr(pit, "load_base", lambda cfg: None)
+    monkeypatch.setattr(chat, "converse", lambda lm, cfg, settings: seen.append(settings))
+    pit.infer_command("run", rounds=2, temperature=0.3, seed=7, stop=stop, seconds=9.0)
+    assert seen == [infer.Settings("pit_rl1", 2, 0.3, stop, 9.0, 7)]
