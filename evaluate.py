@@ -303,16 +303,19 @@ def stop_table(main, r_pit):
     tokens = np.array([side.spent for side in sides])  # (K + 1, N) written up to y_0 ... y_K
     scores = np.array([main.scores(key) for key in keys])  # (K + 1, N)
     gaps = np.array([r_pit.gaps(key) for key in keys[1:]])  # (K, N) from y_1 on
-    texts = zip(*[side.texts for side in sides])
-    prompts, rows = list(zip(texts, gaps.T, tokens.T)), []
+    texts = list(zip(*[side.texts for side in sides]))  # of each prompt
+    rows = []
     for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
         budget = mean(tokens[limit])
-        ends = [infer.end_of(stop, *prompt, budget) for prompt in prompts]
-        # a rule that would go on longer than it may ends at the limit
-        answer, made = np.minimum(ends, ROUNDS if stop == "time" else limit).T  # (N,), (N,)
-        final = np.choose(answer, scores)  # (N,)
+        most = ROUNDS if stop == "time" else limit
+        final, spent = [], []
+        for i, versions in enumerate(texts):
+            answer, made = infer.end_of(stop, versions, gaps[:, i], tokens[:, i], budget)
+            # a rule that would go on longer than it may ends at the limit
+            final.append(scores[min(answer, most), i])
+            spent.append(tokens[min(made, most), i])
         row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
-        rows.append(row | {"tokens": mean(np.choose(made, tokens))})
+        rows.append(row | {"tokens": mean(spent)})
     return rows
 
 

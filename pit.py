@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent
 Stage = Literal["sft", "reward", "rl", "eval"]
 StopRule = Literal["gap", "same", "time", "rounds"]
 SOURCES = ("annotated", "policy", "sft", "given")  # of y_ref, see curriculum.py
-NOT_STORED = {"run", "smoke", "overwrite", "from_run", "until"}  # how `all` starts
+NOT_STORED = {"ctx", "run", "smoke", "overwrite", "from_run", "until"}  # how `all` starts
 PRESETS = {
     "tiny": dict(
         data="synthetic",
@@ -108,10 +108,11 @@ def check_rounds(rounds):
 
 @app.command(name="all")
 def run_all(
+    ctx: typer.Context = None,
     run: option(Path, "Its folder (default: runs/MODEL, or runs/MODEL-smoke).", "Run") = None,
     smoke: option(bool, "Every stage in miniature, to see that it works.", "Run") = False,
     overwrite: option(bool, "Replace the run in that folder.", "Run") = False,
-    from_run: option(Path, "A run: reuse of it what still fits.", "Run", "--from") = None,
+    from_run: option(Path, "A run: reuse its options and adapters.", "Run", "--from") = None,
     until: option(Stage, "The last stage to run.", "Run") = "eval",
     save_every: option(int, "Steps between checkpoints.", "Run", min=1) = None,
     seed: option(int, "Seed of data, sampling, initialisation.", "Run", min=0, max=2**32) = 0,
@@ -164,8 +165,10 @@ def run_all(
     start(**locals())
 
 
-def start(run, smoke, overwrite, from_run, until, **options):
+def start(ctx, run, smoke, overwrite, from_run, until, **options):
     """What `all` does: these are the arguments of NOT_STORED, the options go to config.json."""
+    if ctx and from_run and not smoke:
+        options |= inherited(options, from_run, ctx)
     model = Path(options["model"]).resolve()
     if model == ROOT / "tiny":
         options["model"] = "tiny"
@@ -193,6 +196,15 @@ def start(run, smoke, overwrite, from_run, until, **options):
     started.plan = plan.make_plan(session.lm, started, session.parts, commands)
     for command in commands:
         stages[command](session)
+
+
+def inherited(options, source, ctx):
+    """The options that were not typed, as the run `source` has them."""
+    from run import read_config
+
+    config = read_config(source)
+    names = options.keys() & config.keys()
+    return {n: config[n] for n in names if ctx.get_parameter_source(n).name == "DEFAULT"}
 
 
 def fill_in(options, smoke):

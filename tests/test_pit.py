@@ -129,8 +129,13 @@ def test_a_run_whose_results_were_lost_is_evaluated_again(mini, tmp_path):
 
 def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
     folder, _ = mini
-    words = "--from", folder, "--run", tmp_path / "new", *MINI
-    out = works("all", *words, "--rl-lr", 0.002, "--until", "reward")
+    # what is not typed is as in that run
+    words = "--from", folder, "--run", tmp_path / "new", "--rl-lr", 0.002
+    out = works("all", *words, "--until", "reward")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    old = json.loads((folder / "config.json").read_text())
+    changed = {name for name in old if config[name] != old[name]}
+    assert changed == {"rl_lr", "command", "checksum"} and config["rl_lr"] == 0.002
     assert "pit_rl0" not in out.partition("stage          passes")[2]  # nor is more planned
     assert "\npolicy_sft:" not in out and not (tmp_path / "new" / "adapters" / "policy_rl").exists()
     for role in ROLES[:5]:
