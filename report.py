@@ -209,9 +209,14 @@ IN_POINTS = matplotlib.ticker.PercentFormatter(1, symbol="")
 
 def save(figure, run, name):
     """Write a figure. Its legends stand below the axes, where they cover nothing."""
-    for ax in figure.axes:
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
+    legends = [ax.get_legend_handles_labels() for ax in figure.axes]
+    handles, labels = legends[0]
+    if labels and all(others == labels for _, others in legends):  # one for all panels
+        figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False)
+    else:
+        for ax, (_, labels) in zip(figure.axes, legends):
+            if labels:
+                ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
     figure.savefig(run.path / name)
     plt.close(figure)
 
@@ -351,9 +356,8 @@ def plot_stops(run, results):
         bars(ax, no_rule, "tokens", "mean", "ci95", color="lightgray", label="no rule")
         bars(ax, rows, "tokens", "mean", "ci95", label="this rule")
         ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
-        ax.set_title(f"Stop {label(stop)}")
+        ax.set(title=f"Stop {label(stop)}", xlabel="tokens generated per answer")
     figure.suptitle("When to stop improving? Each point allows one more round (95% intervals)")
-    figure.supxlabel("tokens generated per answer")
     figure.supylabel(f"mean score by {label(results['main'])}")
     save(figure, run, "stops.png")
 
