@@ -119,6 +119,7 @@ def improve_file(lm, cfg, settings, rows, path):
                 best, _ = end_of(settings.stop, versions, gaps, [0] * len(versions), budget=0)
                 ours = {"improved": versions[best], "versions": versions, "made_with": stamp}
                 ours |= {"gaps": [round(gap, 3) for gap in gaps]}
+                # "made_with" is there twice: first in the line, and ours if the row has one, too
                 line = {"made_with": stamp} | row | ours
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()

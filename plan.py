@@ -77,7 +77,7 @@ def estimate_memory(lm, cfg):
     always = {"weights": weights, "adapters": roles * lora, "optimiser, gradients": 3 * lora}
 
     layer = size * (10 * D + 4 * W)  # bytes that one layer keeps of one token
-    if size < 4:
+    if size < 4:  # LoRA at q, k, v, o, gate and up reads D numbers, at down W
         layer += 4 * (6 * D + W)
     kept = layers * layer
     if base.is_gradient_checkpointing:
