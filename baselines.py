@@ -68,7 +68,7 @@ def all_keys(methods, last):
 
     methods: those of Fig. 3 and Table 3. last: the adapter of PIT's last round.
     """
-    keys = [Key(name) for name in (*GIVEN, *SAMPLES, *BEST_OF, "pit_sft")]
+    keys = [Key(name) for name in (*GIVEN, *SAMPLES, *BEST_OF, "base", "pit_sft")]
     if last != "pit_rl0":  # after one round alone, that is PIT itself
         keys.append(Key("pit_rl0"))
     if "self_refine" in methods:
@@ -120,8 +120,8 @@ class Answers:
             return self.best_of(BEST_OF[method])
         if method in REFINERS:
             return self.self_refine(key, REFINERS[method])
-        # one improvement by PIT, after its last round or an earlier stage
-        role = self.last if method == "pit" else method
+        # one improvement by PIT after its last round, by an earlier stage, or by the base itself
+        role = {"pit": self.last, "base": "blank"}.get(method, method)
         return self.write(key, role, self.to_improve(key), self.side(key.before()))
 
     def to_improve(self, key):
@@ -137,8 +137,9 @@ class Answers:
         """One answer by `role` to each chat -> Side; `after`: what was written before it."""
         cfg, name = self.run.config, str(key)
         # the texts stay the same while all that they depend on does
-        adapter = (self.run.adapter(role) / "adapter_model.safetensors").read_bytes()
-        inputs = (zlib.crc32(adapter), chats, key.temperature, cfg.max_response, cfg.seed)
+        file = self.run.adapter(role) / "adapter_model.safetensors"
+        weights = b"" if role == "blank" else file.read_bytes()
+        inputs = (zlib.crc32(weights), chats, key.temperature, cfg.max_response, cfg.seed)
         made_of = zlib.crc32(repr(inputs).encode())
         if not is_whole(self.kept.get(name), made_of, len(chats)):
             seed_all(cfg.seed, "answers", name)

@@ -4,11 +4,11 @@ policy    Eq. 3   x ~ D_RL, y ~ M_P^RL        max R_P(x, y)      - beta KL(M_P^R
 round 0   Eq. 4   y_ref in {y_w, y_l}         max gap(y, y_ref)  - beta KL(M_PIT^RL || M_PIT^SFT)
 round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0   (gap: see reward.py)
 
-Why rounds: answers of M_P^RL are already good, and improving them is hard to learn from scratch;
-the annotated answers leave more to improve. A curriculum is a list of sources of y_ref:
-"annotated" (y_w and y_l), "policy" (M_P^RL), "sft" (M_P^SFT), or "given" (the column `response` of
-the data, by any other writer). That a round starts where the last one ended, and is held to
-M_PIT^SFT all along, is our reading of the paper.
+Why rounds, says the paper: answers of M_P^RL are already better than y_w, and improving them is
+hard to learn from scratch. (On the tasks here they are far below y_w.) A curriculum is a list of
+sources of y_ref: "annotated" (y_w and y_l), "policy" (M_P^RL), "sft" (M_P^SFT), or "given" (the
+column `response` of the data, by any other writer). That a round starts where the last one ended,
+and is held to M_PIT^SFT all along, is our reading of the paper.
 
 Run: python pit.py rl --run runs/tiny (a run that `all` has begun), a minute and a half. On
 held-out prompts the mean R_P rises from -2.5 to -1.2, and the mean gap over the policy's answers

@@ -131,13 +131,14 @@ def describe(notes):
 
 
 def filter_by_length(pairs, lm, cfg):
-    """The pairs within --max-prompt and --max-response; prints what was cut and dropped.
+    """The pairs within --max-prompt and --max-response, and how each began before it was cut.
 
-    A prompt loses its oldest turns, then the oldest words of its last one. An answer is never cut:
-    truncated, it would teach the model not to stop; with an EOS added, to stop mid-sentence.
+    Prints what was cut and dropped. A prompt loses its oldest turns, then the oldest words of its
+    last one. An answer is never cut: truncated, it would teach the model not to stop; with an EOS
+    added, to stop mid-sentence.
     """
     too_long = f"dropped (an answer over {cfg.max_response} tokens)"
-    notes, kept, lengths = Counter({too_long: 0}), [], []
+    notes, kept, beginnings, lengths = Counter({too_long: 0}), [], [], []
     for pair in pairs:
         lengths.append(longest_answer(pair, lm))
         if lengths[-1] > cfg.max_response:
@@ -150,13 +151,14 @@ def filter_by_length(pairs, lm, cfg):
         if prompt != pair.prompt:
             notes[f"with a prompt cut to {cfg.max_prompt} tokens"] += 1
         kept.append(replace(pair, prompt=prompt))
+        beginnings.append(beginning(pair.prompt))
 
     notes["kept"] = len(kept)
     print(f"{cfg.data}: {describe(notes)}")
     if notes[too_long] > len(pairs) / 2:
         enough = sorted(lengths)[int(0.9 * len(pairs))]
         print(f"Most pairs have a longer answer: --max-response {enough} would keep 90% of them.")
-    return kept
+    return kept, beginnings
 
 
 def longest_answer(pair, lm):
@@ -183,16 +185,17 @@ def shorten(prompt, count, longest):
     return from_character(starts[first]) if first < len(starts) else None
 
 
-def split(pairs, seed):
-    """Split the pairs by prompt, so that no prompt is in two parts -> {part: [Pair]}.
+def split(pairs, beginnings, seed):
+    """Split the pairs, so that no beginning of a dialogue is in two parts -> {part: [Pair]}.
 
-    The parts depend on neither the order of the pairs nor the machine.
+    Where two dialogues begin alike, one often goes on with the answer that was chosen in the other:
+    it would tell. The parts depend on neither the order of the pairs nor the machine.
     """
-    # shuffle the prompts, from an order that is always the same
-    by_prompt = defaultdict(list)
-    for pair in pairs:
-        by_prompt[json.dumps(pair.prompt)].append(pair)
-    groups = [by_prompt[key] for key in sorted(by_prompt)]
+    # shuffle the beginnings, from an order that is always the same
+    groups = defaultdict(list)
+    for pair, turns in zip(pairs, beginnings):
+        groups[json.dumps(turns)].append(pair)
+    groups = [groups[key] for key in sorted(groups)]
     random.Random(seed).shuffle(groups)
 
     # each part takes the next share of them
@@ -204,18 +207,32 @@ def split(pairs, seed):
         start += share
         if len(parts[name]) < 8:
             raise UserError(
-                f"Too few pairs: {len(pairs)}, prompts: {n}. Then {name} would get "
+                f"Too few pairs: {len(pairs)}, dialogues: {n}. Then {name} would get "
                 f"{len(parts[name])}, and needs 8.\n"
                 "Give more --data, or raise --pairs, --max-prompt or --max-response."
             )
     return parts
 
 
+def beginning(prompt):
+    """The turns up to the user's first."""
+    speakers = [turn["role"] for turn in prompt]
+    return prompt[: speakers.index("user") + 1]
+
+
 def load_parts(cfg, lm, pairs):
     """The pairs that fit the lengths of the run, split -> {part: [Pair]}."""
-    parts = split(filter_by_length(pairs, lm, cfg), cfg.seed)
+    parts = split(*filter_by_length(pairs, lm, cfg), cfg.seed)
     print(", ".join(f"{len(part):,} for {name}" for name, part in parts.items()))
     return parts
+
+
+def one_per_prompt(pairs):
+    """The first pair of each prompt: answers to one prompt are no independent evidence."""
+    first = {}
+    for pair in pairs:
+        first.setdefault(json.dumps(pair.prompt), pair)
+    return list(first.values())
 
 
 def fingerprint(pairs):

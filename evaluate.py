@@ -27,6 +27,7 @@ COMPARISONS = [
     *ROWS,
     ("original", "policy_sft"),
     ("self_refine_sft", "original"),
+    ("base", "original"),
     ("pit_sft", "original"),
     ("pit_rl0", "original"),
     ("best_of_2", "original"),
@@ -323,10 +324,13 @@ def stop_table(main, r_pit):
 
 
 def written_pairs(view):
-    """PIT's answer and the original as preference pairs, by this judge; ties are left out."""
-    answers, pit = view.answers, Key("pit")
-    signs = outcomes(view.scores(pit), view.scores(ORIGINAL), view.judge.margin)
-    texts = answers.side(pit).texts, answers.side(ORIGINAL).texts
+    """Two samples of the policy as preference pairs, by this judge; ties are left out.
+
+    Not PIT's answers: they were chosen by R_PIT, and "PIT is better" is right on nearly all.
+    """
+    answers, second = view.answers, Key("second_sample")
+    signs = outcomes(view.scores(second), view.scores(ORIGINAL), view.judge.margin)
+    texts = answers.side(second).texts, answers.side(ORIGINAL).texts
     pairs = []
     for x, a, b, sign in zip(answers.prompts, *texts, signs):
         if sign:

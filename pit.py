@@ -79,7 +79,7 @@ PRESETS = {
         max_prompt=64,
         max_response=32,
         save_every=1,
-        eval_n=2,  # with 41 texts per prompt
+        eval_n=2,  # with 42 texts per prompt
         sft_steps=2,
         sft_batch=2,
         rm_steps=2,
@@ -284,7 +284,7 @@ class Session:
         self.parts = data.load_parts(cfg, self.lm, pairs)
         run.lock()  # model and data are good: only now a new run gets its folder
         # enough to measure the accuracy of a reward model
-        self.parts["held_out"] = self.parts["held_out"][: 8 * cfg.eval_n]
+        self.parts["held_out"] = data.one_per_prompt(self.parts["held_out"])[: 8 * cfg.eval_n]
 
     def show(self, role):
         """Answer a few held-out prompts with what has been trained so far."""

@@ -21,7 +21,7 @@ from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
 
 GIB = 2**30
 DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
-EVAL_TEXTS = 17  # that the evaluation writes per prompt
+EVAL_TEXTS = 18  # that the evaluation writes per prompt
 SELF_REFINE_TEXTS = 24  # more with Self-Refine, which needs a model that follows instructions
 # which work of `estimate_memory` the stages of each command do
 WORK = {
@@ -66,7 +66,9 @@ def estimate_memory(lm, cfg):
     size = lm.lm_head.weight.element_size()  # bytes per number
     D, layers = shape.hidden_size, shape.num_hidden_layers
     W = getattr(shape, "intermediate_size", None) or 4 * D
-    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    heads = shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+    head_dim = getattr(shape, "head_dim", None) or D // heads
     length, rows = max_length(cfg), rows_at_a_time(cfg)
 
     # "blank" is the only adapter so far. To come: two of SFT, three reward models, policy_rl, and
@@ -85,7 +87,7 @@ def estimate_memory(lm, cfg):
     # R_PIT reads (x, y_w) and (x, y_l), each with both answers, in one row or in two
     pair = 2 * (length + cfg.max_response) if lm.shared_row else 4 * length
     read_ahead = min(PREFILL, length - cfg.max_response)
-    cache = 2 * size * layers * D * kv_heads // shape.num_attention_heads
+    cache = 2 * size * layers * kv_heads * head_dim
     work = {
         "SFT, PPO update": {
             "activations": cfg.micro_batch * length * kept,

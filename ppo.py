@@ -19,8 +19,10 @@ All tensors of responses are (B, R). One mask serves rewards, KL, advantages, lo
     values          v0   v1   v2   v3   0    0      v_t has seen the prompt and t response tokens
 
 The critic is a linear head on the hidden states of the reward model, which is frozen: no second
-trunk is trained. Left out: reward whitening, entropy bonus, dropout. Defaults follow "The N
-implementation details of RLHF with PPO" (Huang et al., 2024) unless a line says otherwise.
+trunk is trained. Constants follow "The N implementation details of RLHF with PPO" (Huang et al.,
+2024). Unlike there, beta is fixed, critic and policy have optimisers of their own, a missing EOS
+lowers the score instead of replacing it, there are two epochs, and gradients are clipped. Left out:
+reward whitening, entropy bonus, dropout.
 
 Run: python -m pytest -q tests/test_ppo.py -k toy (PPO alone, on a toy problem, in seconds)
 """

@@ -38,6 +38,7 @@ plt.rcParams.update(
     }
 )
 LABELS = {
+    "base": "the base, asked to improve",
     "pit_sft": "PIT after SFT only",
     "pit_rl0": "PIT after round 0",
     "pit": "PIT",

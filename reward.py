@@ -23,8 +23,8 @@ from models import adamw, take_step
 from run import shuffled_batch
 from tokens import in_parts, micro_batches
 
-# weight of (r^ww)^2 + (r^ll)^2: what TRL recommends for centring scores (Eisenstein et al., 2023,
-# Eq. 2)
+# weight of (r^ww)^2 + (r^ll)^2: the coefficient that TRL recommends for centring rewards, where
+# Eisenstein et al. (2023, Eq. 2) have (r_w + r_l)^2
 CENTRE = 0.01
 # share of the steps: Adam's first steps at full size would undo what R_PIT took over from R_P
 WARMUP = 0.2
@@ -106,7 +106,7 @@ def train_gap_reward(
         lm.add(role, like="reward_policy", head=True)
         train(lm, run, role, gap_contexts, loss_of, pairs)
         four = score_pairs(lm, role, gap_contexts, held_out, run.config)
-        finish(lm, run, role, measure_gaps(*four), n=2 * len(held_out))
+        finish(lm, run, role, measure_gaps(*four), n=len(held_out))
 
 
 def train(lm, run, role, contexts_of, loss_of, pairs):
@@ -157,7 +157,7 @@ def measure_gaps(ww, lw, wl, ll):
 
 
 def finish(lm, run, role, measured, n):
-    """Print, store and save; n is the number of comparisons behind the accuracy."""
+    """Print, store and save; n is the number of pairs behind the accuracy."""
     two_standard_errors = n**-0.5
     if measured["accuracy"] < 0.5 + two_standard_errors:
         run.warn(f"{role} is no better than chance. Try more --rm-steps or --pairs.")

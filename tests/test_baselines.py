@@ -82,9 +82,9 @@ def test_generations_and_tokens_are_counted_exactly(run, pairs):
     # a text is three words and an EOS
     for key, generations in expected.items():
         assert set(answers.side(key).spent) == {4 * generations}
-    # policies 4, PIT after each stage 3, at 6 more temperatures, in 4 more rounds; Self-Refine
-    # the same with 2 texts each, and by the SFT policy
-    assert len(lm.calls) == len(pairs) * (4 + 3 + 6 + 4 + 2 * (1 + 6 + 4) + 2)
+    # policies 4, the base and PIT after each stage 4, at 6 more temperatures, in 4 more rounds;
+    # Self-Refine the same with 2 texts each, and by the SFT policy
+    assert len(lm.calls) == len(pairs) * (4 + 4 + 6 + 4 + 2 * (1 + 6 + 4) + 2)
 
 
 def test_each_improvement_reads_the_side_before_it(run, pairs):
@@ -212,6 +212,13 @@ def test_who_writes_the_answers_to_the_prompt_alone(run, pairs):
         "policy_sft": "policy_sft",
     }
     for name, role in writers.items():
+        assert answers.side(Key(name)).texts[0].startswith(f"{role} wrote"), name
+
+
+def test_who_improves_the_original(run, pairs):
+    _, answers = all_sides(run, pairs)
+    improvers = dict(base="blank", pit_sft="pit_sft", pit_rl0="pit_rl0", pit="pit_rl1")
+    for name, role in improvers.items():
         assert answers.side(Key(name)).texts[0].startswith(f"{role} wrote"), name
 
 

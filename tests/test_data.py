@@ -125,8 +125,9 @@ def test_cuts_are_counted(capsys):
         data.Pair(user("xyz"), "yes", "no", given="maybe"),
         data.Pair([{"role": "system", "content": "so many words"}, *user("xyz")], "yes", "no"),
     ]
-    kept = data.filter_by_length(pairs, LM, limits(5, 2))
+    kept, beginnings = data.filter_by_length(pairs, LM, limits(5, 2))
     assert kept == [data.Pair(user("the end"), "yes", "no")] * 3 + [pairs[5]]
+    assert beginnings == [pair.prompt for pair in (*pairs[:3], pairs[5])]  # not cut
     assert capsys.readouterr().out == (
         "pairs.jsonl: 2 dropped (an answer over 2 tokens), 3 with a prompt cut to 5 tokens, "
         "1 dropped (a prompt that no cut brings to 5 tokens), 4 kept\n"
@@ -135,9 +136,9 @@ def test_cuts_are_counted(capsys):
 
 def test_where_most_answers_are_too_long_the_limit_that_would_do_is_told(capsys):
     pairs = [data.Pair(user(str(i)), "word " * (i + 1), "no") for i in range(100)]
-    assert len(data.filter_by_length(pairs, LM, limits(9, 40))) == 40
+    assert len(data.filter_by_length(pairs, LM, limits(9, 40))[0]) == 40
     assert "--max-response 91 would keep 90%" in capsys.readouterr().out
-    assert len(data.filter_by_length(pairs, LM, limits(9, 91))) == 91
+    assert len(data.filter_by_length(pairs, LM, limits(9, 91))[0]) == 91
     assert "would keep" not in capsys.readouterr().out
 
 
@@ -151,18 +152,36 @@ def prompts_of(parts):
 def test_split_keeps_a_prompt_on_one_side_and_does_not_depend_on_the_order():
     pairs = data.synthetic_pairs(200, seed=0)
     pairs += [data.Pair(pair.prompt, "another answer", pair.rejected) for pair in pairs[:40]]
-    parts = data.split(pairs, seed=0)
+    parts = data.split(pairs, [pair.prompt for pair in pairs], seed=0)
     prompts = prompts_of(parts)
     assert sum(map(len, parts.values())) == 240 and sum(map(len, prompts.values())) == 200
     assert len(set.union(*prompts.values())) == 200
     assert abs(len(prompts["sft"]) - len(prompts["rl"])) <= 1 and abs(len(prompts["rm"]) - 50) <= 1
-    assert prompts_of(data.split(pairs[::-1], seed=0)) == prompts
-    assert prompts_of(data.split(pairs, seed=1)) != prompts
+    turned = pairs[::-1]
+    assert prompts_of(data.split(turned, [pair.prompt for pair in turned], seed=0)) == prompts
+    assert prompts_of(data.split(pairs, [pair.prompt for pair in pairs], seed=1)) != prompts
+
+
+def test_dialogues_that_begin_alike_are_in_one_part_even_if_cut():
+    """Half of these go on with the answer that was chosen in the other half."""
+    pairs = []
+    for i in range(100):
+        first = user(f"question {i}")
+        then = [*first, {"role": "assistant", "content": f"answer {i}"}, *user("go on, please")]
+        pairs += [data.Pair(first, f"answer {i}", "no"), data.Pair(then, f"more {i}", "no")]
+    parts = data.load_parts(limits(6, 9), LM, pairs)
+    parts = {name: {pair.chosen.split()[-1] for pair in part} for name, part in parts.items()}
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 100
+
+
+def test_prompts_that_come_more_than_once_count_once():
+    pairs = [data.Pair(user(x), f"{i}", "no") for i, x in enumerate("abacb")]
+    assert [pair.chosen for pair in data.one_per_prompt(pairs)] == ["0", "1", "3"]
 
 
 def test_too_few_pairs_are_told_on_a_line_of_their_own(capsys):
     pairs = data.synthetic_pairs(34, seed=0)
-    with pytest.raises(UserError, match="^Too few pairs: 34, prompts: 34.*\n.* --max-response"):
+    with pytest.raises(UserError, match="^Too few pairs: 34, dialogues: 34.*\n.* --max-resp"):
         data.load_parts(limits(99, 99), LM, pairs)
     assert capsys.readouterr().out == "pairs.jsonl: 34 kept\n"
 

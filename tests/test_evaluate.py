@@ -191,8 +191,9 @@ def test_the_gap_of_a_round_is_that_over_the_round_before():
 
 
 def test_pairs_by_models_are_in_the_order_of_the_judge():
-    texts = {Key("pit"): ["a", "b", "c"], ORIGINAL: ["d", "e", "f"]}
-    scores = {Key("pit"): np.array([2.0, 0.0, 1.0]), ORIGINAL: np.ones(3)}
+    second = Key("second_sample")
+    texts = {second: ["a", "b", "c"], ORIGINAL: ["d", "e", "f"]}
+    scores = {second: np.array([2.0, 0.0, 1.0]), ORIGINAL: np.ones(3)}
     answers = SimpleNamespace(
         prompts=["x", "y", "z"], side=lambda key: SimpleNamespace(texts=texts[key])
     )
@@ -469,10 +470,10 @@ def test_figure_2_and_gap_models_from_texts(measured):
     right = (chosen > rejected).float().mean().item()
     assert rows["reward_policy", "annotated"]["accuracy"] == pytest.approx(right)
     # pairs that the models wrote: the exact rule says which is the better one, ties are left out
-    above = exact_scores(pairs, texts["pit"]) - exact_scores(pairs, texts["original"])
+    above = exact_scores(pairs, texts["second_sample"]) - exact_scores(pairs, texts["original"])
     right = []
     for i in np.flatnonzero(above):
-        better, worse = texts["pit"][i], texts["original"][i]
+        better, worse = texts["second_sample"][i], texts["original"][i]
         if above[i] < 0:
             better, worse = worse, better
         over = reward.gaps(lm, [prompts[i]], [better], [worse], cfg).item()

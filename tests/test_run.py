@@ -546,6 +546,18 @@ def test_a_run_does_not_go_on_with_other_pairs(whole, tmp_path, monkeypatch):
         pit.Session(Run(tmp_path / "run"))
 
 
+def test_held_out_prompts_come_once(whole, monkeypatch):
+    pairs = data.synthetic_pairs(80, seed=0)
+    twice = pairs + [data.Pair(pair.prompt, pair.chosen, "another") for pair in pairs]
+    monkeypatch.setattr(data, "load_pairs", lambda *_: twice)
+    monkeypatch.setattr(Run, "pin", lambda *_: None)
+    monkeypatch.setattr(Run, "lock", lambda self: None)
+    parts = pit.Session(Run(whole)).parts
+    prompts = [pair.prompt for pair in parts["held_out"]]
+    assert len(prompts) == 8 and all(prompts.count(prompt) == 1 for prompt in prompts)
+    assert len(parts["sft"]) == 40
+
+
 def test_missing_given_answers_are_told_before_training(tmp_path):
     run = Run.start(tmp_path / "run", MINI | dict(rounds="given"))
     with pytest.raises(UserError, match="needs a column `response`"):
