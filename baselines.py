@@ -21,7 +21,7 @@ FEEDBACK = (
     "Do not write a new answer yet."
 )
 REFINE = "Rewrite your answer with these flaws fixed. Output only the new answer."
-REFINERS = {"self_refine": "policy_rl", "self_refine_sft": "policy_sft"}  # the adapter of each
+REFINERS = {"self_refine": "policy_rl", "self_refine_base": "blank"}  # the adapter of each
 GIVEN = {"y_w": "chosen", "y_l": "rejected"}  # of the pairs
 SAMPLES = {  # answers to the prompt alone, and the adapter that writes them
     "policy_sft": "policy_sft",
@@ -72,7 +72,7 @@ def all_keys(methods, last):
     if last != "pit_rl0":  # after one round alone, that is PIT itself
         keys.append(Key("pit_rl0"))
     if "self_refine" in methods:
-        keys.append(Key("self_refine_sft"))
+        keys.append(Key("self_refine_base"))
     for method in methods:
         keys += round_keys(method)
         keys += [Key(method, temperature=T) for T in TEMPERATURES if T != 1.0]

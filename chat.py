@@ -9,8 +9,11 @@ import json
 import os
 import zlib
 from difflib import ndiff
+from pathlib import Path
+from tempfile import gettempdir
 from textwrap import fill
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save
 
 import task
@@ -103,9 +106,14 @@ def improve_file(lm, cfg, settings, rows, path):
     columns = [row for row, *_ in rows]
     weights = zlib.crc32(save(lm.weights(settings.pit)))
     stamp = zlib.crc32(repr((settings, weights, columns)).encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(gettempdir(), f"pit-{zlib.crc32(bytes(path.resolve()))}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"--output {path} is being written by another process.") from None
     done = rows_done(path, f'{{"made_with": {stamp}, '.encode(), len(rows), cfg.rl_batch)
     prompts = fit_prompts(lm, cfg, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # backslashreplace: half a character (a lone surrogate) in a row goes out as it came in
     with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for start in progress(range(done, len(rows), cfg.rl_batch)):

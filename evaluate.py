@@ -26,7 +26,7 @@ from votes import ROWS, questions_about, read_answers, read_votes
 COMPARISONS = [
     *ROWS,
     ("original", "policy_sft"),
-    ("self_refine_sft", "original"),
+    ("self_refine_base", "original"),
     ("base", "original"),
     ("pit_sft", "original"),
     ("pit_rl0", "original"),

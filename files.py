@@ -75,7 +75,7 @@ ROLES = {
 MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that is no pair, and why."""
 
 
@@ -162,7 +162,7 @@ def rows_of_folder(path):
             from datasets import load_from_disk
 
             return numbered(load_from_disk(saved))
-    files = [file for file in path.iterdir() if kind_of(file) in KINDS]
+    files = [file for file in path.glob("[!.]*") if kind_of(file) in KINDS]
     if len(files) != 1:
         raise UserError(f"{path} is a folder with {len(files)} files of data. Give one file.")
     return rows_of_file(files[0])
@@ -229,7 +229,7 @@ def read_columns(row):
     try:
         row = json.loads(row) if isinstance(row, str) else row
         columns = row.items()
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise BadRow('this is not a row in JSON, {"column": ...}') from None
     if None in row:
         raise BadRow("it has more cells than the header has names: is a comma not in quotes?")
@@ -327,7 +327,7 @@ def label_is_high(row, form):
     low, high = float(form.low), float(form.high)
     try:
         label = float(json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         label = math.nan
     if not low <= label <= high:
         raise BadRow(f"`{form.label}` must be a number from {form.low} to {form.high}: {text[:20]}")
@@ -342,7 +342,7 @@ def read_turns(value, column, speaker="user"):
     if isinstance(value, str) and MESSAGES.match(value):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow(f"`{column}` holds messages in JSON that breaks off") from None
     elif isinstance(value, str):
         value = read_transcript(value) or {"role": speaker, "content": value}
@@ -405,4 +405,6 @@ def read_rows(source):
         except BadRow as error:
             raise UserError(f"{place}: {error}.") from None
         rows.append((row, prompt, response or None, place))
+    if not rows:
+        raise UserError(f"{source} holds no rows.")
     return rows

@@ -44,6 +44,8 @@ class Judge:
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.known}
         if new:
             scores = self.ask(list(new.values()), [text for _, text in new])
+            if not np.isfinite(scores).all():
+                raise UserError("A judge gave a score that is no finite number.")
             self.known.update(zip(new, scores))
         return np.array([self.known[key] for key in keys], dtype=float)
 

@@ -69,6 +69,11 @@ PLAIN_DIALOGUE = """{{ bos_token }}{% for m in messages %}{{ m.role | capitalize
 
 {% endfor %}{% if add_generation_prompt %}Assistant:
 {% endif %}"""
+SAMPLE_CHAT = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+]
 # model types in which two candidates can share a row: they obey any attention mask (tested)
 SHARED_ROW = "gemma gpt2 gpt_neox llama olmo olmo2 phi qwen2 qwen3".split()
 # prompt tokens that `generate` reads at a time: same states, a fraction of the memory
@@ -504,14 +509,18 @@ def load_base(source, bits):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if device == "cpu" else dtype,
         )
-    base = AutoModelForCausalLM.from_pretrained(
+    base, report = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=False,
         quantization_config=quantization,
+        output_loading_info=True,
     )
+    # transformers would fill them with random numbers
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} tensors, such as {missing[0]}.")
     base.requires_grad_(False)
     # the model's own penalties and cuts would show in samples, but not in log-probs
     base.generation_config = GenerationConfig()
@@ -525,6 +534,9 @@ def load_base(source, bits):
 @torch.no_grad()
 def check_base(lm):
     """Raise ValueError for a base on which training would fail, or would go wrong in silence."""
+    shown = lm.tokenizer.decode(lm.encode_prompt(SAMPLE_CHAT))
+    if not all(turn["content"] in shown for turn in SAMPLE_CHAT):
+        raise ValueError("its chat template does not show all turns of a conversation.")
     tokens, rows = len(lm.tokenizer), lm.peft.get_input_embeddings().num_embeddings
     if tokens > rows:
         raise ValueError(f"its tokenizer has {tokens} tokens, its embedding only {rows}.")

@@ -12,6 +12,7 @@ and a typo fails, at once.
 """
 
 import inspect
+import os
 import re
 import signal
 import sys
@@ -487,9 +488,18 @@ def judge_command(
     import evaluate
     import report
     import votes
+    from judges import default_judges
 
     opened = open_run(run)
     opened.lock()  # `eval` writes its results, too
+    known = opened.results().get("judges", {})
+    if llm in (*known, *default_judges(opened.config), votes.ME):
+        raise UserError(
+            f"--llm {llm}: a judge of this run has that name. Let the server use another."
+        )
+    (scores, *_) = [line["scores"] for line in votes.read_answers(opened)]
+    if not scores.keys() <= known.keys():
+        raise UserError(f"An evaluation was cut short. First run: python pit.py eval --run {run}")
     if by == "me":
         votes.ask_person(opened, n)
     else:
@@ -507,16 +517,17 @@ def runs_command(
     Example: python pit.py runs
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
+    from rich.table import Column, Table
 
     from run import list_runs
 
     rows = list_runs(folder)
     if not rows:
         raise UserError(f"There are no runs in {folder}. Start one with: python pit.py all")
-    table = Table(*rows[0])
+    table = Table(*[Column(name, overflow="fold") for name in rows[0]])
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*[escape(str(cell)) for cell in row.values()])
     Console().print(table)
 
 
@@ -677,6 +688,7 @@ def check_words(words):
 
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run holds it: Ctrl-C without a traceback
+    sys.stdin = sys.stdin or open(os.devnull)  # it may be closed: <&-
     for stream in (sys.stdin, sys.stdout):
         if stream:  # it may be closed: >&-
             stream.reconfigure(errors="backslashreplace")  # not all consoles can print all letters

@@ -45,7 +45,7 @@ LABELS = {
     "best_of_2": "best of 2 answers by R_P",
     "best_of_3": "best of 3 answers by R_P",
     "self_refine": "Self-Refine",
-    "self_refine_sft": "Self-Refine by the SFT policy",
+    "self_refine_base": "Self-Refine by the base",
     "quality": "the exact rule",
     "judge": "the run's judge",
     "rounds": "after a number of rounds",

@@ -91,6 +91,8 @@ class Run:
         Nothing is written, moved or deleted before `begin`.
         """
         path = Path(path)
+        if path.is_file():
+            raise UserError(f"--run {path} is a file. Give a folder.")
         old = read_config(path)
         if not old:
             check_free(path)
@@ -114,9 +116,11 @@ class Run:
     def begin(self):
         """Write config.json, now that options, model and data are known to be good."""
         self.path.mkdir(parents=True, exist_ok=True)
+        config = vars(self.config)
         if self.replace:
             self.move_aside()
-        config = vars(self.config)
+        elif learned(self.path) and differing(read_config(self.path), config):
+            raise UserError(f"{self.path} was begun by another process meanwhile. {WAYS_OUT}")
         config |= {"versions": versions(), "command": typed()}
         config["checksum"] = checksum(config)
         write_json(self.path / "config.json", config)
@@ -130,7 +134,8 @@ class Run:
         try:
             self.lock_file.acquire(blocking=False)
         except Timeout:
-            raise UserError(f"{self.path} is in use by another process.") from None
+            used = f"{self.path} is in use by another process. Wait for it, or stop it."
+            raise UserError(used) from None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -380,7 +385,8 @@ def take_over(run, source):
     run.add_results(reward=measured)
     for role in roles:
         with new_folder(run.adapter(role), role) as new:
-            shutil.copytree(source.adapter(role), new, dirs_exist_ok=True)
+            for file in filter(Path.is_file, source.adapter(role).iterdir()):
+                shutil.copyfile(file, new / file.name)  # without its mode: it may be read-only
         remove(run.path / REPLACED)
 
 
@@ -439,8 +445,8 @@ def read_config(path):
     are_paths = all(isinstance(config.get(name), str) for name in MAY_MOVE)
     if config.get("checksum") != checksum(config) or not are_paths:
         raise UserError(
-            f"{file} was edited by hand. Undo that, or start a new --run.\n"
-            "Only the paths of a model or a data file that has moved may be edited."
+            f"{file} was edited by hand, or is of another version. Undo that, or start a new "
+            "--run.\nOnly the paths of a model or a data file that has moved may be edited."
         )
     return config
 
@@ -551,7 +557,7 @@ def read_json(path, remedy):
     if not path.exists():
         return {}
     with explained(f"{path} is damaged", remedy):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
 
 
 # ---- order and chance --------------------------------------------------------------------------

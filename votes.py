@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from textwrap import fill
+from threading import Lock
 from typing import NamedTuple
 
 from errors import UserError, explained, first_line
@@ -33,6 +34,7 @@ ROWS = [
     ("pit", "y_w"),
 ]
 ME = "me"  # the person's name among the judges
+WRITING = Lock()  # held by the thread that writes to votes.jsonl
 
 
 # ---- questions and votes -----------------------------------------------------------------------
@@ -91,7 +93,7 @@ def read_votes(run):
     path, votes = run.path / "votes.jsonl", defaultdict(dict)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.split("\n"):
-        with suppress(ValueError):  # an empty line, or one that a kill cut off
+        with suppress(ValueError, KeyError, TypeError):  # empty, cut off by a kill, or no vote
             vote = json.loads(line)
             cast = votes[vote["judge"]]
             cast[vote["question"]] = vote
@@ -105,7 +107,7 @@ def add_vote(run, judge, question, vote, **more):
     a, b = question.sides
     line = {"judge": judge, "question": question.id(), "prompt": question.line, "a": a, "b": b}
     line |= {"vote": vote, **more}
-    with open(run.path / "votes.jsonl", "a", encoding="utf-8") as file:
+    with WRITING, open(run.path / "votes.jsonl", "a", encoding="utf-8") as file:
         # a new line first: a kill may have cut the last one off
         file.write("\n" + json.dumps(line))
 
@@ -143,7 +145,10 @@ def ask_llm(run, url, llm, n=128):
     # HF_HUB_OFFLINE makes the client refuse every address, but this one is not the hub's
     constants.HF_HUB_OFFLINE = False
     # without any key the client would send the user's token for the hub
-    client = InferenceClient(base_url=url, api_key=os.environ.get(KEY) or "none", timeout=TIMEOUT)
+    key = os.environ.get(KEY, "").strip() or "none"
+    if not key.isascii():
+        raise UserError(f"{KEY} holds characters that no key has. Was it copied as a whole?")
+    client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
     questions = questions_left(run, llm, n)
     with ThreadPoolExecutor(WORKERS) as pool:
         asked = pool.map(partial(ask_both_orders, run, client, llm), questions)

@@ -18,9 +18,10 @@ from trl import GRPOConfig, GRPOTrainer
 import pit
 from data import improve_prompt, load_pairs, load_parts
 from evaluate import compare
-from judges import judges_by_name
+from judges import default_judges, judges_by_name
 from models import export
 from reward import gaps
+from run import new_folder
 
 # first of all: it gives each process its GPU; without `cpu`, processes on a CPU would not meet
 state = PartialState(cpu=not torch.cuda.is_available())
@@ -37,7 +38,8 @@ with state.local_main_process_first():
     if not start.exists():
         unquantised = pit.load_base(cfg, bits=16)
         run.load(unquantised, "pit_sft")
-        export(unquantised, "pit_sft", start, merge=True)
+        with new_folder(start) as folder:
+            export(unquantised, "pit_sft", folder, merge=True)
 
 rows = []
 for pair in parts["rl"]:
@@ -69,9 +71,10 @@ trainer.save_model()
 
 # judge as `python pit.py eval` does: who beats the policy's answers to held-out prompts?
 if state.is_main_process:
-    grpo = pit.load_base(cfg, model=str(start), bits=16)
+    cfg.model = str(start)  # to load the base that GRPO has trained on
+    grpo = pit.load_base(cfg, bits=16)
     grpo.load("grpo", out)
-    judge = next(iter(judges_by_name([], lm, cfg).values()))
+    judge = next(iter(judges_by_name(default_judges(cfg), lm, cfg).values()))
     prompts = [pair.prompt for pair in parts["held_out"][: cfg.eval_n]]
     originals = lm.answer("policy_rl", prompts, cfg)
     chats = [improve_prompt(x, y) for x, y in zip(prompts, originals)]

@@ -73,7 +73,7 @@ def test_generations_and_tokens_are_counted_exactly(run, pairs):
         Key("best_of_2"): 2,
         Key("best_of_3"): 3,
         Key("self_refine"): 3,
-        Key("self_refine_sft"): 3,
+        Key("self_refine_base"): 3,
         Key("pit", round=5): 6,
         Key("self_refine", round=5): 11,
         Key("pit", temperature=0.4): 2,
@@ -152,7 +152,7 @@ def test_each_side_is_sampled_by_itself_at_its_own_temperature(run, pairs):
 
 
 @pytest.mark.parametrize(
-    "name, role", [("self_refine", "policy_rl"), ("self_refine_sft", "policy_sft")]
+    "name, role", [("self_refine", "policy_rl"), ("self_refine_base", "blank")]
 )
 def test_self_refine_reads_the_answer_then_its_own_feedback(run, pairs, name, role):
     lm = Scribe()

@@ -152,6 +152,22 @@ def test_a_file_is_answered_in_order_and_continued_where_it_stopped(able, rows, 
     assert path.read_bytes() == complete
 
 
+def test_two_processes_do_not_write_one_output(able, rows, tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    seen = []
+
+    def at_work(*args, **kwargs):
+        with pytest.raises(UserError, match="being written by another process"):
+            chat.improve_file(able, CFG, settings(), rows, path)
+        seen.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "improve_rounds", at_work)
+    with pytest.raises(KeyboardInterrupt):
+        work(able, rows, path)
+    assert seen
+
+
 def test_an_output_of_other_rows_settings_or_weights_is_not_continued(able, rows, tmp_path):
     path = tmp_path / "out.jsonl"
     work(able, rows, path)

@@ -426,6 +426,18 @@ def test_other_json_is_text(text):
     assert files.read_turns(text, "prompt") == [{"role": "user", "content": text}]
 
 
+@pytest.mark.parametrize(
+    "row", ["[" * 200_000, '{"prompt": "p", "response_0": "a", "response_1": "b", "label": 1%s}']
+)
+def test_absurd_rows_are_bad_rows(tmp_path, row):
+    good = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
+    row = row.replace("%s", "0" * 400)
+    (tmp_path / "pairs.jsonl").write_text(f"{good}\n{row}\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_pairs(str(tmp_path / "pairs.jsonl"))
+    assert len(read_pairs(str(tmp_path / "pairs.jsonl"), skip_bad=True)[0]) == 1
+
+
 @pytest.mark.parametrize("end", ["low=bad", "high=good"])
 def test_the_ends_of_a_label_must_be_numbers(end):
     with pytest.raises(UserError, match="name your columns"):

@@ -186,6 +186,12 @@ def test_a_rule_reads_the_last_message_and_is_exact():
     assert asked == ["hey"] and judge.margin == judges.SAME
 
 
+def test_a_score_that_is_no_number_is_told():
+    judge = judges.Judge(lambda prompts, texts: [float("nan")])
+    with pytest.raises(UserError, match="no finite number"):
+        judge.score([TALK], ["y"])
+
+
 def test_without_a_template_prompt_and_answer_are_two_texts():
     read = judges.classifier_input(SimpleNamespace(chat_template=None), TALK, "y")
     assert read == {"text": "hi\n\nho\n\nhey", "text_pair": "y"}

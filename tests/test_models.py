@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import batch, shake
+from safetensors.torch import load_file, save_file
 
 import models
 import plan
@@ -575,6 +576,25 @@ def test_an_answer_ends_as_the_template_ends_turns(lm):
 def test_control_tokens_that_were_sampled_are_no_text(lm):
     user = lm.tokenizer.convert_tokens_to_ids("<|user|>")
     assert lm.decode(torch.tensor([[user, *lm.encode_response("tea: tea.")]])) == ["tea: tea."]
+
+
+def test_a_base_without_all_its_weights_is_refused(tmp_path):
+    """transformers would draw the others at random, and at each start anew."""
+    shutil.copytree(models.TINY, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    kept = {name: t for name, t in load_file(file).items() if "layers.1." not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lack 12 tensors, such as model.layers.1."):
+        models.load_model(str(tmp_path / "base"))
+
+
+def test_a_template_that_shows_the_last_turn_alone_is_refused(tmp_path):
+    """PIT would never see what it is to improve."""
+    shutil.copytree(models.TINY, tmp_path / "base")
+    template = "<|user|>{{ messages[-1].content }}<|end|><|assistant|>"
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="does not show all turns"):
+        models.load_model(str(tmp_path / "base"))
 
 
 def test_four_bits_are_nf4(lm4):

@@ -250,6 +250,20 @@ def test_nobody_votes_while_another_process_has_the_run(mini):
     assert code == 2 and "in use by another process" in err
 
 
+def test_a_language_model_may_not_have_the_name_of_a_judge(mini):
+    for name in ("quality", "judge", "me"):
+        words = "--by", "http://localhost:1/v1", "--llm", name
+        code, _, err = pit("judge", "--run", mini[0], *words)
+        assert code == 2 and "has that name" in err
+
+
+def test_an_evaluation_that_was_cut_short_is_told_before_any_vote(mini, tmp_path):
+    shutil.copytree(mini[0], tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    code, _, err = pit("judge", "--run", tmp_path / "run", "--by", "me")
+    assert code == 2 and "python pit.py eval --run" in err
+
+
 def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path):
     shutil.copytree(mini[0], tmp_path / "run")
     trained_by = {"pit_sft": "sft", "reward_gap": "reward", "pit_rl1": "rl"}
@@ -312,6 +326,8 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path):
         ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
         ("infer --run {mini} Human:", "the prompt: user and assistant must take turns"),
+        ("""infer --run {mini} '[{{"role": "tool", "content": "x"}}]'""", "a turn of a tool"),
+        ("all --run {root}/README.md", "README.md is a file"),
     ],
 )
 def test_bad_input_gets_a_line_or_two_and_exit_code_2(mini, tmp_path, words, said):

@@ -351,6 +351,22 @@ def test_rows_of_votes_are_replaced_not_added(run, serve):
     assert sum(row["judge"] == "x" for row in run.results()["table1"]) == 4
 
 
+def test_a_key_with_a_line_end_is_sent_without_it_and_an_odd_one_never(run, serve, monkeypatch):
+    server = serve(longer)
+    monkeypatch.setenv(votes.KEY, "sk-secret\r\n")
+    votes.ask_llm(run, server.url, "x", n=1)
+    assert server.requests
+    monkeypatch.setenv(votes.KEY, "\u201csk-secret\u201d")
+    with pytest.raises(UserError, match="no key has") as error:
+        votes.ask_llm(run, server.url, "y", n=1)
+    assert "secret" not in str(error.value)
+
+
+def test_lines_that_are_no_votes_are_passed_over(run):
+    (run.path / "votes.jsonl").write_text('{}\n5\nnull\n{"judge": "me"}\n')
+    assert not votes.read_votes(run).get("me")
+
+
 def test_who_votes_reads_the_whole_conversation():
     turns = [("user", "hi"), ("assistant", "ho"), ("user", "hey")]
     prompt = [{"role": role, "content": content} for role, content in turns]

@@ -3,11 +3,15 @@
 python tools/compare.py runs/tiny runs/kl0 runs/collapse --stage policy_rl --plot compare.png
 """
 
-import json
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from run import Run
 
 PANELS = {
     "score": "mean reward",
@@ -39,9 +43,7 @@ def main(runs: list[Path], stage: str = "policy_rl", plot: Path = Path("compare.
 
 def lines_of(run, stage):
     """The lines of a run's metrics.jsonl that belong to the stage."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [line for line in lines if line["stage"] == stage]
+    return [line for line in Run(run).metrics() if line["stage"] == stage]
 
 
 if __name__ == "__main__":
