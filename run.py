@@ -119,7 +119,7 @@ class Run:
         config = vars(self.config)
         if self.replace:
             self.move_aside()
-        elif learned(self.path) and differing(read_config(self.path), config):
+        elif learned(self.path) and differing(config, read_config(self.path)):
             raise UserError(f"{self.path} was begun by another process meanwhile. {WAYS_OUT}")
         config |= {"versions": versions(), "command": typed()}
         config["checksum"] = checksum(config)

@@ -411,6 +411,14 @@ def test_a_run_continues_with_its_own_options_only(tmp_path):
         run.pin("data fingerprint", "abd")
 
 
+def test_options_are_checked_again_under_the_lock(tmp_path):
+    """Two commands start on one new folder; the second one waits for the first to end."""
+    late = Run.start(tmp_path / "run", TOY | dict(seed=1))
+    toy(tmp_path / "run")
+    with pytest.raises(UserError, match="begun by another process meanwhile"):
+        late.begin()
+
+
 def test_an_overwritten_run_stays_until_there_is_a_new_adapter(tmp_path):
     folder, aside = tmp_path / "run", tmp_path / "run" / ".replaced"
     expected = toy(folder)
@@ -532,7 +540,7 @@ def test_every_draw_depends_on_the_seed(tmp_path, monkeypatch):
     for module in (run_module, ppo, chat):
         spy(module, "seed_all", lambda args, _: args[0])
     spy(data, "load_pairs", lambda args, _: args[2])
-    spy(data, "split", lambda args, _: args[1])
+    spy(data, "split", lambda args, _: args[2])
     spy(models, "load_model", lambda _, kwargs: kwargs["seed"])
     monkeypatch.setitem(MINI, "seed", 5)
     train(tmp_path / "run")
