@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tools import bench, compare
+from tools import bench, compare, mutants
 
 PAGES = Path(__file__).parent.parent / "docs"
 
@@ -54,3 +54,15 @@ def test_compare_draws_a_stage_of_several_runs(miniature, tmp_path):
     compare.main([miniature, miniature], stage="pit_rl0", plot=plot)
     assert plot.stat().st_size > 10_000
     assert [line["step"] for line in compare.lines_of(miniature, "pit_rl0")] == [0, 1]
+
+
+def test_every_line_of_the_list_of_mutants_is_there():
+    """The mistakes themselves are made on demand: python tools/mutants.py"""
+    listed = mutants.read_list(mutants.LIST.read_text(encoding="utf-8"))
+    assert f"{len(listed)} of them" in mutants.__doc__
+    for mutant in listed:
+        mutants.mutate(mutant, (mutants.ROOT / mutant.file).read_text(encoding="utf-8"))
+        if not mutant.excused:
+            file, _, test = mutant.test.partition("::")
+            source = (mutants.ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not test or f"def {test.partition('[')[0]}(" in source, test
