@@ -4,7 +4,7 @@ policy    Eq. 3   x ~ D_RL, y ~ M_P^RL        max R_P(x, y)      - beta KL(M_P^R
 round 0   Eq. 4   y_ref in {y_w, y_l}         max gap(y, y_ref)  - beta KL(M_PIT^RL || M_PIT^SFT)
 round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0   (gap: see reward.py)
 
-Why rounds, says the paper: answers of M_P^RL are already better than y_w, and improving them is
+The paper's reason for rounds: answers of M_P^RL are already better than y_w, and improving them is
 hard to learn from scratch. (On the tasks here they are far below y_w.) A curriculum is a list of
 sources of y_ref: "annotated" (y_w and y_l), "policy" (M_P^RL), "sft" (M_P^SFT), or "given" (the
 column `response` of the data, by any other writer). That a round starts where the last one ended,

@@ -497,8 +497,8 @@ def judge_command(
         raise UserError(
             f"--llm {llm}: a judge of this run has that name. Let the server use another."
         )
-    (scores, *_) = [line["scores"] for line in votes.read_answers(opened)]
-    if not scores.keys() <= known.keys():
+    first = votes.read_answers(opened)[0]
+    if not first["scores"].keys() <= known.keys():
         raise UserError(f"An evaluation was cut short. First run: python pit.py eval --run {run}")
     if by == "me":
         votes.ask_person(opened, n)

@@ -143,7 +143,7 @@ class Run:
         """Stop after the step in progress; outside a step, or at a second signal, at once."""
         if self.in_step and not self.stop_signal:
             self.stop_signal = number
-            say("\nStopping after this step, which may take a while. Once more: stop now.\n")
+            say("\nStopping after this step, which may take a while. Repeat to stop now.\n")
             return
         say(f"\nStopped. {to_continue()}\n")
         # as harmless as a kill: whatever was being written is not in its place yet
