@@ -243,6 +243,16 @@ def test_an_adapter_in_the_place_of_another_kind_gets_a_line(mini, tmp_path, the
     assert code == 2 and f"{mine} holds" in err and len(err.splitlines()) == 1
 
 
+def test_with_stdin_closed_the_input_is_at_its_end(mini, monkeypatch):
+    """As after <&-: Python then has no sys.stdin at all."""
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "argv", ["pit.py", "runs", str(mini[0].parent)])
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert sys.stdin.read() == ""
+
+
 def test_nobody_votes_while_another_process_has_the_run(mini):
     """Both would write results.json."""
     with FileLock(mini[0] / ".lock"):

@@ -495,6 +495,22 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
         assert [role for role in ROLES if differing(options, new, role)] == retrained
 
 
+def test_a_run_that_takes_over_lets_go_of_the_one_that_it_replaces(whole, tmp_path):
+    """Or the next --overwrite would keep that one, and delete this one."""
+    shutil.copytree(whole, tmp_path / "run")
+    options = dict(vars(Run(whole).config))
+    run = Run.start(tmp_path / "run", options, overwrite=True, source=whole)
+    run.begin()
+    assert run.done("judge") and not (tmp_path / "run" / ".replaced").exists()
+
+
+def test_a_config_that_an_editor_saved_with_a_bom_is_read(tmp_path):
+    toy(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text("\ufeff" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    assert Run(tmp_path).config.seed == TOY["seed"]
+
+
 def test_a_run_whose_data_is_bad_leaves_no_folder(tmp_path):
     run = Run.start(tmp_path / "new", MINI | {"data": str(tmp_path / "nowhere.jsonl")})
     with pytest.raises(UserError, match="no such file"):
