@@ -20,9 +20,9 @@ All tensors of responses are (B, R). One mask serves rewards, KL, advantages, lo
 
 The critic is a linear head on the hidden states of the reward model, which is frozen: no second
 trunk is trained. Constants follow "The N implementation details of RLHF with PPO" (Huang et al.,
-2024). Unlike there, beta is fixed, critic and policy have optimisers of their own, a missing EOS
-lowers the score instead of replacing it, there are two epochs, and gradients are clipped. Left out:
-reward whitening, entropy bonus, dropout.
+2024). Unlike there, beta is fixed, critic and policy have optimisers of their own, the scores of
+each batch are centred, a missing EOS lowers the score instead of replacing it, there are two
+epochs, and gradients are clipped. Left out: entropy bonus, dropout.
 
 Run: python -m pytest -q tests/test_ppo.py -k toy (PPO alone, on a toy problem, in seconds)
 """
@@ -88,9 +88,9 @@ def k3(logprobs, ref_logprobs):
     return torch.expm1(log_r) - log_r
 
 
-def normalise(scores, shift, scale):
-    """(B,) raw scores -> (B,) in standard deviations, clipped."""
-    return ((scores - shift) / scale).clamp(-SCORE_CLIP, SCORE_CLIP)
+def normalise(scores, scale):
+    """(B,) raw scores -> (B,) above or below their mean, in units of `scale`, clipped."""
+    return ((scores - scores.mean()) / scale).clamp(-SCORE_CLIP, SCORE_CLIP)
 
 
 def ended(tokens, eos):
@@ -289,7 +289,6 @@ def train(
     *,
     reference,
     reward_role,
-    shift=None,
     advantage=gae,
     penalty=missing_eos,
 ):
@@ -301,8 +300,6 @@ def train(
 
     problem(step) -> prompts, lists of token ids, and score(Tokens, states) -> (B,) raw scores; the
         states, (B, R + 1, D), are those of `reward_role`.
-    shift: what is subtracted from the scores, by default the mean of the first batch, which is
-        written before any update. Then they are divided by the standard deviation of that batch.
     advantage(rewards, values, mask) -> advantages, returns.
     penalty(Tokens, eos) -> (B,), added to the normalised scores; not part of the logged score.
     """
@@ -313,7 +310,7 @@ def train(
         adamw(critic.parameters(), cfg.critic_lr, ADAM_EPS),
     )
     # what later iterations need besides the parameters: it goes into the checkpoints
-    state = {"shift": shift, "scale": None}
+    state = {"scale": None}
     for step in run.steps(steps, optimizers, state):
         # what to answer, and how to score it; then seed again, since that may have drawn numbers
         prompts, score = problem(step)
@@ -323,13 +320,13 @@ def train(
         sample = rate(lm, tokens, score, cfg=cfg, **models)
         check(run, sample, lm.eos)
 
-        # scores in standard deviations of the first batch
+        # Scores in standard deviations of the first batch, which is written before any update.
+        # Centred: what all answers of a batch earn alike is no reason to change any of them. With
+        # lambda < 1 it would favour short answers, or long ones, until the critic has learned it.
         if state["scale"] is None:
             state["scale"] = sample.scores.std().item() + 1e-6
-            if shift is None:
-                state["shift"] = sample.scores.mean().item()
-        scores = normalise(sample.scores, state["shift"], state["scale"])
-        scores = scores + penalty(tokens, lm.eos)
+        scores = normalise(sample.scores, state["scale"]) + penalty(tokens, lm.eos)
+        scores = scores - scores.mean()
 
         # update; the learning rate decays linearly to 0
         settings = dict(decay=1 - step / steps, cfg=cfg, advantage=advantage)

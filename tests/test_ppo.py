@@ -135,9 +135,9 @@ def test_value_loss_by_hand(value, old, target, loss):
     assert ppo.value_loss(*map(torch.tensor, (value, old, target))).item() == pytest.approx(loss)
 
 
-def test_normalise_clips_in_standard_deviations():
-    scores = ppo.normalise(torch.tensor([3.0, 5.0, 1000.0]), shift=3.0, scale=2.0)
-    assert scores.tolist() == [0.0, 1.0, ppo.SCORE_CLIP]
+def test_normalise_clips_in_standard_deviations_from_the_mean():
+    scores = ppo.normalise(torch.tensor([3.0, 5.0, 1000.0, -996.0]), scale=2.0)
+    assert scores.tolist() == [0.0, 1.0, ppo.SCORE_CLIP, -ppo.SCORE_CLIP]
 
 
 def test_only_an_answer_without_an_end_is_penalised():
@@ -373,15 +373,17 @@ def plain_ppo(lm, cfg, samples, orders):
     adam_policy = torch.optim.AdamW(policy, eps=1e-5, weight_decay=0.0)
     adam_critic = torch.optim.AdamW(critic.parameters(), eps=1e-5, weight_decay=0.0)
     lines = []
-    shift, scale = samples[0].scores.mean().item(), samples[0].scores.std().item()
+    scale = samples[0].scores.std().item()
 
     for step, sample in enumerate(samples):
+        scores = []
+        for score, response in zip(sample.scores.tolist(), sample.tokens.responses.tolist()):
+            score = max(-5.0, min(5.0, (score - sample.scores.mean().item()) / scale))
+            scores.append(score if lm.eos in response else score - 1.0)
         # of each answer: its states, log-probs, rewards, advantages, returns
         answers = []
         for i, n in enumerate(sample.tokens.response_mask.sum(1).tolist()):
-            score = max(-5.0, min(5.0, (sample.scores[i].item() - shift) / scale))
-            if lm.eos not in sample.tokens.responses[i].tolist():
-                score -= 1.0
+            score = scores[i] - sum(scores) / len(scores)
             old, ref = sample.logprobs[i, :n].tolist(), sample.ref_logprobs[i, :n].tolist()
             rewards = [-cfg.kl * (a - b) for a, b in zip(old, ref)]
             rewards[-1] += score
@@ -438,12 +440,12 @@ def plain_logprobs(lm, sample, i, temperature):
     return logprobs[-n - 1 : -1].gather(1, ids[-n:, None])[:, 0]
 
 
-@pytest.mark.parametrize("shift", [None, 0.0])
-def test_shift_and_scale_are_those_of_the_first_batch_even_after_a_stop(
-    lm, pairs, tmp_path, monkeypatch, shift
+def test_scores_are_centred_and_the_scale_is_of_the_first_batch_even_after_a_stop(
+    lm, pairs, tmp_path, monkeypatch
 ):
     lm.add("policy")
-    raw = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10.0, -20.0, 5.0])]
+    raw = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10.0, -50.0, 5.0])]
+    penalties = torch.tensor([0.0, -1.0, -2.0])
     updated = []
 
     def ppo_update(lm, policy, critic, optimizers, sample, scores, **settings):
@@ -453,8 +455,8 @@ def test_shift_and_scale_are_those_of_the_first_batch_even_after_a_stop(
     monkeypatch.setattr(ppo, "ppo_update", ppo_update)
     prompts = [lm.encode_prompt(pair.prompt) for pair in pairs[:3]]
     options = CFG | dict(model="tiny", data="synthetic", seed=0, save_every=1, max_response=2)
-    models = dict(reference="policy", reward_role="policy", shift=shift)
-    no_penalty = dict(penalty=lambda tokens, eos: torch.zeros(3))
+    models = dict(reference="policy", reward_role="policy")
+    penalty = dict(penalty=lambda tokens, eos: penalties)
     for last_step in (0, 1):
         # the first start dies in its second iteration
         def problem(step, last_step=last_step):
@@ -465,12 +467,33 @@ def test_shift_and_scale_are_those_of_the_first_batch_even_after_a_stop(
         run = Run.start(tmp_path / "run", options)
         run.begin()
         with suppress(KeyboardInterrupt), run.stage("policy", "scores of two batches"):
-            ppo.train(lm, run, "policy", problem, 2, **models, **no_penalty)
-    mean = raw[0].mean() if shift is None else 0.0
-    expected = [((scores - mean) / raw[0].std()).clamp(-5, 5) for scores in raw]
-    for scores, its_expected in zip(updated, expected):
-        torch.testing.assert_close(scores, its_expected, atol=1e-4, rtol=1e-4)
+            ppo.train(lm, run, "policy", problem, 2, **models, **penalty)
+    for scores, of_batch in zip(updated, raw):
+        expected = ((of_batch - of_batch.mean()) / raw[0].std()).clamp(-5, 5) + penalties
+        torch.testing.assert_close(scores, expected - expected.mean(), atol=1e-4, rtol=1e-4)
     assert len(updated) == 2
+
+
+def test_what_all_answers_earn_alike_favours_no_length(lm, pairs, monkeypatch):
+    """While the critic says 0, GAE would give less to the first tokens of long answers."""
+    lm.add("policy")
+    seen = []
+
+    def spy_whiten(advantages, mask):
+        seen.append((advantages, mask.sum(1)))
+        return advantages
+
+    monkeypatch.setattr(ppo, "whiten", spy_whiten)
+    prompts = [lm.encode_prompt(pair.prompt) for pair in pairs[:8]]
+    alike = dict(penalty=lambda tokens, eos: torch.full((8,), -1.0))
+
+    def problem(step):
+        return prompts, lambda tokens, states: torch.full((8,), 7.0)
+
+    run = FakeRun(**CFG | dict(kl=0.0, max_response=40))
+    ppo.train(lm, run, "policy", problem, 1, reference="policy", reward_role="policy", **alike)
+    advantages, lengths = seen[0]
+    assert len(lengths.unique()) > 1 and advantages.abs().max() < 1e-6
 
 
 def test_ppo_finds_the_best_answer_of_a_toy_problem(lm):
@@ -525,12 +548,13 @@ def test_equal_scores_are_no_division_by_0(lm, monkeypatch):
 
 
 def test_the_penalty_comes_after_the_clip(lm, monkeypatch):
-    def cut_off(tokens, eos):
-        return -torch.ones(64)
+    raw = torch.tensor([0.0] * 63 + [-100.0])  # mean -1.5625, standard deviation 12.5
 
-    raw = torch.tensor([0.0] * 63 + [-100.0])
-    _, scores, _ = given_to_update(lm, monkeypatch, raw, penalty=cut_off)
-    assert scores.min() == -ppo.SCORE_CLIP - 1
+    def last_is_cut_off(tokens, eos):
+        return -(raw < 0).float()
+
+    _, scores, _ = given_to_update(lm, monkeypatch, raw, penalty=last_is_cut_off)
+    assert (scores[0] - scores[-1]).item() == pytest.approx(0.125 + ppo.SCORE_CLIP + 1)
 
 
 def test_an_advantage_of_ones_own_reaches_the_update(lm, monkeypatch):

@@ -136,7 +136,7 @@ def ppo_iteration(lm, critic, optimizers, prompts, cfg, seconds):
         roles = dict(policy="policy", reference="reference", reward_role="reward_policy")
         sample = ppo.rate(lm, tokens, score, critic=critic, cfg=cfg, **roles)
     with timed(seconds, "updating"):
-        scores = ppo.normalise(sample.scores, 0, 1)
+        scores = ppo.normalise(sample.scores, 1)
         models = (lm, "policy", critic, optimizers)
         ppo.ppo_update(*models, sample, scores, decay=1.0, cfg=cfg)
 
