@@ -71,15 +71,8 @@ def train_policy_rl(lm, run, pairs):
 
     with run.stage("policy_rl", "PPO: better answers by R_P (Eq. 3)"):
         lm.add("policy_rl", like="policy_sft")
-        train(
-            lm,
-            run,
-            "policy_rl",
-            problem,
-            cfg.rl_steps,
-            reference="policy_sft",
-            reward_role="reward_policy",
-        )
+        models = dict(reference="policy_sft", reward_role="reward_policy")
+        train(lm, run, "policy_rl", problem, cfg.rl_steps, **models)
 
 
 def draw_references(lm, pairs, source, step, cfg):
@@ -122,4 +115,5 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
     why = f"PPO: larger gaps by R_PIT over {source} answers{EQUATIONS.get(source, '')}"
     with run.stage(role, why):
         lm.add(role, like=start)
-        train(lm, run, role, problem, steps, reference="pit_sft", reward_role="reward_gap")
+        models = dict(reference="pit_sft", reward_role="reward_gap")
+        train(lm, run, role, problem, steps, **models)
