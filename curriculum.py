@@ -1,9 +1,8 @@
 """Stage 3, reinforcement learning: the policy's problem, and PIT's problems in rising difficulty.
 
 policy    Eq. 3   x ~ D_RL, y ~ M_P^RL        max R_P(x, y)      - beta KL(M_P^RL   || M_P^SFT)
-round 0   Eq. 4   y_ref in {y_w, y_l}         max R_PIT(x, y, y_ref)
-                                                               - beta KL(M_PIT^RL || M_PIT^SFT)
-round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0
+round 0   Eq. 4   y_ref in {y_w, y_l}         max gap(y, y_ref)  - beta KL(M_PIT^RL || M_PIT^SFT)
+round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0   (gap: see reward.py)
 
 The paper's reason for rounds: answers of M_P^RL are already better than y_w, and improving them is
 hard to learn from scratch. (On the tasks here they are far below y_w.) A curriculum is a list of
@@ -21,6 +20,7 @@ from functools import partial
 from data import improve_prompt
 from errors import UserError
 from ppo import train
+from reward import no_change
 from run import shuffled_batch
 
 # Table 2 of the paper, and two more. All start from M_PIT^SFT, with the same number of iterations.
@@ -108,9 +108,15 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         prompts = [
             lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
         ]
-        # The score is R_PIT(x, y, y_ref). What R_PIT gives to y_ref itself does not depend on y:
-        # subtracting it, as `gaps` does, would move no optimum and only add noise.
-        return prompts, partial(lm.scores_from_states, "reward_gap")
+        # It does not depend on y, so subtracting it moves no optimum. It is a baseline: where most
+        # of y is y_ref, the two scores vary together from one y_ref to the next.
+        unchanged = no_change(lm, chats, references, cfg)  # (B,)
+
+        def score(tokens, states):
+            # the gap: r(x, y, y_ref) - r(x, y_ref, y_ref)
+            return lm.scores_from_states("reward_gap", tokens, states) - unchanged
+
+        return prompts, score
 
     why = f"PPO: larger gaps by R_PIT over {source} answers{EQUATIONS.get(source, '')}"
     with run.stage(role, why):

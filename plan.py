@@ -179,7 +179,8 @@ def plan_stages(cfg, x, y, pairs):
         Stage("policy_rl", "rl", over_rl, rl, epochs * answer, 3 * answer, R),
     ]
     for k, source in enumerate(cfg.rounds.split(",")):
-        stage = Stage(f"pit_rl{k}", "rl", over_rl, rl, epochs * improved, 3 * improved, R)
+        # by R_PIT, which reads y_ref as well: "no change"
+        stage = Stage(f"pit_rl{k}", "rl", over_rl, rl, epochs * improved, 4 * improved, R)
         if source == "annotated":  # each pair serves twice
             stage.passes = over_rl / 2
         if source in WRITERS:  # of y_ref

@@ -151,7 +151,7 @@ def test_a_planted_mix_is_caught(on_accelerator, tmp_path, monkeypatch):
 
     planted = [
         (ppo, "zero_head", lambda size, device: torch.nn.Linear(size, 1), policy_rl),
-        (lm, "scores_from_states", lambda role, tokens, states: torch.ones(len(states)), pit_round),
+        (curriculum, "no_change", lambda lm, chats, *rest: torch.ones(len(chats)), pit_round),
     ]
     for module, name, broken, work in planted:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="mixes devices"):
