@@ -108,8 +108,7 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         prompts = [
             lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
         ]
-        # It does not depend on y, so subtracting it moves no optimum. It is a baseline: where most
-        # of y is y_ref, the two scores vary together from one y_ref to the next.
+        # the same for all y: a baseline, good where most of y is y_ref
         unchanged = no_change(lm, chats, references, cfg)  # (B,)
 
         def score(tokens, states):
