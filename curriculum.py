@@ -108,7 +108,7 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
         prompts = [
             lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
         ]
-        # the same for all y: a baseline, good where most of y is y_ref
+        # the same for all y: a baseline, good where y is often a copy of y_ref
         unchanged = no_change(lm, chats, references, cfg)  # (B,)
 
         def score(tokens, states):

@@ -22,7 +22,7 @@ The critic is a linear head on the hidden states of the reward model, which is f
 trunk is trained. Constants follow "The N implementation details of RLHF with PPO" (Huang et al.,
 2024). Unlike there, beta is fixed, critic and policy have optimisers of their own, the scores of
 each batch are centred, a missing EOS lowers the score instead of replacing it, there are two
-epochs, and gradients are clipped. Left out: entropy bonus, dropout.
+epochs, and gradients are clipped. Left out: reward whitening, entropy bonus, dropout.
 
 Run: python -m pytest -q tests/test_ppo.py -k toy (PPO alone, on a toy problem, in seconds)
 """
@@ -194,7 +194,7 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
 def ppo_update(lm, policy, critic, optimizers, sample, scores, *, decay, cfg, advantage=gae):
     """Steps 3 to 5: update policy and critic on one rollout -> dict of metrics.
 
-    scores: (B,) normalised, penalties included. decay: what the learning rates are multiplied by.
+    scores: (B,) normalised, penalties included, centred. decay: the factor of the learning rates.
     """
     mask = sample.tokens.response_mask
     # 3. reward
@@ -301,7 +301,8 @@ def train(
     problem(step) -> prompts, lists of token ids, and score(Tokens, states) -> (B,) raw scores; the
         states, (B, R + 1, D), are those of `reward_role`.
     advantage(rewards, values, mask) -> advantages, returns.
-    penalty(Tokens, eos) -> (B,), added to the normalised scores; not part of the logged score.
+    penalty(Tokens, eos) -> (B,), added to the normalised scores, which are then centred again;
+        not part of the logged score.
     """
     cfg = run.config
     critic = zero_head(lm.hidden_size, lm.device)
@@ -320,7 +321,7 @@ def train(
         sample = rate(lm, tokens, score, cfg=cfg, **models)
         check(run, sample, lm.eos)
 
-        # Scores in standard deviations of the first batch, which is written before any update.
+        # Scores in standard deviations of the first batch, which is sampled before any update.
         # Centred: what all answers of a batch earn alike is no reason to change any of them. With
         # lambda < 1 it would favour short answers, or long ones, until the critic has learned it.
         if state["scale"] is None:

@@ -444,7 +444,7 @@ def test_scores_are_centred_and_the_scale_is_of_the_first_batch_even_after_a_sto
     lm, pairs, tmp_path, monkeypatch
 ):
     lm.add("policy")
-    raw = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10.0, -50.0, 5.0])]
+    raw = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10.0, -20.0, 5.0])]
     penalties = torch.tensor([0.0, -1.0, -2.0])
     updated = []
 
