@@ -527,7 +527,7 @@ def given_to_update(lm, monkeypatch, raw, **options):
     seen = []
 
     def update(lm, policy, critic, optimizers, sample, scores, **settings):
-        seen.append((scores, settings))
+        seen.append((scores, settings | {"optimizers": optimizers}))
         return {}
 
     def problem(step):
@@ -563,6 +563,11 @@ def test_an_advantage_of_ones_own_reaches_the_update(lm, monkeypatch):
 
     _, _, settings = given_to_update(lm, monkeypatch, torch.ones(3), advantage=mine)
     assert settings["advantage"] is mine
+
+
+def test_policy_and_critic_have_the_epsilon_of_openai(lm, monkeypatch):
+    _, _, settings = given_to_update(lm, monkeypatch, torch.ones(3))
+    assert [adam.param_groups[0]["eps"] for adam in settings["optimizers"]] == [1e-5, 1e-5]
 
 
 def test_training_looks_for_bad_signs(lm, monkeypatch):
