@@ -322,8 +322,8 @@ def train(
         check(run, sample, lm.eos)
 
         # Scores in standard deviations of the first batch, which is sampled before any update.
-        # Centred: what all answers of a batch earn alike is no reason to change any of them. With
-        # lambda < 1 it would favour short answers, or long ones, until the critic has learned it.
+        # Centred: what all answers of a batch earn alike is no reason to change any of them. Left
+        # in, at lambda < 1, it favours short answers, or long ones, until the critic knows it.
         if state["scale"] is None:
             state["scale"] = sample.scores.std().item() + 1e-6
         scores = normalise(sample.scores, state["scale"]) + penalty(tokens, lm.eos)
