@@ -33,8 +33,10 @@ BEST_OF = {  # what each chooses from
     "best_of_2": ["original", "second_sample"],
     "best_of_3": ["original", "second_sample", "third_sample"],
 }
+COOL_SIDES = ("original", "second_sample", "best_of_2", "pit_sft", "pit_rl0", "pit")
 TEMPERATURES = (0.1, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)  # of Fig. 3
 ROUNDS = 5  # of Table 3
+COOL = 0.4  # the temperature of `infer`
 
 
 class Key(NamedTuple):
@@ -43,19 +45,29 @@ class Key(NamedTuple):
     method: str
     temperature: float = 1.0
     round: int = 1
+    drafts: float = 1.0  # the temperature of the text that its first round improves
 
     def __str__(self):
         """The name of its texts in answers.json, which also seeds their sampling."""
+        if self.drafts != 1.0:
+            return f"{self.method}@{self.temperature}, drafts@{self.drafts}"
         if self.temperature != 1.0:
             return f"{self.method}@{self.temperature}"
         return f"{self.method}#{self.round}" if self.round > 1 else self.method
 
     def before(self):
         """The side that an improvement starts from: the round before, or the original."""
-        return self._replace(round=self.round - 1) if self.round > 1 else ORIGINAL
+        if self.round > 1:
+            return self._replace(round=self.round - 1)
+        return Key("original", temperature=self.drafts, drafts=self.drafts)
 
 
 ORIGINAL = Key("original")
+
+
+def cool(method):
+    """A side as a user of `infer` meets it: cool, like the drafts that it starts from."""
+    return Key(method, temperature=COOL, drafts=COOL)
 
 
 def round_keys(method):
@@ -76,7 +88,7 @@ def all_keys(methods, last):
     for method in methods:
         keys += round_keys(method)
         keys += [Key(method, temperature=T) for T in TEMPERATURES if T != 1.0]
-    return keys
+    return keys + [cool(method) for method in COOL_SIDES if Key(method) in keys]
 
 
 @dataclass
@@ -117,7 +129,7 @@ class Answers:
         if method in SAMPLES:
             return self.write(key, SAMPLES[method], self.prompts)
         if method in BEST_OF:
-            return self.best_of(BEST_OF[method])
+            return self.best_of(key)
         if method in REFINERS:
             return self.self_refine(key, REFINERS[method])
         # one improvement by PIT after its last round, by an earlier stage, or by the base itself
@@ -162,9 +174,9 @@ class Answers:
             chats.append(talk(x, y, FEEDBACK, said, REFINE))
         return self.write(key, role, chats, feedback)
 
-    def best_of(self, methods):
-        """Of a sample by each method, the one that R_P scores highest, for each prompt -> Side."""
-        samples = [self.side(Key(method)) for method in methods]
+    def best_of(self, key):
+        """Of n samples to each prompt, the one that R_P scores highest -> Side."""
+        samples = [self.side(key._replace(method=method)) for method in BEST_OF[key.method]]
         scores = [self.reward_policy.score(self.prompts, sample.texts) for sample in samples]
         best = np.argmax(scores, axis=0)  # (N,)
         texts = [samples[k].texts[i] for i, k in enumerate(best)]

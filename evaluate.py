@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import infer
-from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
+from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, cool, round_keys
 from data import Pair
 from judges import SAME, Judge, adapter_judge
 from reward import answer_contexts, gap_contexts, score_pairs
@@ -172,6 +172,7 @@ def evaluate(lm, run, pairs, last, judges):
     methods = ["pit"] if cfg.model == "tiny" else ["pit", "self_refine"]
     keys = all_keys(methods, last)
     of_table1 = [key for key in keys if key == Key(key.method)]  # at temperature 1, one round
+    all_cool = [key for key in keys if key == cool(key.method)]
     with progress(None, total=len(keys) + 1) as bar:
         # 1. every side: its texts, and their scores
         for key in keys:
@@ -189,6 +190,7 @@ def evaluate(lm, run, pairs, last, judges):
             judges=judge_accuracy(views),
             table1=table1(views, of_table1),
             sides=sides_table(views, of_table1),
+            cool={"rows": table1([main], all_cool), "sides": sides_table([main], all_cool)},
             fig3=temperature_table(main, methods),
             table3=rounds_table(main, methods),
             rl=rl_table(r_p, r_pit, keys),
@@ -216,10 +218,10 @@ def judge_accuracy(views):
 
 def table1(views, keys):
     """Table 1 by each judge: the comparisons of which this run has both sides."""
-    rows = []
+    rows, of = [], {key.method: key for key in keys}
     for view, (a, b) in product(views, COMPARISONS):
-        if {Key(a), Key(b)} <= set(keys):
-            rows.append({"a": a, "b": b, "judge": view.name} | view.compare(Key(a), Key(b)))
+        if {a, b} <= of.keys():
+            rows.append({"a": a, "b": b, "judge": view.name} | view.compare(of[a], of[b]))
     return rows
 
 
@@ -232,7 +234,8 @@ def sides_table(views, keys):
     answers, table = views[0].answers, {}
     for key in keys:
         side = answers.side(key)
-        same = [y in ("", y_0) for y, y_0 in zip(side.texts, answers.side(ORIGINAL).texts)]
+        originals = answers.side(key.before()).texts
+        same = [y in ("", y_0) for y, y_0 in zip(side.texts, originals)]
         table[key.method] = {
             "length": mean(answers.lengths(side.texts)),
             "tokens": mean(side.spent),

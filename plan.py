@@ -21,7 +21,7 @@ from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
 
 GIB = 2**30
 DESKTOP = 0.75  # GiB to leave, for a desktop and for what no arithmetic counts
-EVAL_TEXTS = 18  # that the evaluation writes per prompt
+EVAL_TEXTS = 23  # that the evaluation writes per prompt
 SELF_REFINE_TEXTS = 24  # more with Self-Refine, which needs a model that follows instructions
 # which work of `estimate_memory` the stages of each command do
 WORK = {

@@ -121,7 +121,7 @@ def fluent_sentences(path):
 # ---- Pairs of drafts. The parts of a draft, besides its sentences, and what each may be:
 # A title is the last word, as it should be, or a wrong one: a number picks from the other
 # sentences' last words and all long words.
-TITLES = ["last word", *range(4)]
+TITLES = ["last word", *range(8)]
 PARTS = {"opening": ["", *TITLES, *OPENERS], "mark": [".", "!", "..."]}
 
 
@@ -142,7 +142,7 @@ def tell(draft):
 
 def change(draft, pool, rng):
     """Change one part at random, for better or worse, or one sentence, which may come or go."""
-    part = rng.choice(["sentences"] * 2 + [*PARTS])
+    part = rng.choice(["sentences", *PARTS])
     if part != "sentences":
         return draft | {part: rng.choice(PARTS[part])}
     sentences = [*draft["sentences"]]
@@ -152,33 +152,37 @@ def change(draft, pool, rng):
     return draft | {"sentences": sentences} if allowed else draft
 
 
-def revise(draft, prompt, pool, steps, rng):
-    """Try 200 changes, and keep those that meet more requirements, `steps` of them at most."""
-    best = quality(prompt, tell(draft))
+def revise(draft, prompt, pool, steps, rng, sign=1):
+    """Try 200 changes, and keep those that meet more requirements, `steps` of them at most.
+
+    With sign -1, those that meet fewer.
+    """
+    best = sign * quality(prompt, tell(draft))
     for _ in range(200):
         new = change(draft, pool, rng)
-        score = quality(prompt, tell(new))
+        score = sign * quality(prompt, tell(new))
         if steps and score > best:
             draft, best, steps = new, score, steps - 1
     return draft
 
 
 def garble(text, rng):
-    """Swap some words and leave out others: most rules would not mind, but a reader does."""
+    """Move some of the words to the end: most rules would not mind, but a reader does."""
     words = text.split()
-    for _ in range(1 + len(words) // 5):
-        at, to = rng.randrange(len(words)), rng.randrange(len(words))
-        words[at], words[to] = words[to], words[at]
-    return " ".join(word for word in words if rng.random() > 0.2)
+    start, end = sorted(rng.sample(range(len(words)), 2))
+    return " ".join(words[:start] + words[end:] + words[start:end])
 
 
 def draw_pair(prompt, pool, rng):
-    """A better and a worse text: the better one revises the worse one, which keeps some flaws."""
+    """A better and a worse text: the worse one is the better one with flaws, in most pairs one.
+
+    What PIT changes is mostly one word. A reward model that has seen no such pair cannot judge it.
+    """
     draft = {part: rng.choice(values) for part, values in PARTS.items()}
     draft |= {"sentences": rng.sample(pool, rng.randint(1, 3))}
-    worse = revise(draft, prompt, pool, rng.randint(0, 3), rng)
-    better = tell(revise(worse, prompt, pool, rng.randint(2, 8), rng))
-    return better, garble(tell(worse), rng) if rng.random() < 0.15 else tell(worse)
+    better = revise(draft, prompt, pool, rng.randint(3, 8), rng)
+    worse = tell(revise(better, prompt, pool, rng.choice([1, 1, 1, 2, 3]), rng, sign=-1))
+    return tell(better), garble(worse, rng) if rng.random() < 0.1 else worse
 
 
 def draw_rows(pools, pairs, prompts, rng):

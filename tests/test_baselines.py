@@ -10,7 +10,7 @@ from conftest import shake
 
 import baselines
 import judges
-from baselines import ORIGINAL, Answers, Key, Side
+from baselines import ORIGINAL, Answers, Key, Side, cool
 from errors import UserError
 from models import LM
 
@@ -83,8 +83,8 @@ def test_generations_and_tokens_are_counted_exactly(run, pairs):
     for key, generations in expected.items():
         assert set(answers.side(key).spent) == {4 * generations}
     # policies 4, the base and PIT after each stage 4, at 6 more temperatures, in 4 more rounds;
-    # Self-Refine the same with 2 texts each, and by the SFT policy
-    assert len(lm.calls) == len(pairs) * (4 + 4 + 6 + 4 + 2 * (1 + 6 + 4) + 2)
+    # Self-Refine the same with 2 texts each, and by the SFT policy; and 5 texts that are cool
+    assert len(lm.calls) == len(pairs) * (4 + 4 + 6 + 4 + 2 * (1 + 6 + 4) + 2 + 5)
 
 
 def test_each_improvement_reads_the_side_before_it(run, pairs):
@@ -94,9 +94,11 @@ def test_each_improvement_reads_the_side_before_it(run, pairs):
     n = len(pairs)
     assert read.count(("pit_sft", texts[ORIGINAL][0])) == 1
     assert read.count(("pit_rl0", texts[ORIGINAL][0])) == 1
-    # of the last round's model: round 1, and six temperatures
+    # of the last round's model: round 1, six temperatures, and one of a cool draft
     by_last = [text for role, text in read if role == "pit_rl1"]
-    assert len(by_last) == n * (1 + 6 + 4) and by_last.count(texts[ORIGINAL][0]) == 7
+    assert len(by_last) == n * (1 + 6 + 4 + 1) and by_last.count(texts[ORIGINAL][0]) == 7
+    for role in ("pit_sft", "pit_rl0", "pit_rl1"):
+        assert read.count((role, texts[cool("original")][0])) == 1
     for k in range(1, 5):
         assert texts[Key("pit", round=k)][0] in by_last
 
@@ -148,6 +150,8 @@ def test_each_side_is_sampled_by_itself_at_its_own_temperature(run, pairs):
     for T in (1.0, 0.4):
         answers.side(Key("pit", temperature=T))
     assert asked == [1.0, 1.0, 0.4]  # the first is the original
+    answers.side(cool("pit"))
+    assert asked[3:] == [0.4, 0.4]  # this draft is cool, too
     assert answers.side(Key("second_sample")).texts != answers.side(ORIGINAL).texts
 
 
@@ -196,6 +200,10 @@ def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path)
             assert side.texts[i] == best
             assert side.spent[i] == sum(len(lm.encode_response(text)) for text in candidates)
     assert len(taken) > 1  # else it could be the first by chance
+    # a cool best of 2 takes cool samples
+    answers.sides[cool("original")] = answers.sides[cool("second_sample")] = Side(["cool"], 1, 1)
+    answers.prompts = answers.prompts[:1]
+    assert answers.side(cool("best_of_2")).texts == ["cool"]
 
 
 def test_no_side_is_named_twice():

@@ -365,6 +365,26 @@ def test_table_1_from_texts(measured):
     assert (pit["tokens"], pit["texts"]) == (pytest.approx(sum(spent) / len(pairs)), 2)
 
 
+def test_cool_sides_from_texts(measured):
+    """Every side at 0.4, its drafts as well: the same comparisons, of other texts."""
+    run, lm, pairs, _ = measured
+    found, texts = run.results()["cool"], stored_texts(run, pairs)
+    names = ["original", "second_sample", "pit_sft", "pit_rl0", "pit"]
+    of = {name: texts[f"{name}@0.4, drafts@0.4"] for name in names}
+    assert of["original"] != texts["original"] and of["pit"] != texts["pit@0.4"]
+    assert [*found["sides"]] == [*baselines.COOL_SIDES]
+    for name, column in of.items():
+        side = found["sides"][name]
+        assert side["scores"]["quality"] == pytest.approx(exact_scores(pairs, column).mean())
+        same = [y == y_0 or not y for y, y_0 in zip(column, of["original"])]
+        assert side["unchanged"] == np.mean(same)
+    rows = {(row["a"], row["b"]): row for row in found["rows"]}
+    assert ("pit", "best_of_2") in rows and ("pit_sft", "original") in rows
+    for a, b in (("pit", "original"), ("pit", "second_sample"), ("pit", "pit_rl0")):
+        delta = delta_of(exact_scores(pairs, of[a]), exact_scores(pairs, of[b]))
+        assert rows[a, b]["delta"] == pytest.approx(delta)
+
+
 def test_accuracies_from_texts(measured):
     run, lm, pairs, _ = measured
     found = run.results()["judges"]
