@@ -121,7 +121,7 @@ def fluent_sentences(path):
 # ---- Pairs of drafts. The parts of a draft, besides its sentences, and what each may be:
 # A title is the last word, as it should be, or a wrong one: a number picks from the other
 # sentences' last words and all long words.
-TITLES = ["last word", *range(8)]
+TITLES = ["last word", *range(12)]
 PARTS = {"opening": ["", *TITLES, *OPENERS], "mark": [".", "!", "..."]}
 
 
@@ -181,7 +181,7 @@ def draw_pair(prompt, pool, rng):
     draft = {part: rng.choice(values) for part, values in PARTS.items()}
     draft |= {"sentences": rng.sample(pool, rng.randint(1, 3))}
     better = revise(draft, prompt, pool, rng.randint(3, 8), rng)
-    worse = tell(revise(better, prompt, pool, rng.choice([1, 1, 1, 2, 3]), rng, sign=-1))
+    worse = tell(revise(better, prompt, pool, rng.choice([1, 1, 1, 1, 2, 3]), rng, sign=-1))
     return tell(better), garble(worse, rng) if rng.random() < 0.1 else worse
 
 
