@@ -205,7 +205,7 @@ PANELS = [  # of curves.png: a metric, what it is, the stages that log it
     ("eos", "RL: share of answers with an end", "policy_rl|pit_rl"),
     ("explained_variance", "RL: variance explained by the critic", "policy_rl|pit_rl"),
 ]
-IN_POINTS = matplotlib.ticker.PercentFormatter(1, symbol="")
+IN_POINTS = matplotlib.ticker.PercentFormatter(1, decimals=0, symbol="")
 
 
 def save(figure, run, name):
