@@ -49,14 +49,17 @@ class Key(NamedTuple):
 
     def __str__(self):
         """The name of its texts in answers.json, which also seeds their sampling."""
-        if self.drafts != 1.0:
-            return f"{self.method}@{self.temperature}, drafts@{self.drafts}"
+        name = self.method
         if self.temperature != 1.0:
-            return f"{self.method}@{self.temperature}"
-        return f"{self.method}#{self.round}" if self.round > 1 else self.method
+            name += f"@{self.temperature}"
+        if self.drafts != 1.0:
+            name += f", drafts@{self.drafts}"
+        if self.round > 1:
+            name += f"#{self.round}"
+        return name
 
     def before(self):
-        """The side that an improvement starts from: the round before, or the original."""
+        """The side that an improvement starts from: the round before, or the draft."""
         if self.round > 1:
             return self._replace(round=self.round - 1)
         return Key("original", temperature=self.drafts, drafts=self.drafts)
@@ -66,7 +69,7 @@ ORIGINAL = Key("original")
 
 
 def cool(method):
-    """A side as a user of `infer` meets it: cool, like the drafts that it starts from."""
+    """A side at the temperature of `infer`, like the draft that it starts from."""
     return Key(method, temperature=COOL, drafts=COOL)
 
 

@@ -229,7 +229,7 @@ def sides_table(views, keys):
     """What the sides of Table 1 are: their length, cost, and mean score by each judge.
 
     tokens, texts: all that was generated for one answer. unchanged: the share of answers that are
-    the original's, or empty.
+    the text before, or empty.
     """
     answers, table = views[0].answers, {}
     for key in keys:

@@ -167,7 +167,7 @@ def revise(draft, prompt, pool, steps, rng, sign=1):
 
 
 def garble(text, rng):
-    """Move some of the words to the end: most rules would not mind, but a reader does."""
+    """Move some of the words to the end: no reader would prefer that."""
     words = text.split()
     start, end = sorted(rng.sample(range(len(words)), 2))
     return " ".join(words[:start] + words[end:] + words[start:end])

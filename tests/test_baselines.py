@@ -208,6 +208,7 @@ def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path)
 
 def test_no_side_is_named_twice():
     keys = baselines.all_keys(["pit", "self_refine"], "pit_rl1")
+    keys += [cool("pit")._replace(round=2), Key("pit", temperature=0.4, round=2)]
     assert len(keys) == len(set(map(str, keys)))
 
 
