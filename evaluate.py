@@ -234,8 +234,8 @@ def sides_table(views, keys):
     answers, table = views[0].answers, {}
     for key in keys:
         side = answers.side(key)
-        originals = answers.side(key.before()).texts
-        same = [y in ("", y_0) for y, y_0 in zip(side.texts, originals)]
+        before = answers.side(key.before()).texts
+        same = [y in ("", y_0) for y, y_0 in zip(side.texts, before)]
         table[key.method] = {
             "length": mean(answers.lengths(side.texts)),
             "tokens": mean(side.spent),

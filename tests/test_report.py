@@ -46,6 +46,10 @@ def results():
             *table1_rows("me", {("pit", "original"): 0.01}),
         ],
         "sides": dict.fromkeys(sides, one_side),
+        "cool": {
+            "rows": table1_rows("judge", {("pit", "original"): 0.25}),
+            "sides": {"pit": one_side | {"unchanged": 0.4}},
+        },
         "fig3": [
             compared(0.5, method="pit", temperature=0.1) | {"04_over_it": compared(-0.1)},
             compared(0.5, method="pit", temperature=0.4),
@@ -348,3 +352,11 @@ def test_figure_2_labels_its_distributions(drawn, monkeypatch):
     four = {"ww": [1], "lw": [2], "wl": [3], "ll": [4]}  # the order of evaluate.eq1_scores
     report.plot_fig2(Run(drawn), {"fig2": {"annotated": four}})
     assert seen == [[[2], [4], [1], [3]]]  # worst first, from the bottom to the top
+
+
+def test_the_page_compares_cool_sides(drawn):
+    page = (drawn / "report.md").read_text()
+    after = page.split("all written at 0.4")[1].splitlines()
+    (row,) = [line for line in after[:8] if line.startswith("| pit | original |")]
+    assert "+25.0 [" in row
+    assert "| pit | 12.0 | 40% | 0.500 |" in after
