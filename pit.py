@@ -136,10 +136,6 @@ def run_all(
     sft_steps: option(int, "Steps of each SFT stage.", "SFT", min=1) = None,
     sft_lr: option(float, "Learning rate.", "SFT", min=0, max=1) = None,
     sft_batch: option(int, "Pairs per step.", "SFT", min=1) = None,
-    keep_better: option(float, "Weight beta of -log M(y_w | x, y_w).", "SFT", min=0, max=100) = 0.0,
-    unlikelihood: option(
-        float, "Weight gamma of -log(1 - M(y_l | x, y_w)).", "SFT", min=0, max=100
-    ) = 0.0,
     rm_steps: option(int, "Steps of each reward model.", "Reward models", min=1) = None,
     rm_lr: option(float, "Learning rate.", "Reward models", min=0, max=1) = None,
     rm_batch: option(int, "Pairs per step.", "Reward models", min=1) = None,

@@ -55,7 +55,6 @@ OF_RL = "rl_steps rl_batch rl_lr critic_lr kl epochs minibatch temperature"
 # Every other option matters to all.
 ONLY = {
     "sft_steps sft_lr sft_batch": ("policy", "pit", "ablate"),
-    "keep_better unlikelihood": ("pit", "ablate"),
     "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),
     OF_RL: ("policy_rl", "pit_rl", "ablate"),
     "rounds": ("pit_rl", "ablate"),

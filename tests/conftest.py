@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import improve_prompt, synthetic_pairs  # noqa: E402
 from models import load_model  # noqa: E402
 
-# every stage, in fp32; the terms and controllers that are off by default are on, so that they show
+# every stage, in fp32
 MINIATURE = dict(
     seed=0,
     bits=16,
@@ -24,8 +24,6 @@ MINIATURE = dict(
     max_response=24,
     sft_steps=2,
     sft_batch=4,
-    keep_better=0.5,
-    unlikelihood=0.5,
     rm_steps=2,
     rm_batch=4,
     rl_steps=2,

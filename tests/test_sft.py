@@ -7,7 +7,7 @@ from conftest import FakeRun
 import sft
 from data import IMPROVE, improve_prompt, synthetic_pairs
 
-OPTIONS = dict(sft_steps=6, sft_batch=8, sft_lr=1.5e-3, keep_better=0.0, unlikelihood=0.0)
+OPTIONS = dict(sft_steps=6, sft_batch=8, sft_lr=1.5e-3)
 
 
 def policy_examples(lm, pairs, y):
@@ -40,23 +40,6 @@ def test_log_likelihood_counts_answer_tokens_only():
     assert sft.log_likelihood(logprobs, torch.tensor([[1, 1, 0]])).item() == -3.0
 
 
-def test_unlikelihood_is_log_1_minus_p_of_each_answer_token():
-    s = torch.tensor([[-1e-3, -0.7, -40.0, -9.0]], dtype=torch.float64, requires_grad=True)
-    value = sft.log_unlikelihood(s, torch.tensor([[1, 1, 1, 0]]))
-    value.backward()
-    p = s.detach().exp()[0, :3]
-    torch.testing.assert_close(value, torch.log1p(-p).sum())
-    odds = torch.cat([p / (1 - p), torch.zeros(1)])  # the last one is padding
-    torch.testing.assert_close(s.grad[0], -odds)  # d log(1 - p) / d log p
-
-
-def test_unlikelihood_stays_finite_where_the_model_is_certain():
-    s = torch.tensor([[0.0, -1e-9]], requires_grad=True)
-    value = sft.log_unlikelihood(s, torch.ones(1, 2))
-    value.backward()
-    assert torch.isfinite(value) and torch.isfinite(s.grad).all()
-
-
 def test_the_policy_learns_to_write_better_answers_it_has_not_seen(lm):
     """The likelihood of the worse ones rises, too: the base knows flawless answers only."""
     pairs = synthetic_pairs(56, seed=1)
@@ -78,27 +61,18 @@ def test_to_improve_is_to_answer_once_more_after_ones_own_answer():
     assert improve_prompt([x], "y_ref") == [x, y_ref, {"role": "user", "content": IMPROVE}]
 
 
-def test_each_term_reads_and_writes_the_answers_of_its_formula(lm, pairs, monkeypatch):
+def test_each_stage_reads_and_writes_the_answers_of_its_formula(lm, pairs, monkeypatch):
     seen = []
-    monkeypatch.setattr(sft, "train", lambda lm, run, role, terms: seen.append(terms))
+    monkeypatch.setattr(sft, "train", lambda lm, run, role, examples: seen.append(examples))
     sft.train_policy(lm, FakeRun(**OPTIONS), pairs)
-    assert seen.pop() == [(1.0, sft.log_likelihood, policy_examples(lm, pairs, "chosen"))]
-    for beta, gamma in ((0.0, 0.0), (0.3, 0.2)):
-        options = OPTIONS | dict(keep_better=beta, unlikelihood=gamma)
-        sft.train_pit(lm, FakeRun(**options), pairs)
-    improve = (1.0, sft.log_likelihood, pit_examples(lm, pairs, "rejected", "chosen"))
-    keep = (0.3, sft.log_likelihood, pit_examples(lm, pairs, "chosen", "chosen"))
-    never_worsen = (0.2, sft.log_unlikelihood, pit_examples(lm, pairs, "chosen", "rejected"))
-    assert seen == [[improve], [improve, keep, never_worsen]]
+    sft.train_pit(lm, FakeRun(**OPTIONS), pairs)
+    improve = pit_examples(lm, pairs, "rejected", "chosen")
+    assert seen == [policy_examples(lm, pairs, "chosen"), improve]
 
 
 def test_the_gradient_is_that_of_the_mean_over_answer_tokens(lm, pairs, monkeypatch):
-    """Two weighted terms in micro-batches, against a plain loop over rows."""
-    pairs = pairs[:5]
-    terms = [
-        (1.0, sft.log_likelihood, policy_examples(lm, pairs, "chosen")),
-        (0.3, sft.log_unlikelihood, policy_examples(lm, pairs, "rejected")),
-    ]
+    """One step in micro-batches, against a plain loop over rows."""
+    examples = policy_examples(lm, pairs[:5], "chosen")
     seen = []
 
     def take_step(optimizer, lr):
@@ -107,17 +81,14 @@ def test_the_gradient_is_that_of_the_mean_over_answer_tokens(lm, pairs, monkeypa
 
     monkeypatch.setattr(sft, "take_step", take_step)
     run = FakeRun(**OPTIONS | dict(sft_steps=1, sft_batch=5, micro_batch=2))
-    sft.train(lm, run, "role", terms)
+    sft.train(lm, run, "role", examples)
 
     loss = 0.0
-    for weight, _, examples in terms:
-        n_tokens = sum(len(response) for _, response in examples)
-        for prompt, response in examples:
-            logits = lm.peft(input_ids=torch.tensor([prompt + response])).logits[0]
-            logprobs = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt + response) - 1)]
-            p = logprobs.gather(1, torch.tensor(response)[:, None]).exp()
-            value = p.log().sum() if weight == 1.0 else torch.log(1 - p).sum()
-            loss = loss - weight * value / n_tokens
+    n_tokens = sum(len(response) for _, response in examples)
+    for prompt, response in examples:
+        logits = lm.peft(input_ids=torch.tensor([prompt + response])).logits[0]
+        logprobs = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt + response) - 1)]
+        loss = loss - logprobs.gather(1, torch.tensor(response)[:, None]).sum() / n_tokens
     expected = torch.autograd.grad(loss, lm.parameters("role"))
     assert run.lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for ours, plain in zip(seen, expected):
@@ -141,15 +112,3 @@ def test_each_pass_sees_every_pair_once_while_the_learning_rate_falls_to_0(
     assert sorted(seen[:12]) == sorted(seen[12:]) == once and seen[:12] != seen[12:]
     assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
     assert run.kept == ["policy_sft"]
-
-
-@pytest.mark.parametrize("beta, gamma, weights", [(0.3, 0.0, [1, 0.3]), (0.0, 0.2, [1, 0.2])])
-def test_each_term_may_stand_alone(lm, pairs, monkeypatch, beta, gamma, weights):
-    seen = []
-
-    def train(lm, run, role, terms):
-        seen.extend(weight for weight, *_ in terms)
-
-    monkeypatch.setattr(sft, "train", train)
-    sft.train_pit(lm, FakeRun(keep_better=beta, unlikelihood=gamma), pairs)
-    assert seen == weights
