@@ -124,7 +124,7 @@ def improve_file(lm, cfg, settings, rows, path):
             for i, row in enumerate(columns[batch]):
                 versions = [texts[i] for texts, _ in rounds]
                 gaps = [of_round[i] for _, of_round in rounds[1:]]
-                best, _ = end_of(settings.stop, versions, gaps, [0] * len(versions), budget=0)
+                best, _ = end_of(settings.stop, versions, gaps)
                 ours = {"improved": versions[best], "versions": versions, "made_with": stamp}
                 ours |= {"gaps": [round(gap, 3) for gap in gaps]}
                 # "made_with" is there twice: first in the line, and ours if the row has one, too

@@ -297,11 +297,7 @@ def rl_table(r_p, r_pit, keys):
 
 
 def stop_table(main, r_pit):
-    """Each stop rule on the same five rounds of PIT, cut short at each limit: mean score, tokens.
-
-    For "time" the limit is what so many rounds take on average. Time goes with the tokens written,
-    whatever the machine.
-    """
+    """Each stop rule on the same rounds of PIT, cut short at each limit: mean score, tokens."""
     keys = [ORIGINAL, *round_keys("pit")]
     sides = [main.answers.side(key) for key in keys]
     tokens = np.array([side.spent for side in sides])  # (K + 1, N) written up to y_0 ... y_K
@@ -310,14 +306,11 @@ def stop_table(main, r_pit):
     texts = list(zip(*[side.texts for side in sides]))  # of each prompt
     rows = []
     for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
-        budget = mean(tokens[limit])
-        most = ROUNDS if stop == "time" else limit
         final, spent = [], []
         for i, versions in enumerate(texts):
-            answer, made = infer.end_of(stop, versions, gaps[:, i], tokens[:, i], budget)
-            # a rule that would go on longer than it may ends at the limit
-            final.append(scores[min(answer, most), i])
-            spent.append(tokens[min(made, most), i])
+            answer, made = infer.end_of(stop, versions[: limit + 1], gaps[:, i])
+            final.append(scores[answer, i])
+            spent.append(tokens[made, i])
         row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
         rows.append(row | {"tokens": mean(spent)})
     return rows

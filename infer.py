@@ -7,14 +7,13 @@ stop        when the gap is not above 0: R_PIT(x, y_{k+1}, y_k) - R_PIT(x, y_k, 
 Run: python pit.py infer --run runs/tiny "..." (chat.py shows it)
 """
 
-import time
 from dataclasses import dataclass
 
 from data import improve_prompt
 from reward import gaps
 
 POLICY = "policy_rl"  # writes the original answer
-STOPS = ("gap", "same", "time", "rounds")  # what ends the rounds, see `after_round`
+STOPS = ("gap", "same", "rounds")  # what ends the rounds, see `after_round`
 
 
 @dataclass
@@ -25,7 +24,6 @@ class Settings:
     rounds: int  # how many improvements, at most
     temperature: float
     stop: str  # one of STOPS
-    seconds: float  # for the stop rule "time"
     seed: int
 
 
@@ -35,28 +33,27 @@ def improve(lm, role, prompts, references, cfg, temperature=1.0):
     return lm.answer(role, chats, cfg, temperature)
 
 
-def after_round(stop, before, text, gap, seconds, budget):
+def after_round(stop, before, text, gap):
     """What stop rule `stop` says after a round that turned `before` into `text`.
 
-    "next": another round. "stop": `text` is the answer. "back": `before` is. seconds: spent so far.
+    "next": another round. "stop": `text` is the answer. "back": `before` is.
     """
     same = text == before
     if stop == "gap" and (gap <= 0 or same):  # R_PIT rates the new text no better than the old one
         return "back"
-    if (stop == "same" and same) or (stop == "time" and seconds >= budget):
+    if stop == "same" and same:
         return "stop"
     return "next"
 
 
-def end_of(stop, texts, gaps, spent, budget):
+def end_of(stop, texts, gaps):
     """Where a stop rule ends in the texts y_0 ... y_K -> (index of the answer, rounds made).
 
-    gaps[k - 1]: of texts[k] over the text before. spent[k]: seconds after k rounds, or whatever
-    unit `budget` has.
+    gaps[k - 1]: of texts[k] over the text before.
     """
     last = len(texts) - 1
     for k in range(1, last + 1):
-        then = after_round(stop, texts[k - 1], texts[k], gaps[k - 1], spent[k], budget)
+        then = after_round(stop, texts[k - 1], texts[k], gaps[k - 1])
         if then == "back":
             return k - 1, k
         if then == "stop":
@@ -81,13 +78,11 @@ def improve_rounds(lm, cfg, settings, prompts, responses):
 
 def iterate(lm, cfg, settings, prompt, response=None):
     """The same for one prompt, until the stop rule ends it -> yields (text, gap)."""
-    started = time.monotonic()
     rounds = improve_rounds(lm, cfg, settings, [prompt], [response])
     (before,), _ = next(rounds)
     yield before, None
     for (text,), (gap,) in rounds:
-        spent = time.monotonic() - started
-        then = after_round(settings.stop, before, text, gap, spent, settings.seconds)
+        then = after_round(settings.stop, before, text, gap)
         if then != "back":
             yield text, gap
         if then != "next":

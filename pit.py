@@ -25,7 +25,7 @@ from errors import UserError, explain
 
 ROOT = Path(__file__).parent
 Stage = Literal["sft", "reward", "rl", "eval"]
-StopRule = Literal["gap", "same", "time", "rounds"]
+StopRule = Literal["gap", "same", "rounds"]
 SOURCES = ("annotated", "policy", "sft", "given")  # of y_ref, see curriculum.py
 NOT_STORED = {"ctx", "run", "smoke", "overwrite", "from_run", "until"}  # how `all` starts
 PRESETS = {
@@ -540,14 +540,13 @@ def infer_command(
     rounds: option(int, "At most this many improvements.", min=1) = 3,
     temperature: option(float, "Of the sampling. 0: the likeliest token.", min=0, max=2) = 0.4,
     seed: option(int, "Seed of the sampling.", min=0) = 0,
-    stop: option(StopRule, "Ends at no gain, no change, --seconds, or --rounds.") = "gap",
-    seconds: option(float, "For --stop time: start no round after this long.", min=0) = 60.0,
+    stop: option(StopRule, "Ends at no gain, at no change, or after --rounds.") = "gap",
 ):
     """Answer a prompt, and improve the answer round by round.
 
     Example: python pit.py infer --run runs/tiny --input prompts.jsonl --output improved.jsonl
     """
-    check_request(prompt, response, input, output, stop)
+    check_request(prompt, response, input, output)
     opened = open_run(run)
     cfg = opened.config
 
@@ -560,7 +559,6 @@ def infer_command(
         rounds=rounds,
         temperature=temperature,
         stop=stop,
-        seconds=seconds,
         seed=seed,
     )
     roles = [infer.POLICY, settings.pit, "reward_gap"]
@@ -583,7 +581,7 @@ def infer_command(
         chat.converse(lm, cfg, settings)
 
 
-def check_request(prompt, response, input, output, stop):
+def check_request(prompt, response, input, output):
     """Complain about options of the command `infer` that do not go together."""
     if bool(input) != bool(output):
         raise UserError("--input and --output go together: give both.")
@@ -591,8 +589,6 @@ def check_request(prompt, response, input, output, stop):
         raise UserError("Give a prompt, or --input and --output, not both.")
     if response and not prompt:
         raise UserError("--response needs its prompt: give the prompt too.")
-    if stop == "time" and input:
-        raise UserError("--stop time is for one prompt, not for a whole file.")
     if output and output.exists() and not output.is_file():
         raise UserError(f"--output {output}: give a file, which can be continued after a stop.")
 

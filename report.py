@@ -51,7 +51,6 @@ LABELS = {
     "rounds": "after a number of rounds",
     "same": "when the text stays the same",
     "gap": "when the gap is not above 0",
-    "time": "when the time is up",
 } | GAP_MODELS
 
 

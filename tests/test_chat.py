@@ -23,7 +23,7 @@ ROWS[1]["response"] = "Now Ben west: north west."
 
 
 def settings(rounds=2, stop="rounds"):
-    return infer.Settings("pit_rl1", rounds, 1.0, stop, seconds=0.0, seed=0)
+    return infer.Settings("pit_rl1", rounds, 1.0, stop, seed=0)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, mo
     near(score(*copied), torch.zeros(8))
     # infer
     monkeypatch.setattr(lm, "answer", lambda role, chats, cfg, temperature: y[: len(chats)])
-    settings = infer.Settings("pit_rl1", 1, temperature=1.0, stop="rounds", seconds=0.0, seed=0)
+    settings = infer.Settings("pit_rl1", 1, temperature=1.0, stop="rounds", seed=0)
     texts, gaps = zip(*infer.iterate(lm, cfg, settings, chats[0], response=y_ref[0]))
     assert texts == (y_ref[0], y[0]) and gaps[1] == pytest.approx(expected[0].item(), abs=1e-4)
 

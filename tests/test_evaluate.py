@@ -456,16 +456,13 @@ def test_stop_rules_from_texts(measured):
         final, spent = [], []
         for i in range(len(pairs)):
             answer = done = 0
-            while done < (5 if stop == "time" else limit):
+            while done < limit:
                 done += 1
                 unchanged = texts[names[done]][i] == texts[names[answer]][i]
                 if stop == "gap" and (unchanged or gaps[done - 1][i] <= 0):
                     break
                 answer = done
                 if stop == "same" and unchanged:
-                    break
-                spent_so_far = tokens[: done + 1].sum(0)
-                if stop == "time" and spent_so_far[i] >= tokens[: limit + 1].sum(0).mean():
                     break
             final.append(scores[answer, i])
             spent.append(tokens[: done + 1, i].sum())

@@ -1,6 +1,5 @@
 """Using a result: rounds and stop rules."""
 
-from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +12,17 @@ CFG = SimpleNamespace(max_prompt=200, max_response=12, rl_batch=2, micro_batch=2
 
 
 def settings(rounds=2, stop="rounds", temperature=1.0):
-    return infer.Settings("pit_rl1", rounds, temperature, stop, seconds=0.0, seed=0)
+    return infer.Settings("pit_rl1", rounds, temperature, stop, seed=0)
 
 
 @pytest.mark.parametrize(
     "stop, texts, rounds",
-    [("rounds", "abbcd", 4), ("same", "abb", 2), ("gap", "ab", 2), ("time", "ab", 1)],
+    [("rounds", "abbcd", 4), ("same", "abb", 2), ("gap", "ab", 2)],
 )
 def test_stop_rules(monkeypatch, stop, texts, rounds):
     """The rule ends a prompt as it goes (iterate) where it ends one whose rounds are all there."""
     gaps = [0.5, 0.0, -0.5, 0.5]
-    assert infer.end_of(stop, "abbcd", gaps, range(5), budget=0.0) == (len(texts) - 1, rounds)
+    assert infer.end_of(stop, "abbcd", gaps) == (len(texts) - 1, rounds)
     drafts, gap_of = iter("bbcd"), iter(gaps)
     monkeypatch.setattr(infer, "improve", lambda *_: [next(drafts)])
     monkeypatch.setattr(infer, "gaps", lambda *_: torch.tensor([next(gap_of)]))
@@ -34,7 +33,7 @@ def test_stop_rules(monkeypatch, stop, texts, rounds):
 
 def test_the_gap_rule_goes_back_from_a_text_that_is_no_better_or_the_same():
     def said(text, gap):
-        return infer.after_round("gap", "a", text, gap, seconds=0.0, budget=0.0)
+        return infer.after_round("gap", "a", text, gap)
 
     assert [said("b", gap) for gap in (0.5, 0.0, -0.5)] == ["next", "back", "back"]
     assert said("a", 0.5) == "back"
@@ -61,13 +60,3 @@ def test_each_round_improves_and_is_measured_against_the_text_before_it(monkeypa
     for call, before in zip(asked[1:], texts):
         assert call == ("pit_rl1", [improve_prompt(x, y_ref) for y_ref in before], 0.7)
     assert measured == [([x, x], texts[1], texts[0]), ([x, x], texts[2], texts[1])]
-
-
-def test_the_rule_time_allows_its_seconds(monkeypatch):
-    clock, drafts = count(100.0), iter("bcde")
-    monkeypatch.setattr(infer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(infer, "improve", lambda *_: [next(drafts)])
-    monkeypatch.setattr(infer, "gaps", lambda *_: torch.ones(1))
-    how = infer.Settings("pit_rl1", 4, 1.0, "time", seconds=1.5, seed=0)
-    steps = infer.iterate(SimpleNamespace(answer=lambda *_: []), None, how, [], "a")
-    assert "".join(text for text, _ in steps) == "abc"  # at 1 s a round, two

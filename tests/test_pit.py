@@ -331,7 +331,6 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path):
         ("infer --run {mini} hello --input {tmp}/in.jsonl --output {tmp}/o", "not both"),
         ("infer --run {mini} --input /nowhere --output {tmp}/o", "does not exist"),
         ("infer --run {mini} --input {tmp}/in.jsonl --output /dev/null", "give a file"),
-        ("infer --run {mini} --input {tmp}/in.jsonl --output {tmp}/o --stop time", "--stop time"),
         ("export --run {mini} --adapter policy --to {tmp}/x", "policy_rl, policy_sft"),
         ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),

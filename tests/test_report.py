@@ -237,11 +237,8 @@ def test_an_answer_that_ends_in_a_bar_breaks_no_table(drawn):
     assert "| ends with \\| | 2.5 | 63 | 35 | 113 | 0 | - |" in page_of(run, found)
 
 
-def test_the_limit_of_the_rule_time_is_in_tokens(drawn):
-    run, found = Run(drawn), results()
+def test_the_best_stop_rule_is_named(drawn):
     assert "`--stop rounds`, at most 1 round." in (drawn / "report.md").read_text()
-    found["stops"].append(found["stops"][1] | {"stop": "time", "mean": 1.0})
-    assert "`--stop time`, after the tokens of 2 average rounds." in page_of(run, found)
 
 
 def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():

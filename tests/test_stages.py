@@ -81,7 +81,7 @@ def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
     assert asked == [["held_out"]]
 
 
-@pytest.mark.parametrize("stop", ["time", "gap"])
+@pytest.mark.parametrize("stop", ["same", "gap"])
 def test_infer_does_as_it_is_told(monkeypatch, stop):
     seen = []
     cfg = SimpleNamespace(rounds="annotated,policy", temperature=1.0, seed=0)
@@ -89,5 +89,5 @@ def test_infer_does_as_it_is_told(monkeypatch, stop):
     monkeypatch.setattr(pit, "open_run", lambda path: run)
     monkeypatch.setattr(pit, "load_base", lambda cfg: None)
     monkeypatch.setattr(chat, "converse", lambda lm, cfg, settings: seen.append(settings))
-    pit.infer_command("run", rounds=2, temperature=0.3, seed=7, stop=stop, seconds=9.0)
-    assert seen == [infer.Settings("pit_rl1", 2, 0.3, stop, 9.0, 7)]
+    pit.infer_command("run", rounds=2, temperature=0.3, seed=7, stop=stop)
+    assert seen == [infer.Settings("pit_rl1", 2, 0.3, stop, 7)]
