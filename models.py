@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import max_length
 from errors import UserError, explained
-from tokens import Tokens, mask_after_eos, one_row_each
+from tokens import Tokens, mask_after_eos, one_row
 
 # cuDNN's attention gives NaN with masks on H100 and B200 (pytorch issues 196678 and 193893)
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -282,14 +282,13 @@ class LM:
         """The scores of k responses to each prompt: (B, k).
 
         prompts: B lists of token ids; candidates: B lists of k lists. Where the model allows it,
-        all candidates share one row, so that their prompt is read only once (see
-        tokens.one_row_each).
+        all candidates share one row, so that their prompt is read only once (tokens.one_row).
         """
         assert role == self.active, f"{self.active} is active, not {role}"
         if not self.shared_row:
             one_by_one = [self.collate(prompts, kth) for kth in zip(*candidates)]
             return torch.stack([self.scores(role, tokens) for tokens in one_by_one], 1)
-        ids, part, position, ends = one_row_each(prompts, candidates)
+        ids, part, position, ends = zip(*map(one_row, prompts, candidates))
         part = self.pad_rows(part, -1)
         # a token sees the prompt (part 0) and its own part, up to itself
         query, key = part[:, :, None], part[:, None, :]

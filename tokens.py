@@ -63,8 +63,8 @@ def mask_after_eos(responses, eos):
     return ((is_eos.cumsum(1) - is_eos) == 0).long()
 
 
-def one_row_each(prompts, candidates):
-    """Put each prompt and all its responses into one row -> lists: ids, part, position, ends.
+def one_row(prompt, responses):
+    """A prompt and all its responses in one row -> lists: ids, part, position, ends.
 
     Positions start again with each response, as if it were the only one:
 
@@ -73,23 +73,17 @@ def one_row_each(prompts, candidates):
         position   0   1   2   3   4   5   3   4
         ends                           5       7       the last token of each response
     """
-    all_ids, all_parts, all_positions, all_ends = [], [], [], []
-    for prompt, responses in zip(prompts, candidates):
-        ids = list(prompt)
-        part = [0] * len(prompt)
-        position = list(range(len(prompt)))
-        ends = []
-        # each response goes on where the prompt ends: the same positions, another part
-        for number, response in enumerate(responses, 1):
-            ids += response
-            part += [number] * len(response)
-            position += range(len(prompt), len(prompt) + len(response))
-            ends.append(len(ids) - 1)
-        all_ids.append(ids)
-        all_parts.append(part)
-        all_positions.append(position)
-        all_ends.append(ends)
-    return all_ids, all_parts, all_positions, all_ends
+    ids = list(prompt)
+    part = [0] * len(prompt)
+    position = list(range(len(prompt)))
+    ends = []
+    # each response goes on where the prompt ends: the same positions, another part
+    for number, response in enumerate(responses, 1):
+        ids += response
+        part += [number] * len(response)
+        position += range(len(prompt), len(prompt) + len(response))
+        ends.append(len(ids) - 1)
+    return ids, part, position, ends
 
 
 def micro_batches(items, size, length):

@@ -2,7 +2,7 @@
 
 import torch
 
-from tokens import Tokens, in_parts, mask_after_eos, micro_batches, one_row_each
+from tokens import Tokens, in_parts, mask_after_eos, micro_batches, one_row
 
 
 def drawn():
@@ -34,11 +34,11 @@ def test_trim_takes_padding_off_both_ends_and_no_more():
 
 
 def test_candidates_of_a_prompt_in_one_row():
-    ids, part, position, ends = one_row_each([[7, 7, 7]], [[[4, 4, 2], [5, 2]]])
-    assert ids == [[7, 7, 7, 4, 4, 2, 5, 2]]
-    assert part == [[0, 0, 0, 1, 1, 1, 2, 2]]
-    assert position == [[0, 1, 2, 3, 4, 5, 3, 4]]
-    assert ends == [[5, 7]]
+    ids, part, position, ends = one_row([7, 7, 7], [[4, 4, 2], [5, 2]])
+    assert ids == [7, 7, 7, 4, 4, 2, 5, 2]
+    assert part == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert position == [0, 1, 2, 3, 4, 5, 3, 4]
+    assert ends == [5, 7]
 
 
 def test_micro_batches_hold_everything_once_and_sort_only_where_they_must():
