@@ -446,15 +446,7 @@ def ablate(run: StageRun, judge: Judges = None):
     lm, run, parts = session.lm, session.run, session.parts
     # Eq. 2 as published, and with its first three terms
     for role, loss_of in (("reward_gap2", reward.gap_loss), ("reward_gap3", reward.three_terms)):
-        reward.train_gap_reward(
-            lm,
-            run,
-            pairs=parts["rm"],
-            held_out=parts["held_out"],
-            role=role,
-            loss_of=loss_of,
-            loss_name=evaluate.GAP_MODELS[role],
-        )
+        reward.train_gap_reward(lm, run, parts["rm"], parts["held_out"], role, loss_of)
     # Table 2: one adapter per curriculum, its last
     lasts = {}
     for name in curriculum.CURRICULA:

@@ -85,28 +85,17 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
     with run.stage(role, why):
         lm.add(role, like="blank", head=True)
         train(lm, run, role, answer_contexts, bradley_terry, pairs)
-        chosen, rejected = score_pairs(lm, role, answer_contexts, held_out, run.config)
-        right = chosen > rejected
-        finish(lm, run, role, {"accuracy": right.float().mean().item()}, n=len(right))
+        finish(lm, run, role, answer_contexts, held_out)
 
 
-def train_gap_reward(
-    lm,
-    run,
-    pairs,
-    held_out,
-    role="reward_gap",
-    loss_of=centred_gap_loss,
-    loss_name="Eq. 2, centred",
-):
+def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=centred_gap_loss):
     """R_PIT from D_RM -> adapter and head `role`."""
     if run.load_trained(lm, role):
         return
-    with run.stage(role, f"R_PIT, how much better than y_ref? ({loss_name})"):
+    with run.stage(role, f"R_PIT, how much better than y_ref? ({loss_of.__name__})"):
         lm.add(role, like="reward_policy", head=True)
         train(lm, run, role, gap_contexts, loss_of, pairs)
-        four = score_pairs(lm, role, gap_contexts, held_out, run.config)
-        finish(lm, run, role, measure_gaps(*four), n=len(held_out))
+        finish(lm, run, role, gap_contexts, held_out)
 
 
 def train(lm, run, role, contexts_of, loss_of, pairs):
@@ -125,9 +114,7 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
             loss = loss_of(*scores).sum() / len(batch)
             loss.backward()
             total += loss.detach()
-            # y_w and y_l alternate (see score_batch): is y_w above y_l, in each context?
-            of_chosen, of_rejected = scores[0::2], scores[1::2]  # (c, B)
-            right += (of_chosen > of_rejected).float().mean(0).sum()
+            right += ranked_right(scores).float().mean(0).sum()
         # warm up, then decay linearly to 0
         done = step / cfg.rm_steps
         warm = min(1, (done + 1 / cfg.rm_steps) / WARMUP)
@@ -140,32 +127,40 @@ def pair_length(pair):
     return len(pair.key())
 
 
-def measure_gaps(ww, lw, wl, ll):
-    """How well held-out scores keep Eq. 1 -> dict; arguments (B,)."""
-    no_change = torch.cat([ww, ll])
-    right = torch.cat([wl > ll, lw < ww])  # is the sign of the gap right?
-    in_order = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)  # Eq. 1 in full
-    measured = {
-        "accuracy": right.float().mean(),
-        "order": in_order.float().mean(),
-        "no_change": no_change.mean(),
-        "no_change_std": no_change.std(),
-        # distance of the two middles, as a share of the outer gap
-        "middle": (ww - ll).mean() / (wl - lw).mean(),
-    }
+def ranked_right(scores):
+    """Is y_w above y_l, in each of the c contexts? Scores by `score_batch`, (2c, B) -> (c, B)."""
+    return scores[0::2] > scores[1::2]
+
+
+def measure(scores):
+    """How right scores of held-out pairs are, (2c, N); of R_PIT, how they keep Eq. 1 -> dict.
+
+    accuracy           share of comparisons with y_w above y_l
+    order              share of pairs that keep Eq. 1 in full
+    middle             distance of r^ww and r^ll, as a share of that of r^wl and r^lw
+    no_change, ..._std what "no change" is worth, r^ww and r^ll
+    """
+    measured = {"accuracy": ranked_right(scores).float().mean()}
+    if len(scores) == 4:
+        ww, lw, wl, ll = scores
+        in_order = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)  # Eq. 1 in full
+        no_change = torch.cat([ww, ll])
+        measured["order"] = in_order.float().mean()
+        measured["middle"] = (ww - ll).mean() / (wl - lw).mean()
+        measured["no_change"] = no_change.mean()
+        measured["no_change_std"] = no_change.std()
     return {name: value.item() for name, value in measured.items()}
 
 
-def finish(lm, run, role, measured, n):
-    """Print, store and save; n is the number of pairs behind the accuracy."""
-    two_standard_errors = n**-0.5
+def finish(lm, run, role, contexts_of, held_out):
+    """Measure on held-out pairs, print, store and save."""
+    measured = measure(score_pairs(lm, role, contexts_of, held_out, run.config))
+    two_standard_errors = len(held_out) ** -0.5
     if measured["accuracy"] < 0.5 + two_standard_errors:
         run.warn(f"{role} is no better than chance. Try more --rm-steps or --pairs.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
-    print(f"  held out: right on {measured['accuracy']:.0%}")
-    if "order" in measured:
-        no_change = f"{measured['no_change']:.2f} +- {measured['no_change_std']:.2f}"
-        print(f"  Eq. 1 in full on {measured['order']:.0%}; 'no change' is worth {no_change}")
+    numbers = ", ".join(f"{name} {value:.2f}" for name, value in measured.items())
+    print(f"  on held-out pairs: {numbers}")
     run.keep(lm, role)
 
 

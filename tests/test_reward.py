@@ -178,12 +178,12 @@ def test_trained_on_pairs_both_models_know_which_text_is_better(lm, pairs, rates
 def test_held_out_measures_by_hand():
     ww, lw = torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 1.0])
     wl, ll = torch.tensor([3.0, 2.0]), torch.tensor([0.0, -1.0])
-    measured = reward.measure_gaps(ww, lw, wl, ll)
+    measured = reward.measure(torch.stack([ww, lw, wl, ll]))
     # the first pair is in order, of the second y_l after y_w is not
     assert measured["accuracy"] == 0.75 and measured["order"] == 0.5
+    assert measured["middle"] == pytest.approx(1.0 / 3.0)
     assert measured["no_change"] == 0.0
     assert measured["no_change_std"] == pytest.approx(math.sqrt(2 / 3))
-    assert measured["middle"] == pytest.approx(1.0 / 3.0)
 
 
 def test_an_answer_that_was_cut_off_is_scored_without_an_end(lm, pairs):
@@ -210,15 +210,14 @@ def test_a_judge_scores_by_its_own_adapter(lm, pairs):
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_that_has_learned_nothing_is_pointed_out(lm):
+@pytest.mark.parametrize("accuracy, is_told", [(0.45, True), (0.52, True), (0.6, False)])
+def test_an_accuracy_within_two_standard_errors_of_chance_is_told(
+    lm, monkeypatch, accuracy, is_told
+):
+    chosen = torch.arange(1000) < 1000 * accuracy
+    scores = torch.stack([chosen.float(), torch.full((1000,), 0.5)])
+    monkeypatch.setattr(reward, "score_pairs", lambda *_: scores)
     run = FakeRun()
-    for accuracy in (0.55, 0.45):
-        reward.finish(lm, run, "role", {"accuracy": accuracy}, n=1000)
-    assert len(run.warnings) == 1 and "role is no better than chance" in run.warnings[0]
-
-
-def test_an_accuracy_within_two_standard_errors_of_chance_is_told(lm):
-    for accuracy, is_told in ((0.52, True), (0.6, False)):
-        run = FakeRun()
-        reward.finish(lm, run, "judge", {"accuracy": accuracy}, n=1000)
-        assert bool(run.warnings) == is_told
+    reward.finish(lm, run, "judge", reward.answer_contexts, [None] * 1000)
+    told = ["judge is no better than chance. Try more --rm-steps or --pairs."]
+    assert run.warnings == (told if is_told else [])

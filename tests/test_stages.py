@@ -68,13 +68,13 @@ def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
 
     monkeypatch.setattr(pit, "open_to_judge", lambda run, judge: (session(rl_steps=3), {}))
     monkeypatch.setattr(pit, "eval_stage", lambda *_: None)
-    monkeypatch.setattr(reward, "train_gap_reward", lambda lm, run, **how: trained.append(how))
+    monkeypatch.setattr(reward, "train_gap_reward", lambda lm, run, *how: trained.append(how))
     monkeypatch.setattr(curriculum, "train_pit_round", train_pit_round)
     monkeypatch.setattr(evaluate, "judge_curricula", lambda lm, run, pairs, *_: asked.append(pairs))
     pit.ablate("run")
-    assert [(how["role"], how["loss_of"], how["pairs"]) for how in trained] == [
-        ("reward_gap2", reward.gap_loss, ["rm"]),
-        ("reward_gap3", reward.three_terms, ["rm"]),
+    assert trained == [
+        (["rm"], ["held_out"], "reward_gap2", reward.gap_loss),
+        (["rm"], ["held_out"], "reward_gap3", reward.three_terms),
     ]
     # every curriculum has as many iterations as the two rounds of the run
     assert len(steps) == len(curriculum.CURRICULA) and set(steps.values()) == {6}
