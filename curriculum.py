@@ -20,7 +20,7 @@ from functools import partial
 from data import improve_prompt
 from errors import UserError
 from ppo import train
-from reward import no_change
+from reward import rewards
 from run import shuffled_batch
 
 # Table 2 of the paper, and two more. All start from M_PIT^SFT, with the same number of iterations.
@@ -104,18 +104,16 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
     cfg = run.config
 
     def problem(step):
-        chats, references = draw_references(lm, pairs, source, step, cfg)
-        prompts = [
-            lm.encode_prompt(improve_prompt(x, y_ref)) for x, y_ref in zip(chats, references)
-        ]
+        prompts, references = draw_references(lm, pairs, source, step, cfg)
+        chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
         # the same for all y: a baseline, good where y is often a copy of y_ref
-        unchanged = no_change(lm, chats, references, cfg)  # (B,)
+        unchanged = rewards(lm, "reward_gap", chats, references, cfg)  # (B,)
 
         def score(tokens, states):
             # the gap: r(x, y, y_ref) - r(x, y_ref, y_ref)
             return lm.scores_from_states("reward_gap", tokens, states) - unchanged
 
-        return prompts, score
+        return [lm.encode_prompt(chat) for chat in chats], score
 
     why = f"PPO: larger gaps by R_PIT over {source} answers{EQUATIONS.get(source, '')}"
     with run.stage(role, why):

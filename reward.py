@@ -230,12 +230,6 @@ def rewards(lm, role, prompts, answers, cfg):
     return in_parts(lambda part: lm.scores(role, part), tokens, cfg.micro_batch)
 
 
-def no_change(lm, prompts, references, cfg):
-    """What R_PIT says of y_ref itself, r(x, y_ref, y_ref) -> (N,)."""
-    chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
-    return rewards(lm, "reward_gap", chats, references, cfg)
-
-
 def gaps(lm, prompts, answers, references, cfg):
     """How much better is each answer than its reference? By R_PIT -> (N,)
 
@@ -246,4 +240,5 @@ def gaps(lm, prompts, answers, references, cfg):
     """
     chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
     changed = rewards(lm, "reward_gap", chats, answers, cfg)
-    return changed - no_change(lm, prompts, references, cfg)
+    unchanged = rewards(lm, "reward_gap", chats, references, cfg)
+    return changed - unchanged

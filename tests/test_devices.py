@@ -151,7 +151,7 @@ def test_a_planted_mix_is_caught(on_accelerator, tmp_path, monkeypatch):
 
     planted = [
         (ppo, "zero_head", lambda size, device: torch.nn.Linear(size, 1), policy_rl),
-        (curriculum, "no_change", lambda lm, chats, *rest: torch.ones(len(chats)), pit_round),
+        (curriculum, "rewards", lambda lm, role, chats, *_: torch.ones(len(chats)), pit_round),
     ]
     for module, name, broken, work in planted:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="mixes devices"):
