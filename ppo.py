@@ -319,7 +319,8 @@ def train(
         tokens = lm.generate(role, prompts, cfg.max_response, cfg.temperature)
         models = dict(policy=role, reference=reference, reward_role=reward_role, critic=critic)
         sample = rate(lm, tokens, score, cfg=cfg, **models)
-        check(run, sample, lm.eos)
+        logged = describe(sample, lm.eos)
+        check(run, sample, logged)
 
         # Scores in standard deviations of the first batch, which is sampled before any update.
         # Centred: what all answers of a batch earn alike is no reason to change any of them. Left
@@ -332,7 +333,7 @@ def train(
         # update; the learning rate decays linearly to 0
         settings = dict(decay=1 - step / steps, cfg=cfg, advantage=advantage)
         metrics = ppo_update(lm, role, critic, optimizers, sample, scores, **settings)
-        run.log(**describe(sample, lm.eos), **metrics)
+        run.log(**logged, **metrics)
     run.keep(lm, role)
 
 
@@ -369,13 +370,12 @@ def describe(sample, eos):
     }
 
 
-def check(run, sample, eos):
-    """Warn, once a stage, of signs that training is going wrong."""
-    mask = sample.tokens.response_mask
-    if masked_mean(k1(sample.logprobs, sample.ref_logprobs), mask) > WILD_KL:
+def check(run, sample, logged):
+    """Warn, once a stage, of signs that training is going wrong. logged: by `describe`."""
+    if logged["kl"] / logged["length"] > WILD_KL:
         run.warn(f"the KL is above {WILD_KL} nats per token. Raise --kl or lower --rl-lr.")
-    if not ended(sample.tokens, eos).any():
+    if logged["eos"] == 0:
         run.warn("every answer was cut off. Try a higher --max-response, more --sft-steps.")
-    answers = sample.tokens.responses * mask
-    if len(answers) > 1 and len(answers.unique(dim=0)) == 1:
+    answers = sample.tokens.responses * sample.tokens.response_mask
+    if len(answers.unique(dim=0)) == 1:
         run.warn("all answers are the same. Raise --kl or --temperature, or lower --rl-lr.")

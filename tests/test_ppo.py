@@ -187,7 +187,7 @@ def test_bad_signs_are_told():
             ref_logprobs=torch.zeros(2, 2),
             scores=torch.zeros(2),
         )
-        ppo.check(run, sample, eos)
+        ppo.check(run, sample, ppo.describe(sample, eos))
         return run.warnings
 
     assert check([[5, 2], [6, 7]]) == check([[5, 2], [6, 7]], drift=0.9) == []
