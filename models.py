@@ -373,8 +373,15 @@ def new_head(hidden_size, device):
 
     The standard deviation 1 / sqrt(D + 1) is that of Stiennon et al. (2020).
     """
-    head = nn.Linear(hidden_size, 1, device=device)
+    head = zero_head(hidden_size, device)
     nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
+    return head
+
+
+def zero_head(hidden_size, device):
+    """A scalar head whose first output is 0 everywhere: PPO's critic."""
+    head = nn.Linear(hidden_size, 1, device=device)
+    nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
 

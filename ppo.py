@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models import adamw, take_step
+from models import adamw, take_step, zero_head
 from run import seed_all
 from tokens import Tokens, in_parts
 
@@ -335,14 +335,6 @@ def train(
         metrics = ppo_update(lm, role, critic, optimizers, sample, scores, **settings)
         run.log(**logged, **metrics)
     run.keep(lm, role)
-
-
-def zero_head(hidden_size, device):
-    """The critic: a linear head whose first value is 0 everywhere."""
-    critic = torch.nn.Linear(hidden_size, 1, device=device)
-    torch.nn.init.zeros_(critic.weight)
-    torch.nn.init.zeros_(critic.bias)
-    return critic
 
 
 def describe(sample, eos):
