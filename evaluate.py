@@ -91,38 +91,25 @@ def mean(numbers):
 
 
 def elo(scores, margin=SAME):
-    """Scores of K sides for the same N prompts, (K, N) -> Elo ratings (K,), 95% intervals (K, 2).
+    """Scores of K sides for the same N prompts, (K, N) -> their Elo ratings (K,), the first 1000.
 
-    Side 0 has 1000. All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for
-    both, so there is no order of games to depend on. The interval is a bootstrap over prompts.
+    All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for both, so there is
+    no order of games to depend on. P(i beats j) = sigmoid(r_i - r_j), as in a reward model: that is
+    e_i / (e_i + e_j) with e = exp(r).
     """
     scores = np.array(scores)
-    N = scores.shape[1]
-    # 1. what side i gets against side j on each prompt: 1, 0.5 or 0
+    # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; half a drawn game more
+    # keeps the rating of a side that never wins finite
     points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
-    # 2. how often i wins against j: on the prompts themselves, then on N drawn from them, 200 times
-    draws = np.random.default_rng(0).integers(N, size=(200, N))
-    wins = np.stack([points[:, :, draw].sum(2) for draw in [np.arange(N), *draws]])  # (201, K, K)
-    # 3. half a drawn game more keeps the rating of a side that never wins finite
-    wins += 0.25
-    # 4. ratings: 400 points more are odds of 10 to 1
-    ratings = 1000 + 400 / np.log(10) * bradley_terry(wins)  # (201, K)
-    return ratings[0].tolist(), np.quantile(ratings[1:], [0.025, 0.975], axis=0).T.tolist()
-
-
-def bradley_terry(wins):
-    """The strengths that make `wins` of i over j, (S, K, K), likeliest -> (S, K), the first 0.
-
-    P(i beats j) = sigmoid(strength_i - strength_j), as in a reward model: e_i / (e_i + e_j) with
-    e = exp(strength). Each pass sets e_i where the likelihood is flat in it, by the form of Newman
-    (2023, "Efficient computation of rankings from pairwise comparisons").
-    """
-    e = np.ones(wins.shape[:2])  # (S, K)
-    for _ in range(2000):  # slow only where sides nearly always win
-        both = e[:, :, None] + e[:, None]  # (S, K, K)
-        e = (wins * e[:, None] / both).sum(2) / (wins / both).sum(1)
-    strength = np.log(e)
-    return strength - strength[:, :1]
+    wins = points.sum(2) + 0.25  # (K, K)
+    # 2. the likeliest e, by the iteration of Newman (2023), "Efficient computation of rankings from
+    # pairwise comparisons"
+    e = np.ones(len(scores))  # (K,)
+    for _ in range(5000):  # slow only where sides nearly always win
+        both = e[:, None] + e  # (K, K)
+        e = (wins * e / both).sum(1) / (wins / both).sum(0)
+    # 3. ratings: 400 points more are odds of 10 to 1
+    return (1000 + 400 * np.log10(e / e[0])).tolist()
 
 
 # ---- measuring ---------------------------------------------------------------------------------
@@ -254,15 +241,14 @@ def temperature_table(view, methods):
 def rounds_table(view, methods):
     """Table 3: the original and every round of each method; Elo, mean score, who beats whom."""
     keys = [ORIGINAL] + [key for method in methods for key in round_keys(method)]
-    ratings, intervals = elo([view.scores(key) for key in keys], view.judge.margin)
+    ratings = elo([view.scores(key) for key in keys], view.judge.margin)
     rows = []
-    for key, rating, ends in zip(keys, ratings, intervals):
+    for key, rating in zip(keys, ratings):
         scores = view.scores(key)
         row = {
             "method": key.method,
             "round": 0 if key == ORIGINAL else key.round,
             "elo": rating,
-            "elo_ci95": ends,
             "mean": mean(scores),
             "mean_ci95": interval(scores),
             "over_original": view.compare(key, ORIGINAL),

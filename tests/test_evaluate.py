@@ -116,7 +116,7 @@ def nearly_separable():
     [np.random.default_rng(0).normal(size=(4, 60)).round(1), nearly_separable(), np.eye(3)[:, :2]],
 )
 def test_elo_is_the_likeliest_fit_however_slowly_it_converges(scores):
-    ratings, _ = evaluate.elo(scores)
+    ratings = evaluate.elo(scores)
     np.testing.assert_allclose(ratings, plain_elo(scores), atol=0.01)
 
 
@@ -124,24 +124,16 @@ def test_elo_recovers_known_strengths_whatever_the_order():
     rng, truth = np.random.default_rng(0), np.array([1000.0, 1100.0, 950.0, 1250.0])
     # Gumbel noise makes P(i beats j) the logistic function of the difference: Bradley-Terry exactly
     scores = (truth * np.log(10) / 400)[:, None] + rng.gumbel(size=(4, 4000))
-    ratings, intervals = evaluate.elo(scores)
+    ratings = evaluate.elo(scores)
     np.testing.assert_allclose(ratings, truth, atol=25)
-    for strength, (low, high) in list(zip(truth, intervals))[1:]:
-        assert low < high and low - 25 <= strength <= high + 25
-    shuffled, _ = evaluate.elo(scores[:, rng.permutation(4000)])
+    shuffled = evaluate.elo(scores[:, rng.permutation(4000)])
     np.testing.assert_allclose(shuffled, ratings)
 
 
 def test_elo_of_equal_sides_and_of_one_that_always_wins():
-    assert evaluate.elo(np.full((3, 40), 0.5))[0] == pytest.approx([1000] * 3)
-    low, high = evaluate.elo([[0.0] * 40, [1.0] * 40])[0]
+    assert evaluate.elo(np.full((3, 40), 0.5)) == pytest.approx([1000] * 3)
+    low, high = evaluate.elo([[0.0] * 40, [1.0] * 40])
     assert low == 1000 and 1400 < high < 2500
-
-
-def test_elos_interval_is_one_of_95_percent():
-    _, ends = evaluate.elo(np.random.default_rng(0).normal(size=(2, 400)))
-    width = 2 * 1.96 * 400 / np.log(10) / np.sqrt(400 / 4)  # of log-odds near 0
-    assert ends[1][1] - ends[1][0] == pytest.approx(width, rel=0.2)
 
 
 def test_enough_votes_say_something():

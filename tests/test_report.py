@@ -33,7 +33,7 @@ def results():
         ("pit", "pit_sft"): 0.02,
         ("pit_sft", "original"): 0.3,
     }
-    one_round = dict(elo=1100, elo_ci95=[1050, 1150], mean=0.9, mean_ci95=[0.8, 1.0])
+    one_round = dict(elo=1100, mean=0.9, mean_ci95=[0.8, 1.0])
     gap = dict(model="reward_gap", accuracy=0.9)
     one_side = dict(length=12.0, tokens=24.0, texts=2, unchanged=0.1, scores={"judge": 0.5})
     sides = ["original", "y_w", "pit", "pit_sft"]
