@@ -103,7 +103,7 @@ def write_report(run, voter=None):
     results, metrics = run.results(), run.metrics()
     plot_curves(run, metrics)
     plot_result(run, results, metrics)
-    for plot in (plot_fig2, plot_fig3, plot_rounds, plot_stops):
+    for plot in (plot_fig2, plot_fig3, plot_stops):
         plot(run, results)
     if "table2" in results:
         plot_fig4(run, results, metrics)
@@ -221,7 +221,7 @@ def save(figure, run, name):
     plt.close(figure)
 
 
-def whole_numbers(ax):  # steps, iterations and rounds are counted: no 0.5 on their axis
+def whole_numbers(ax):  # steps and iterations are counted: no 0.5 on their axis
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -327,24 +327,6 @@ def plot_fig3(run, results):
         ylabel="win - lose, in points (95% interval)",
     )
     save(figure, run, "fig3.png")
-
-
-def plot_rounds(run, results):
-    """The mean score after each round of improvement -> rounds.png."""
-    figure, ax = plt.subplots()
-    original, *improved = results["table3"]
-    for method, rows in grouped(improved, "method").items():
-        bars(ax, [original, *rows], "round", "mean", "mean_ci95", label=label(method))
-    main = results["main"]
-    y_w = results["sides"]["y_w"]["scores"][main]
-    ax.axhline(y_w, color="gray", linestyle="--", label="y_w, the annotators' better answers")
-    ax.set(
-        title=f"Improved again and again, judged by {label(main)}",
-        xlabel="rounds of improvement (0 = the original)",
-        ylabel="mean score (95% interval)",
-    )
-    whole_numbers(ax)
-    save(figure, run, "rounds.png")
 
 
 def plot_stops(run, results):

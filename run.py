@@ -40,7 +40,7 @@ from errors import UserError, explained, to_continue, typed
 
 # all that a run writes: nothing else in its folder is ever moved or deleted
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
-results.json report.md curves.png result.png fig2.png fig3.png fig4.png rounds.png stops.png
+results.json report.md curves.png result.png fig2.png fig3.png fig4.png stops.png
 config.json""".split()
 REPLACED = ".replaced"
 # options that may change within a run: results do not depend on them, except for rounding

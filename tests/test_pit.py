@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 MINI = """--bits 16 --pairs 100 --eval-n 8 --sft-steps 2 --sft-batch 4 --rm-steps 2 --rm-batch 4
 --rl-steps 1 --rl-batch 4 --minibatch 2""".split()
 ROLES = "policy_sft pit_sft reward_policy reward_gap judge policy_rl pit_rl0 pit_rl1".split()
-FIGURES = "curves.png result.png fig2.png fig3.png rounds.png stops.png".split()
+FIGURES = "curves.png result.png fig2.png fig3.png stops.png".split()
 PROMPT = "Where does each look in the end? Ann north: left back."
 
 

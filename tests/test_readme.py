@@ -23,7 +23,7 @@ MEMBER = re.compile(r"(\w+)\.(\w+)")
 FILE = re.compile(r"[\w./-]+\.(py|sh|md|png|txt|toml|yml)")
 COMMAND = re.compile(r"python ((?:\w+/)*\w+\.py) ?([^`\n#|]*)")
 TEST = re.compile(r"\btest_\w+\b(?!\.py)")
-OF_A_RUN = re.compile(r"(curves|result|fig\d|rounds|stops)\.png|(samples|report)\.md")
+OF_A_RUN = re.compile(r"(curves|result|fig\d|stops)\.png|(samples|report)\.md")
 
 
 @cache

@@ -253,7 +253,7 @@ def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
 
 def test_the_page_has_all_that_it_must(drawn):
     page = (drawn / "report.md").read_text()
-    for figure in ("result", "curves", "fig2", "fig3", "fig4", "rounds", "stops"):
+    for figure in ("result", "curves", "fig2", "fig3", "fig4", "stops"):
         assert f"]({figure}.png)" in page
         assert (drawn / f"{figure}.png").stat().st_size > 10_000
     # what, by which command, on which machine, how long
