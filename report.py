@@ -209,14 +209,9 @@ IN_POINTS = matplotlib.ticker.PercentFormatter(1, decimals=0, symbol="")
 
 def save(figure, run, name):
     """Write a figure. Its legends stand below the axes, where they cover nothing."""
-    legends = [ax.get_legend_handles_labels() for ax in figure.axes]
-    handles, labels = legends[0]
-    if labels and all(others == labels for _, others in legends):  # one for all panels
-        figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False)
-    else:
-        for ax, (_, labels) in zip(figure.axes, legends):
-            if labels:
-                ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
+    for ax in figure.axes:
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
     figure.savefig(run.path / name)
     plt.close(figure)
 
@@ -330,17 +325,16 @@ def plot_fig3(run, results):
 
 
 def plot_stops(run, results):
-    """What each stop rule gives for its tokens, beside a fixed number of rounds -> stops.png."""
-    rules = grouped(results["stops"], "stop")
-    no_rule = rules.pop("rounds")
-    figure, axes = plt.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)
-    for ax, (stop, rows) in zip(axes[0], rules.items()):
-        bars(ax, no_rule, "tokens", "mean", "ci95", color="lightgray", label="no rule")
-        bars(ax, rows, "tokens", "mean", "ci95", label="this rule")
-        ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
-        ax.set(title=f"Stop {label(stop)}", xlabel="tokens generated per answer")
-    figure.suptitle("When to stop improving? Each point allows one more round (95% intervals)")
-    figure.supylabel(f"mean score by {label(results['main'])}")
+    """What each stop rule gives for its tokens -> stops.png."""
+    figure, ax = plt.subplots()
+    for stop, rows in grouped(results["stops"], "stop").items():
+        bars(ax, rows, "tokens", "mean", "ci95", label=label(stop))
+    ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
+    ax.set(
+        title="When to stop improving? Each point allows one more round",
+        xlabel="tokens generated per answer",
+        ylabel=f"mean score by {label(results['main'])} (95% interval)",
+    )
     save(figure, run, "stops.png")
 
 

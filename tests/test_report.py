@@ -283,8 +283,9 @@ def test_no_stop_rule_is_left_out_and_both_rounds_share_a_scale(drawn, monkeypat
     report.plot_stops(run, found)
     report.plot_result(run, found, metrics())
     stops, result = figures
-    titles = [ax.get_title() for ax in stops.axes]
-    assert titles == ["Stop when the gap is not above 0", "Stop a rule of yours"]
+    _, labels = stops.axes[0].get_legend_handles_labels()
+    rules = ["after a number of rounds", "when the gap is not above 0", "a rule of yours"]
+    assert labels == ["the original", *rules]
     _, labels = result.axes[1].get_legend_handles_labels()
     assert labels == ["round 0, over annotated answers", "round 1, over policy answers"]
 
