@@ -312,15 +312,15 @@ def written_pairs(view):
 
 
 def gap_evidence(lm, annotated, written, cfg):
-    """Fig. 2's four distributions, and how right every gap model is, on both kinds of pairs."""
+    """Fig. 2's four distributions, of annotated pairs; how right gap models are, on both kinds."""
     kinds = {"annotated": annotated, "written by models": written}
-    fig2, eq2 = {}, []
+    eq2 = []
     for (kind, pairs), role in product(kinds.items(), GAP_MODELS):
         if not pairs or role not in lm.roles:
             continue
         ww, lw, wl, ll = four = eq1_scores(lm, role, pairs, cfg)
-        if role == "reward_gap":
-            fig2[kind] = dict(zip(("ww", "lw", "wl", "ll"), four.round(3).tolist()))
+        if (kind, role) == ("annotated", "reward_gap"):
+            fig2 = dict(zip(("ww", "lw", "wl", "ll"), four.round(3).tolist()))
         # the gap r(y, y_ref) - r(y_ref, y_ref) of better over worse, and of worse over better
         up, down = wl - ll, lw - ww  # (n,)
         # is the sign right, in both directions? In one alone, that is a tie

@@ -290,21 +290,20 @@ def plot_result(run, results, metrics):
 
 
 def plot_fig2(run, results):
-    """The four distributions of Eq. 1, on both kinds of pairs -> fig2.png."""
+    """The four distributions of Eq. 1, on annotated pairs -> fig2.png."""
     orders = {
         "lw": "worse after better\nr(l, w)",
         "ll": "worse, unchanged\nr(l, l)",
         "ww": "better, unchanged\nr(w, w)",
         "wl": "better after worse\nr(w, l)",
     }
-    figure, axes = plt.subplots(1, len(results["fig2"]), sharex=True, sharey=True, squeeze=False)
-    for ax, (kind, four) in zip(axes[0], results["fig2"].items()):
-        scores = [four[order] for order in orders]
-        ax.violinplot(scores, orientation="horizontal", widths=0.9, showmeans=True)
-        ax.set_yticks(range(1, 5), orders.values())
-        ax.set(title=f"Pairs: {kind}", xlabel="score by R_PIT, in log-odds")
-    figure.suptitle(
-        "R_PIT's scores r(answer, reference): the top should lie right, the bottom left"
+    scores = [results["fig2"][order] for order in orders]
+    figure, ax = plt.subplots()
+    ax.violinplot(scores, orientation="horizontal", widths=0.9, showmeans=True)
+    ax.set_yticks(range(1, 5), orders.values())
+    ax.set(
+        title="R_PIT's scores r(answer, reference): the top should lie right, the bottom left",
+        xlabel="log-odds",
     )
     save(figure, run, "fig2.png")
 

@@ -163,7 +163,7 @@ def test_gaps_of_pairs_are_measured_against_no_change_in_both_directions(monkeyp
     four = torch.tensor([[0.5], [1.5], [3.0], [1.0]])  # ww, lw, wl, ll
     monkeypatch.setattr(evaluate, "score_pairs", lambda *args: four)
     found = evaluate.gap_evidence(SimpleNamespace(roles={"reward_gap"}), [pair], [], cfg=None)
-    assert found["fig2"]["annotated"] == {"ww": [0.5], "lw": [1.5], "wl": [3.0], "ll": [1.0]}
+    assert found["fig2"] == {"ww": [0.5], "lw": [1.5], "wl": [3.0], "ll": [1.0]}
     # good over bad is 2 above "no change", bad over good is 1 above it: half right
     (row,) = found["eq2"]
     assert row["accuracy"] == 0.5
@@ -465,7 +465,7 @@ def test_stop_rules_from_texts(measured):
 def test_figure_2_and_gap_models_from_texts(measured):
     run, lm, pairs, _ = measured
     results, cfg = run.results(), run.config
-    four = results["fig2"]["annotated"]
+    four = results["fig2"]
     for i, pair in enumerate(pairs[:4]):
         sides = {"w": pair.chosen, "l": pair.rejected}
         for name in ("ww", "lw", "wl", "ll"):

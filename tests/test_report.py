@@ -67,7 +67,7 @@ def results():
             for stop in ("rounds", "gap")
             for k in (1, 2)
         ],
-        "fig2": {"annotated": dict.fromkeys(["wl", "ww", "ll", "lw"], scores)},
+        "fig2": dict.fromkeys(["wl", "ww", "ll", "lw"], scores),
         "eq2": [
             compared(0.8, 0.15, **gap, pairs="annotated"),
             compared(0.0, 0.2, **gap, pairs="written by models"),
@@ -348,7 +348,7 @@ def test_figure_2_labels_its_distributions(drawn, monkeypatch):
 
     monkeypatch.setattr(report.plt.Axes, "violinplot", violinplot)
     four = {"ww": [1], "lw": [2], "wl": [3], "ll": [4]}  # the order of evaluate.eq1_scores
-    report.plot_fig2(Run(drawn), {"fig2": {"annotated": four}})
+    report.plot_fig2(Run(drawn), {"fig2": four})
     assert seen == [[[2], [4], [1], [3]]]  # worst first, from the bottom to the top
 
 
