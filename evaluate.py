@@ -9,7 +9,7 @@ Run: python pit.py eval --run runs/tiny, under a minute
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 
@@ -160,18 +160,18 @@ def evaluate(lm, run, pairs, last, judges):
             bar.update()
         # 2. the tables look at these scores in every way, and at those of the gap models
         bar.set_postfix_str("  tables")
-        r_p = View("R_P", reward_policy, answers)
-        r_pit = View("gap by R_PIT", reward_gap, answers)
+        r_p, r_pit = View("R_P", reward_policy, answers), View("R_PIT", reward_gap, answers)
+        scores = {view.name: view.scores for view in (*views, r_p)} | {"gap": r_pit.gaps}
+        cool_sides = sides_table(answers, {main.name: main.scores}, all_cool)
         run.add_results(
             **gap_evidence(lm, answers.pairs, written_pairs(main), cfg),
             main=main.name,
             judges=judge_accuracy(views),
             table1=table1(views, of_table1),
-            sides=sides_table(views, of_table1),
-            cool={"rows": table1([main], all_cool), "sides": sides_table([main], all_cool)},
+            sides=sides_table(answers, scores, of_table1),
+            cool={"rows": table1([main], all_cool), "sides": cool_sides},
             fig3=temperature_table(main, methods),
             table3=rounds_table(main, methods),
-            rl=rl_table(r_p, r_pit, keys),
             stops=stop_table(main, r_pit),
         )
         bar.update()
@@ -203,13 +203,13 @@ def table1(views, keys):
     return rows
 
 
-def sides_table(views, keys):
-    """What the sides of Table 1 are: their length, cost, and mean score by each judge.
+def sides_table(answers, scores, keys):
+    """What the sides of Table 1 are: their length, cost, and means of scores.
 
-    tokens, texts: all that was generated for one answer. unchanged: the share of answers that are
-    the text before, or empty.
+    scores: by name, how to score a side. tokens, texts: all that was generated for one answer.
+    unchanged: the share of answers that are the text before, or empty.
     """
-    answers, table = views[0].answers, {}
+    table = {}
     for key in keys:
         side = answers.side(key)
         before = answers.side(key.before()).texts
@@ -219,7 +219,7 @@ def sides_table(views, keys):
             "tokens": mean(side.spent),
             "texts": side.generations,
             "unchanged": mean(same),
-            "scores": {view.name: mean(view.scores(key)) for view in views},
+            "scores": {name: mean(score(key)) for name, score in scores.items()},
         }
     return table
 
@@ -257,19 +257,6 @@ def rounds_table(view, methods):
         if key.method == "pit" and "self_refine" in methods:
             row["over_self_refine"] = view.compare(key, key._replace(method="self_refine"))
         rows.append(row)
-    return rows
-
-
-def rl_table(r_p, r_pit, keys):
-    """What each RL stage did to its own reward on held-out prompts: before, after, the rise."""
-    stages = [name for name in ("pit_sft", "pit_rl0", "pit") if Key(name) in keys]
-    rises = [(r_p.name, r_p.scores, "policy_sft", "original")]
-    rises += [(r_pit.name, r_pit.gaps, before, after) for before, after in pairwise(stages)]
-    rows = []
-    for by, reward, before, after in rises:
-        start, end = reward(Key(before)), reward(Key(after))
-        row = {"before": before, "after": after, "by": by, "start": mean(start), "end": mean(end)}
-        rows.append(row | {"ci95": interval(end - start)})
     return rows
 
 

@@ -72,7 +72,6 @@ def results():
             compared(0.8, 0.15, **gap, pairs="annotated"),
             compared(0.0, 0.2, **gap, pairs="written by models"),
         ],
-        "rl": [dict(before="pit_sft", after="pit", by="gap", start=0.1, end=2.0, ci95=[1.5, 2.5])],
         "reward": {"reward_gap": {"accuracy": 0.9}},
         "table2": [
             {"curriculum": c, "over_original": compared(0.2), "both_over_it": compared(0.1)}
