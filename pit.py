@@ -110,7 +110,9 @@ def check_rounds(rounds):
 @app.command(name="all")
 def run_all(
     ctx: typer.Context = None,
-    run: option(Path, "Its folder (default: runs/MODEL, or runs/MODEL-smoke).", "Run") = None,
+    run: option(
+        Path, "Its folder (default: runs/MODEL, or runs/MODEL-smoke).", "Run", file_okay=False
+    ) = None,
     smoke: option(bool, "Every stage in miniature, to see that it works.", "Run") = False,
     overwrite: option(bool, "Replace the run in that folder.", "Run") = False,
     from_run: option(Path, "A run: reuse its options and adapters.", "Run", "--from") = None,

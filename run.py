@@ -89,9 +89,6 @@ class Run:
         overwrite: replace the run that is there. source: the folder of a run to take adapters from.
         Nothing is written, moved or deleted before `begin`.
         """
-        path = Path(path)
-        if path.is_file():
-            raise UserError(f"--run {path} is a file. Give a folder.")
         old = read_config(path)
         if not old:
             check_free(path)

@@ -336,7 +336,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path):
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
         ("infer --run {mini} Human:", "the prompt: user and assistant must take turns"),
         ("""infer --run {mini} '[{{"role": "tool", "content": "x"}}]'""", "a turn of a tool"),
-        ("all --run {root}/README.md", "README.md is a file"),
+        ("all --run {root}/README.md", "is a file"),
     ],
 )
 def test_bad_input_gets_a_line_or_two_and_exit_code_2(mini, tmp_path, words, said):
