@@ -76,8 +76,7 @@ class Run:
         self.path = Path(path)
         config = config or read_config(self.path)
         if not config:
-            there = ", ".join(map(str, run_folders(Path("runs")))) or "none yet"
-            raise UserError(f"There is no run in {path}. The runs in runs/: {there}.")
+            raise UserError(f"There is no run in {path}. To list yours: python pit.py runs")
         self.config = SimpleNamespace(**config)
 
     # ---- start and end -------------------------------------------------------------------------
@@ -396,10 +395,6 @@ def differing(old, new, role=None):
     return [name for name in new if name not in skipped and old.get(name) != new[name]]
 
 
-def run_folders(folder):
-    return sorted(file.parent for file in folder.glob("*/metrics.jsonl"))
-
-
 def list_runs(folder):
     """The runs in `folder`, for people -> dicts: run, model, data, seed, stage, delta.
 
@@ -407,7 +402,8 @@ def list_runs(folder):
     it loses, in points.
     """
     rows = []
-    for path in run_folders(folder):
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        path = file.parent
         row = dict(run=path, model="", data="", seed="", stage="damaged", delta="")
         with suppress(UserError, KeyError, TypeError):  # damaged, or edited by hand
             run = Run(path)

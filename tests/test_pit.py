@@ -378,13 +378,6 @@ def test_help_and_typos_are_answered_before_anything_slow_is_imported(words):
     assert done.stdout.endswith("False\n"), done.stderr
 
 
-def test_a_folder_that_is_no_run_is_answered_with_the_runs_there_are(mini, monkeypatch):
-    monkeypatch.chdir(mini[0].parent.parent)
-    Path("runs").symlink_to(mini[0].parent, target_is_directory=True)
-    code, _, err = pit("infer", "--run", ROOT / "tiny", "hello")
-    assert code == 2 and "The runs in runs/: runs/mini." in err
-
-
 @pytest.mark.parametrize(
     "command", sorted(command_line.typer.main.get_command(command_line.app).commands)
 )
