@@ -163,7 +163,7 @@ def fit_prompts(lm, cfg, rows):
             raise UserError(
                 f"{place}: user and assistant must take turns, the user first and last."
             )
-        prompt = shorten(turns, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
+        prompt = shorten(turns, lm, cfg.max_prompt)
         if prompt is None:
             raise UserError(
                 f"{place}: even cut, the prompt is longer than {cfg.max_prompt} tokens, the "

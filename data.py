@@ -144,7 +144,7 @@ def filter_by_length(pairs, lm, cfg):
         if lengths[-1] > cfg.max_response:
             notes[too_long] += 1
             continue
-        prompt = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
+        prompt = shorten(pair.prompt, lm, cfg.max_prompt)
         if prompt is None:
             notes[f"dropped (a prompt that no cut brings to {cfg.max_prompt} tokens)"] += 1
             continue
@@ -166,23 +166,26 @@ def longest_answer(pair, lm):
     return max(len(lm.encode_response(answer)) for answer in answers)
 
 
-def shorten(prompt, count, longest):
+def shorten(prompt, lm, longest):
     """The longest end of `prompt` within `longest` tokens, its system message kept; or None."""
     system = [turn for turn in prompt if turn["role"] == "system"]
     last = prompt[-1]
 
+    def fits(turns):
+        return len(lm.encode_prompt([*system, *turns])) <= longest
+
     # drop the oldest turns: it begins with a turn of the user
     for i, turn in enumerate(prompt):
-        if turn["role"] == "user" and count([*system, *prompt[i:]]) <= longest:
+        if turn["role"] == "user" and fits(prompt[i:]):
             return [*system, *prompt[i:]]
 
     # then the oldest words of the last turn: the first start that fits, by bisection
     def from_character(start):
-        return [*system, last | {"content": last["content"][start:]}]
+        return [last | {"content": last["content"][start:]}]
 
     starts = [space.end() for space in re.finditer(r"\s+", last["content"])]
-    first = bisect_left(starts, True, key=lambda start: count(from_character(start)) <= longest)
-    return from_character(starts[first]) if first < len(starts) else None
+    first = bisect_left(starts, True, key=lambda start: fits(from_character(start)))
+    return [*system, *from_character(starts[first])] if first < len(starts) else None
 
 
 def split(pairs, beginnings, seed):

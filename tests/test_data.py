@@ -108,7 +108,7 @@ def test_long_prompts_lose_their_oldest_turns_then_words_and_never_their_end():
     prompt = [system, *first, *middle, *last]
 
     def cut(longest):
-        return data.shorten(prompt, lambda turns: len(LM.encode_prompt(turns)), longest)
+        return data.shorten(prompt, LM, longest)
 
     assert cut(30) == prompt
     assert cut(22) == [system, *middle, *last]

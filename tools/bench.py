@@ -146,7 +146,7 @@ def some_prompts(lm, data, n, longest):
     pairs = load_pairs(data, 10_000, seed=0, skip_bad=True)
     prompts = []
     for pair in pairs:
-        short = shorten(pair.prompt, lambda turns: len(lm.encode_prompt(turns)), longest)
+        short = shorten(pair.prompt, lm, longest)
         if short and len(prompts) < n:
             prompts.append(lm.encode_prompt(short))
     return prompts
@@ -298,7 +298,7 @@ def random_pair(lm, cfg, seed):
         return " ".join(words)
 
     chat = [{"role": "user", "content": text(cfg.max_prompt)}]
-    prompt = shorten(chat, lambda turns: len(lm.encode_prompt(turns)), cfg.max_prompt)
+    prompt = shorten(chat, lm, cfg.max_prompt)
     return Pair(prompt, text(cfg.max_response), text(cfg.max_response))
 
 
