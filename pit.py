@@ -226,25 +226,22 @@ def is_finished(run):
     """Whether a run that `all` is to continue has nothing left to do."""
     if run.replace or not (run.path / "report.md").exists():
         return False
-    roles = sum(trained_by(run.config).values(), [])
-    return all(map(run.done, roles))
+    return all(map(run.done, trained_by(run.config)))
 
 
 def trained_by(cfg):
-    """The roles that each command trains. The last one is PIT's last round: the improver."""
-    n_rounds = len(cfg.rounds.split(","))
-    return {
-        "sft": ["policy_sft", "pit_sft"],
-        "reward": ["reward_policy", "reward_gap", "judge"],
-        "rl": ["policy_rl", *(f"pit_rl{k}" for k in range(n_rounds))],
+    """{role: the command that trains it}. The last one is PIT's last round: the improver."""
+    roles = {
+        "policy_sft": "sft",
+        "pit_sft": "sft",
+        "reward_policy": "reward",
+        "reward_gap": "reward",
+        "judge": "reward",
+        "policy_rl": "rl",
     }
-
-
-def command_that_trains(role, cfg):
-    for command, roles in trained_by(cfg).items():
-        if role in roles:
-            return command
-    return "ablate"
+    for k in range(len(cfg.rounds.split(","))):
+        roles[f"pit_rl{k}"] = "rl"
+    return roles
 
 
 # ---- the stages --------------------------------------------------------------------------------
@@ -291,13 +288,13 @@ class Session:
 
         chat.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
 
-    def require(self, *commands, but=None):
-        """Load the roles that earlier commands have trained, all but one."""
-        for command in commands:
-            for role in trained_by(self.run.config)[command]:
-                if role not in self.lm.roles and role != but:
-                    self.run.need(role, command)
-                    self.run.load(self.lm, role)
+    def require(self, roles):
+        """Load these roles, which earlier commands have trained."""
+        commands = trained_by(self.run.config)
+        for role in roles:
+            if role not in self.lm.roles:
+                self.run.need(role, commands[role])
+                self.run.load(self.lm, role)
 
 
 def sft_stage(session):
@@ -322,7 +319,7 @@ def reward_stage(session):
 def rl_stage(session):
     import curriculum
 
-    session.require("sft", "reward", but="judge")
+    session.require(["policy_sft", "pit_sft", "reward_policy", "reward_gap"])
     curriculum.train_policy_rl(session.lm, session.run, session.parts["rl"])
     session.show("policy_rl")
     train_rounds(session, session.run.config.rounds, "pit_rl")
@@ -354,7 +351,7 @@ def eval_stage(session, judges=None):
         run.load_trained(lm, role)  # `ablate` may have trained more of them
     judges = judges or judges_by_name(default_judges(run.config), lm, run.config)
     with run.stage("eval", "who beats whom, on held-out prompts"):
-        improver = trained_by(run.config)["rl"][-1]
+        improver = list(trained_by(run.config))[-1]
         evaluate.evaluate(lm, run, parts["held_out"], improver, judges)
         training = parts["sft"] + parts["rm"] + parts["rl"]
         main = next(iter(judges.values()))
@@ -417,8 +414,10 @@ def open_to_judge(path, names):
     names = names or default_judges(run.config)
     check_names(names, run.config)  # misspelt ones are refused at once
     session = Session(run)
-    # the run's own judge may be missing where it has no say
-    session.require("sft", "reward", "rl", but=None if "judge" in names else "judge")
+    roles = trained_by(run.config)
+    if "judge" not in names:  # the run's own judge may be missing where it has no say
+        del roles["judge"]
+    session.require(roles)
     return session, judges_by_name(names, session.lm, run.config)
 
 
@@ -549,7 +548,7 @@ def infer_command(
     from files import read_rows, read_turns
 
     settings = infer.Settings(
-        pit=trained_by(cfg)["rl"][-1],
+        pit=list(trained_by(cfg))[-1],
         rounds=rounds,
         temperature=temperature,
         stop=stop,
@@ -557,7 +556,7 @@ def infer_command(
     )
     roles = [infer.POLICY, settings.pit, "reward_gap"]
     for role in roles:
-        opened.need(role, command_that_trains(role, cfg))
+        opened.need(role, trained_by(cfg)[role])
     rows = read_rows(input) if input else []
     if response == "-":
         response = sys.stdin.read().strip()
@@ -604,7 +603,7 @@ def export_command(
     roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
-    opened.need(adapter, command_that_trains(adapter, opened.config))
+    opened.need(adapter, trained_by(opened.config).get(adapter, "ablate"))
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():
