@@ -374,9 +374,7 @@ def open_run(path):
 
 
 StageRun = option(Path, "Folder of a run that `all` has started.")
-Judges = option(
-    list[str], "quality, judge, FILE.py, folder, hub id; the first one decides.", None, "--judge"
-)
+Judges = option(list[str], "quality, judge, FILE.py, folder, hub id; the first one decides.")
 
 
 @app.command(name="sft")
@@ -506,7 +504,6 @@ def runs_command(
     Example: python pit.py runs
     """
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Column, Table
 
     from run import list_runs
@@ -516,8 +513,8 @@ def runs_command(
         raise UserError(f"There are no runs in {folder}. Start one with: python pit.py all")
     table = Table(*[Column(name, overflow="fold") for name in rows[0]])
     for row in rows:
-        table.add_row(*[escape(str(cell)) for cell in row.values()])
-    Console().print(table)
+        table.add_row(*map(str, row.values()))
+    Console(markup=False).print(table)
 
 
 # ---- using a run -------------------------------------------------------------------------------
