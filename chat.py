@@ -103,7 +103,7 @@ def improve_file(lm, cfg, settings, rows, path):
 
     A batch of rows goes through all rounds at once. Then the stop rule chooses each answer.
     """
-    columns = [row for row, *_ in rows]
+    columns, _, responses, _ = zip(*rows)
     weights = zlib.crc32(save(lm.weights(settings.pit)))
     stamp = zlib.crc32(repr((settings, weights, columns)).encode())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,7 @@ def improve_file(lm, cfg, settings, rows, path):
         for start in progress(range(done, len(rows), cfg.rl_batch)):
             batch = slice(start, start + cfg.rl_batch)
             seed_all(settings.seed, "infer", start)
-            responses = [response for _, _, response, _ in rows[batch]]
-            rounds = list(improve_rounds(lm, cfg, settings, prompts[batch], responses))
+            rounds = list(improve_rounds(lm, cfg, settings, prompts[batch], responses[batch]))
             for i, row in enumerate(columns[batch]):
                 versions = [texts[i] for texts, _ in rounds]
                 gaps = [of_round[i] for _, of_round in rounds[1:]]
@@ -200,8 +199,9 @@ def show_samples(lm, run, stage, pairs):
         texts[stage] = improve(lm, stage, prompts, answers, run.config)
 
     samples = ""
-    for i in range(len(pairs)):
-        items = [fill(f"- {who}: {of[i]}", 80, subsequent_indent="  ") for who, of in texts.items()]
-        samples += "\n" + "\n".join(items) + "\n"
+    for of_prompt in zip(*texts.values()):
+        samples += "\n"
+        for who, text in zip(texts, of_prompt):
+            samples += fill(f"- {who}: {text}", 80, subsequent_indent="  ") + "\n"
     print(samples)
     write_text(path, page + title + samples)
