@@ -23,7 +23,6 @@ import typer
 
 from errors import UserError, explain
 
-ROOT = Path(__file__).parent
 Stage = Literal["sft", "reward", "rl", "eval"]
 StopRule = Literal["gap", "same", "rounds"]
 SOURCES = ("annotated", "policy", "sft", "given")  # of y_ref, see curriculum.py
@@ -169,7 +168,7 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     if ctx and from_run and not smoke:
         options |= inherited(options, from_run, ctx)
     model = Path(options["model"]).resolve()
-    if model == ROOT / "tiny":
+    if model == Path(__file__).with_name("tiny"):
         options["model"] = "tiny"
     folder = run or Path("runs") / (model.name + ("-smoke" if smoke else ""))
 
@@ -618,17 +617,15 @@ def export_command(
 
 def card(lm, run, role, merge):
     """The model card of an export, card.md.jinja filled in: how to prompt it, what it is worth."""
-    import jinja2
-
     from data import improve_prompt
     from models import find_model
-    from report import label
+    from report import PAGE, label
 
     base = find_model(run.config.model)
     turns = [{"role": "user", "content": "THE QUESTION"}]
     if not role.startswith(("policy", "reward_policy", "judge")):
         turns = improve_prompt(turns, "THE ANSWER TO IMPROVE")
-    page = jinja2.Template((ROOT / "card.md.jinja").read_text(encoding="utf-8"), trim_blocks=True)
+    page = PAGE.environment.get_template("card.md.jinja")
     return page.render(
         lm=lm,
         run=run,

@@ -220,6 +220,10 @@ class Plan:
         per_token = sum(other.seconds for other in alike) / sum(other.work() for other in alike)
         return stage.seconds or per_token * stage.work()
 
+    def left(self):
+        """Seconds for all stages of which nothing has been measured."""
+        return sum(self.expect(stage) for stage in self.stages if not stage.seconds)
+
     def end_step(self, done, total):
         """Learn from a step of the present stage -> the time left for all stages, in words."""
         self.ends.append(time.perf_counter())
@@ -231,8 +235,7 @@ class Plan:
         self.stage.seconds = per_step * total
         if first:
             tqdm.write(self.table())
-        others = sum(self.expect(stage) for stage in self.stages if not stage.seconds)
-        return f"all: {clock(per_step * (total - done) + others)} left"
+        return f"all: {clock(per_step * (total - done) + self.left())} left"
 
     def end_stage(self, seconds):
         """Learn how long the present stage took, and say what is left."""

@@ -38,7 +38,7 @@ import ppo
 import reward
 import sft
 from data import PARTS, Pair, load_pairs, max_length, shorten
-from models import TINY, adamw, load_model
+from models import TINY, adamw, load_model, zero_head
 from plan import Plan, estimate_memory, plan_memory, plan_stages
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -100,7 +100,7 @@ def measure(model, data, bits, batch, max_prompt, iterations, cfg):
     for role in ("policy", "reference", "reward_policy"):
         lm.add(role, head=role == "reward_policy")
     adapters = size_of(p for role in sorted(lm.roles - {"blank"}) for p in lm.parameters(role))
-    critic = ppo.zero_head(lm.hidden_size, lm.device)
+    critic = zero_head(lm.hidden_size, lm.device)
     optimizers = (
         adamw(lm.parameters("policy"), cfg.rl_lr),
         adamw(critic.parameters(), cfg.critic_lr),
