@@ -8,10 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test needs a hub
+# before the libraries read them: no test needs a hub; and models this small are no faster on two
+# threads, while two processes of two threads each (pytest -n 2) slow one another
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
 
 from data import improve_prompt, synthetic_pairs  # noqa: E402
 from models import load_model  # noqa: E402
