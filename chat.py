@@ -49,9 +49,8 @@ def answer(lm, cfg, settings, turns, response=None):
         print(f"\nround {k}, gap {gap:+.2f}\n{mark_changes(text, better)}", flush=True)
         text = better
     if k < settings.rounds:
-        why = f"Round {k + 1} was no better" if settings.stop == "gap" else "No more rounds"
         best = f"round {k}" if k else "the original"
-        print(f"\n{why}, so {best} is the answer (--stop {settings.stop}).")
+        print(f"\nRound {k + 1} was no better, so {best} is the answer (--stop {settings.stop}).")
     return text
 
 

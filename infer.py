@@ -13,7 +13,7 @@ from data import improve_prompt
 from reward import gaps
 
 POLICY = "policy_rl"  # writes the original answer
-STOPS = ("gap", "same", "rounds")  # what ends the rounds, see `after_round`
+STOPS = ("gap", "same", "rounds")  # what ends the rounds, see `goes_on`
 
 
 @dataclass
@@ -33,17 +33,16 @@ def improve(lm, role, prompts, references, cfg, temperature=1.0):
     return lm.answer(role, chats, cfg, temperature)
 
 
-def after_round(stop, before, text, gap):
-    """What stop rule `stop` says after a round that turned `before` into `text`.
+def goes_on(stop, before, text, gap):
+    """Whether stop rule `stop` takes `text` for `before` and allows another round.
 
-    "next": another round. "stop": `text` is the answer. "back": `before` is.
+    Where it does not, `before` is the answer.
     """
-    same = text == before
-    if stop == "gap" and (gap <= 0 or same):  # R_PIT rates the new text no better than the old one
-        return "back"
-    if stop == "same" and same:
-        return "stop"
-    return "next"
+    if stop == "gap":
+        return gap > 0 and text != before
+    if stop == "same":
+        return text != before
+    return True
 
 
 def end_of(stop, texts, gaps):
@@ -53,11 +52,8 @@ def end_of(stop, texts, gaps):
     """
     last = len(texts) - 1
     for k in range(1, last + 1):
-        then = after_round(stop, texts[k - 1], texts[k], gaps[k - 1])
-        if then == "back":
+        if not goes_on(stop, texts[k - 1], texts[k], gaps[k - 1]):
             return k - 1, k
-        if then == "stop":
-            return k, k
     return last, last
 
 
@@ -66,10 +62,12 @@ def improve_rounds(lm, cfg, settings, prompts, responses):
 
     The first texts are the responses, or the policy's answers for None; they have no gaps.
     """
+    # y_0: the text that is there, or the policy's answer
     unanswered = [x for x, response in zip(prompts, responses) if response is None]
     answers = iter(lm.answer(POLICY, unanswered, cfg, settings.temperature))
     texts = [next(answers) if response is None else response for response in responses]
     yield texts, None
+    # y_{k+1} from y_k, and the gap between them
     for _ in range(settings.rounds):
         better = improve(lm, settings.pit, prompts, texts, cfg, settings.temperature)
         yield better, gaps(lm, prompts, better, texts, cfg).tolist()
@@ -82,9 +80,7 @@ def iterate(lm, cfg, settings, prompt, response=None):
     (before,), _ = next(rounds)
     yield before, None
     for (text,), (gap,) in rounds:
-        then = after_round(settings.stop, before, text, gap)
-        if then != "back":
-            yield text, gap
-        if then != "next":
+        if not goes_on(settings.stop, before, text, gap):
             return
+        yield text, gap
         before = text

@@ -155,6 +155,8 @@ def main():
         mutate(mutant, (ROOT / mutant.file).read_text(encoding="utf-8"))
         if not words or any(word in about for word in words):
             mutants.append(mutant)
+    if not mutants:
+        sys.exit("No mistake of the list has one of these words.")
 
     load_libraries()
     with tempfile.TemporaryDirectory() as folder:
