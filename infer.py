@@ -36,7 +36,7 @@ def improve(lm, role, prompts, references, cfg, temperature=1.0):
 def goes_on(stop, before, text, gap):
     """Whether stop rule `stop` takes `text` for `before` and allows another round.
 
-    Where it does not, `before` is the answer.
+    If not, `before` is the answer.
     """
     if stop == "gap":
         return gap > 0 and text != before
