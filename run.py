@@ -104,6 +104,8 @@ class Run:
         run.replace = overwrite and bool(old)
         if source:
             run.source = Run(source)
+            if run.source.path.resolve() == path.resolve():
+                raise UserError(f"{path} cannot take over its own adapters. Give a new --run.")
         return run
 
     def begin(self):

@@ -476,6 +476,8 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
     assert said.count("is taken over") == 2 and not Run(tmp_path / "cut").done("policy_rl")
     times_seen = Counter((row["stage"], row["step"]) for row in Run(tmp_path / "cut").metrics())
     assert set(times_seen.values()) == {1}
+    with pytest.raises(UserError, match="its own adapters"):
+        Run.start(tmp_path / "run", MINI, source=tmp_path / "run")
     options = vars(Run(whole).config)
     for change, retrained in {
         "kl": ["policy_rl", "pit_rl0", "pit_rl1"],
