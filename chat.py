@@ -102,9 +102,9 @@ def improve_file(lm, cfg, settings, rows, path):
 
     A batch of rows goes through all rounds at once. Then the stop rule chooses each answer.
     """
-    columns, _, responses, _ = zip(*rows)
+    originals, _, responses, _ = zip(*rows)
     weights = zlib.crc32(save(lm.weights(settings.pit)))
-    stamp = zlib.crc32(repr((settings, weights, columns)).encode())
+    stamp = zlib.crc32(repr((settings, weights, originals)).encode())
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(gettempdir(), f"pit-{zlib.crc32(bytes(path.resolve()))}.lock"))
     try:
@@ -119,7 +119,7 @@ def improve_file(lm, cfg, settings, rows, path):
             batch = slice(start, start + cfg.rl_batch)
             seed_all(settings.seed, "infer", start)
             rounds = list(improve_rounds(lm, cfg, settings, prompts[batch], responses[batch]))
-            for i, row in enumerate(columns[batch]):
+            for i, row in enumerate(originals[batch]):
                 versions = [texts[i] for texts, _ in rounds]
                 gaps = [of_round[i] for _, of_round in rounds[1:]]
                 best, _ = end_of(settings.stop, versions, gaps)
@@ -138,9 +138,10 @@ def rows_done(path, begin, total, batch):
     begin: what each line begins with: a checksum of the settings, the weights and all rows.
     """
     text = path.read_bytes() if path.exists() else b""
-    *lines, rest = text.split(b"\n")
-    ours = all(line.startswith(begin) for line in lines)
-    if not (ours and begin.startswith(rest[: len(begin)])):
+    *lines, cut_off = text.split(b"\n")  # cut_off: what a kill left of a line, or nothing
+    whole = all(line.startswith(begin) for line in lines)
+    part = begin.startswith(cut_off) or cut_off.startswith(begin)  # either may be the longer one
+    if not (whole and part):
         raise UserError(
             f"--output {path} exists, and was made with other rows, settings or weights. "
             "Give another --output."
@@ -198,9 +199,9 @@ def show_samples(lm, run, stage, pairs):
         texts[stage] = improve(lm, stage, prompts, answers, run.config)
 
     samples = ""
-    for of_prompt in zip(*texts.values()):
+    for row in zip(*texts.values()):
         samples += "\n"
-        for who, text in zip(texts, of_prompt):
+        for who, text in zip(texts, row):
             samples += fill(f"- {who}: {text}", 80, subsequent_indent="  ") + "\n"
     print(samples)
     write_text(path, page + title + samples)

@@ -174,7 +174,7 @@ def shorten(prompt, lm, longest):
     def fits(turns):
         return len(lm.encode_prompt([*system, *turns])) <= longest
 
-    # drop the oldest turns: it begins with a turn of the user
+    # drop the oldest turns; what is left begins with a turn of the user
     for i, turn in enumerate(prompt):
         if turn["role"] == "user" and fits(prompt[i:]):
             return [*system, *prompt[i:]]

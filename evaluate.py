@@ -4,7 +4,7 @@ Every side of a comparison answers the same held-out prompts once (baselines.py)
 scores each text once (judges.py). The tables are views of these texts and scores. Numbers go to
 results.json, which report.py draws; texts and scores go to answers.jsonl, for anybody.
 
-Run: python pit.py eval --run runs/tiny, under a minute
+Run: python pit.py eval --run runs/tiny, about a minute
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 import infer
-from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, cool, round_keys
+from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair
 from judges import SAME, Judge, adapter_judge
 from reward import answer_contexts, gap_contexts, score_pairs
@@ -95,21 +95,21 @@ def elo(scores, margin=SAME):
 
     All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for both, so there is
     no order of games to depend on. P(i beats j) = sigmoid(r_i - r_j), as in a reward model: that is
-    e_i / (e_i + e_j) with e = exp(r).
+    s_i / (s_i + s_j) with strengths s = exp(r).
     """
     scores = np.array(scores)
-    # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; half a drawn game more
-    # keeps the rating of a side that never wins finite
+    # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; an extra half of a drawn
+    # game keeps the rating of a side that never wins finite
     points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
     wins = points.sum(2) + 0.25  # (K, K)
-    # 2. the likeliest e, by the iteration of Newman (2023), "Efficient computation of rankings from
-    # pairwise comparisons"
-    e = np.ones(len(scores))  # (K,)
+    # 2. the likeliest strengths, by the iteration of Newman (2023), "Efficient computation of
+    # rankings from pairwise comparisons"
+    strength = np.ones(len(scores))  # (K,)
     for _ in range(5000):  # slow only where sides nearly always win
-        both = e[:, None] + e  # (K, K)
-        e = (wins * e / both).sum(1) / (wins / both).sum(0)
+        both = strength[:, None] + strength  # (K, K)
+        strength = (wins * strength / both).sum(1) / (wins / both).sum(0)
     # 3. ratings: 400 points more are odds of 10 to 1
-    return (1000 + 400 * np.log10(e / e[0])).tolist()
+    return (1000 + 400 * np.log10(strength / strength[0])).tolist()
 
 
 # ---- measuring ---------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ def evaluate(lm, run, pairs, last, judges):
     main = views[0]
     methods = ["pit"] if cfg.model == "tiny" else ["pit", "self_refine"]
     keys = all_keys(methods, last)
-    of_table1 = [key for key in keys if key == Key(key.method)]  # at temperature 1, one round
-    all_cool = [key for key in keys if key == cool(key.method)]
+    of_table1 = [key for key in keys if key.temperature == 1 and key.round == 1]
+    all_cool = [key for key in keys if key.drafts != 1]  # the drafts at 0.4, too
     with progress(None, total=len(keys) + 1) as bar:
         # 1. every side: its texts, and their scores
         for key in keys:
@@ -299,7 +299,7 @@ def written_pairs(view):
 
 
 def gap_evidence(lm, annotated, written, cfg):
-    """Fig. 2's four distributions, of annotated pairs; how right gap models are, on both kinds."""
+    """Fig. 2's four distributions, and how often each gap model is right, on both kinds."""
     kinds = {"annotated": annotated, "written by models": written}
     eq2 = []
     for (kind, pairs), role in product(kinds.items(), GAP_MODELS):

@@ -379,7 +379,7 @@ def new_head(hidden_size, device):
 
 
 def zero_head(hidden_size, device):
-    """A scalar head whose first output is 0 everywhere: PPO's critic."""
+    """A scalar head that says 0 of everything until it is trained: PPO's critic."""
     head = nn.Linear(hidden_size, 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

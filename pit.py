@@ -229,7 +229,7 @@ def is_finished(run):
 
 
 def trained_by(cfg):
-    """{role: the command that trains it}. The last one is PIT's last round: the improver."""
+    """{role: the command that trains it}."""
     roles = {
         "policy_sft": "sft",
         "pit_sft": "sft",
@@ -241,6 +241,11 @@ def trained_by(cfg):
     for k in range(len(cfg.rounds.split(","))):
         roles[f"pit_rl{k}"] = "rl"
     return roles
+
+
+def improver(cfg):
+    """The role that improves answers: PIT's last round."""
+    return list(trained_by(cfg))[-1]
 
 
 # ---- the stages --------------------------------------------------------------------------------
@@ -350,8 +355,7 @@ def eval_stage(session, judges=None):
         run.load_trained(lm, role)  # `ablate` may have trained more of them
     judges = judges or judges_by_name(default_judges(run.config), lm, run.config)
     with run.stage("eval", "who beats whom, on held-out prompts"):
-        improver = list(trained_by(run.config))[-1]
-        evaluate.evaluate(lm, run, parts["held_out"], improver, judges)
+        evaluate.evaluate(lm, run, parts["held_out"], improver(run.config), judges)
         training = parts["sft"] + parts["rm"] + parts["rl"]
         main = next(iter(judges.values()))
         run.add_results(words=words.measure(votes.read_answers(run), training, main))
@@ -362,12 +366,12 @@ def eval_stage(session, judges=None):
 
 
 def open_run(path):
-    """An existing run. Its config.json may be of a version that had fewer options."""
-    from run import Run
+    """An existing run; UserError where a version with other options began it."""
+    from run import FACTS, Run
 
     opened = Run(path)
     options = inspect.signature(run_all).parameters.keys() - NOT_STORED
-    if not options <= vars(opened.config).keys():
+    if vars(opened.config).keys() - {*FACTS, "data fingerprint"} != options:
         raise UserError(f"{path} is a run of another version. Start a new --run.")
     return opened
 
@@ -544,7 +548,7 @@ def infer_command(
     from files import read_rows, read_turns
 
     settings = infer.Settings(
-        pit=list(trained_by(cfg))[-1],
+        pit=improver(cfg),
         rounds=rounds,
         temperature=temperature,
         stop=stop,
@@ -619,13 +623,13 @@ def card(lm, run, role, merge):
     """The model card of an export, card.md.jinja filled in: how to prompt it, what it is worth."""
     from data import improve_prompt
     from models import find_model
-    from report import PAGE, label
+    from report import PAGES, label
 
     base = find_model(run.config.model)
     turns = [{"role": "user", "content": "THE QUESTION"}]
     if not role.startswith(("policy", "reward_policy", "judge")):
         turns = improve_prompt(turns, "THE ANSWER TO IMPROVE")
-    page = PAGE.environment.get_template("card.md.jinja")
+    page = PAGES.get_template("card.md.jinja")
     return page.render(
         lm=lm,
         run=run,

@@ -363,7 +363,7 @@ def describe(sample, eos):
 
 
 def check(run, sample, logged):
-    """Warn, once a stage, of signs that training is going wrong. logged: by `describe`."""
+    """Warn, once a stage, of signs that training is going wrong. logged: from `describe`."""
     if logged["kl"] / logged["length"] > WILD_KL:
         run.warn(f"the KL is above {WILD_KL} nats per token. Raise --kl or lower --rl-lr.")
     if logged["eos"] == 0:

@@ -355,15 +355,16 @@ def plot_fig4(run, results, metrics):
     save(figure, run, "fig4.png")
 
 
-# ---- the template of the page ------------------------------------------------------------------
+# ---- the templates: the page of a run, and the card of an export -------------------------------
 
 
-PAGE = jinja2.Environment(
+PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
-).get_template("report.md.jinja")
+)
+PAGE = PAGES.get_template("report.md.jinja")
 # what the template may call
 for function in (alarms, estimate, examples, is_smoke, judged_by, label, points, scorecard):
     PAGE.globals[function.__name__] = function

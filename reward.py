@@ -133,12 +133,14 @@ def ranked_right(scores):
 
 
 def measure(scores):
-    """How right scores of held-out pairs are, (2c, N); of R_PIT, how they keep Eq. 1 -> dict.
+    """Measure the scores of N held-out pairs, (2c, N) as in `score_batch` -> dict.
 
     accuracy           share of comparisons with y_w above y_l
-    order              share of pairs that keep Eq. 1 in full
-    middle             distance of r^ww and r^ll, as a share of that of r^wl and r^lw
-    no_change, ..._std what "no change" is worth, r^ww and r^ll
+    and for R_PIT alone:
+    order              share of pairs whose scores keep Eq. 1 in full
+    middle             r^ww - r^ll as a share of r^wl - r^lw, means over the pairs
+    no_change          mean of r^ww and r^ll, the scores of "no change"
+    no_change_std      their standard deviation
     """
     measured = {"accuracy": ranked_right(scores).float().mean()}
     if len(scores) == 4:
@@ -159,8 +161,10 @@ def finish(lm, run, role, contexts_of, held_out):
     if measured["accuracy"] < 0.5 + two_standard_errors:
         run.warn(f"{role} is no better than chance. Try more --rm-steps or --pairs.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
-    numbers = ", ".join(f"{name} {value:.2f}" for name, value in measured.items())
-    print(f"  on held-out pairs: {numbers}")
+    print(f"  held out: right on {measured['accuracy']:.0%}")
+    if "order" in measured:
+        no_change = f"{measured['no_change']:.2f} +- {measured['no_change_std']:.2f}"
+        print(f"  Eq. 1 in full on {measured['order']:.0%}; 'no change' is worth {no_change}")
     run.keep(lm, role)
 
 

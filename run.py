@@ -51,8 +51,7 @@ MAY_MOVE = ("model", "data")  # options whose paths may be edited in config.json
 MINIATURE = 5  # PPO iterations: a run of fewer is a smoke run, whose numbers mean nothing
 WAYS_OUT = "Repeat the old ones to continue it, or give a new --run, or --overwrite to replace it."
 OF_RL = "rl_steps rl_batch rl_lr critic_lr kl epochs minibatch temperature"
-# Options that do not matter to all adapters, and how the names of those begin to which they do.
-# Every other option matters to all.
+# These options matter only to adapters whose names begin so. All others matter to every adapter.
 ONLY = {
     "sft_steps sft_lr sft_batch": ("policy", "pit", "ablate"),
     "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),

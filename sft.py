@@ -3,9 +3,8 @@
 policy     M_P^SFT     x         -> y_w       L = - sum log M_P(y_w | x)
 PIT        M_PIT^SFT   x, y_l    -> y_w       L = - sum log M_PIT(y_w | x, y_l)
 
-The paper also mentions an unlikelihood loss, without a formula; it is left out, as are dropout and
-packing. Each sum is divided by the answer tokens of its batch; the learning rate falls linearly
-to 0.
+Each sum is divided by the answer tokens of its batch; the learning rate falls linearly to 0. Left
+out: dropout, packing, and an unlikelihood loss, which the paper mentions without a formula.
 
 Run: python pit.py sft --run runs/tiny (a run that `all` has begun), half a minute. The loss falls
 from 0.36 to 0.2 nats per token for the policy, from 0.44 to 0.3 for PIT.

@@ -458,9 +458,13 @@ def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
         assert code == 2 and f"python pit.py sft --run {tmp_path}" in err
 
 
-def test_a_run_of_another_version_gets_one_line(mini, tmp_path):
+@pytest.mark.parametrize("option", ["critic_lr", "an_old_option"])
+def test_a_run_of_another_version_gets_one_line(mini, tmp_path, option):
     config = json.loads((mini[0] / "config.json").read_text())
-    del config["critic_lr"]
+    if option in config:
+        del config[option]
+    else:
+        config[option] = 1.0
     config["checksum"] = run_module.checksum(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     for words in (

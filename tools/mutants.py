@@ -97,7 +97,7 @@ def load_libraries():
     sys.modules["models"].load_model("tiny").generate("blank", [[5, 6]], 1)
     for name, module in list(sys.modules.items()):
         ours = Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT)
-        if ours and name != "__main__":  # which click looks at
+        if ours and name != "__main__":  # click reads the name of the program from it
             del sys.modules[name]
     sys.path.remove(str(ROOT))
 
