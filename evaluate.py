@@ -160,7 +160,8 @@ def evaluate(lm, run, pairs, last, judges):
             bar.update()
         # 2. the tables look at these scores in every way, and at those of the gap models
         bar.set_postfix_str("  tables")
-        r_p, r_pit = View("R_P", reward_policy, answers), View("R_PIT", reward_gap, answers)
+        r_p = View("R_P", reward_policy, answers)
+        r_pit = View("R_PIT", reward_gap, answers)
         scores = {view.name: view.scores for view in (*views, r_p)} | {"gap": r_pit.gaps}
         cool_sides = sides_table(answers, {main.name: main.scores}, all_cool)
         run.add_results(
@@ -301,7 +302,7 @@ def written_pairs(view):
 def gap_evidence(lm, annotated, written, cfg):
     """Fig. 2's four distributions, and how often each gap model is right, on both kinds."""
     kinds = {"annotated": annotated, "written by models": written}
-    eq2 = []
+    fig2, eq2 = {}, []
     for (kind, pairs), role in product(kinds.items(), GAP_MODELS):
         if not pairs or role not in lm.roles:
             continue

@@ -223,9 +223,9 @@ def fill_in(options, smoke):
 
 def is_finished(run):
     """Whether a run that `all` is to continue has nothing left to do."""
-    if run.replace or not (run.path / "report.md").exists():
+    if run.replace or "eval" not in run.results().get("time_s", {}):
         return False
-    return all(map(run.done, trained_by(run.config)))
+    return (run.path / "report.md").exists() and all(map(run.done, trained_by(run.config)))
 
 
 def trained_by(cfg):
@@ -245,7 +245,8 @@ def trained_by(cfg):
 
 def improver(cfg):
     """The role that improves answers: PIT's last round."""
-    return list(trained_by(cfg))[-1]
+    last = len(cfg.rounds.split(",")) - 1
+    return f"pit_rl{last}"
 
 
 # ---- the stages --------------------------------------------------------------------------------

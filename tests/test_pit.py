@@ -119,7 +119,6 @@ def test_a_finished_run_says_so_and_is_left_alone(mini):
 def test_a_run_whose_results_were_lost_is_evaluated_again(mini, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(mini[0], folder)
-    (folder / "report.md").unlink()
     (folder / "results.json").write_text('{"time_s"')
     code, _, err = pit("all", "--run", folder, *MINI)
     assert code == 2 and f"Delete it, then run: python pit.py eval --run {folder}" in err
