@@ -1,6 +1,6 @@
 """Preference pairs: made or loaded, filtered by length, split; and how (x, y_ref) becomes a prompt.
 
-A *pair* is (prompt, chosen, rejected): a list of chat messages, the better answer, the worse one.
+A *pair* is (prompt, chosen, rejected): chat messages, the better and the worse answer.
 PIT learns from nothing else: nobody writes down *why* one answer is better.
 
 A model is needed here only to count tokens.

@@ -2,7 +2,7 @@
 
 Every side of a comparison answers the same held-out prompts once (baselines.py), and every judge
 scores each text once (judges.py). The tables are views of these texts and scores. Numbers go to
-results.json, which report.py draws; texts and scores go to answers.jsonl, for anybody.
+results.json, which report.py draws; texts and scores go to answers.jsonl.
 
 Run: python pit.py eval --run runs/tiny, about a minute
 """

@@ -3,8 +3,7 @@
 All of them score texts, and the higher score wins. People and language models, who compare two
 texts instead, are in votes.py.
 
-torch and the models are imported by the judges that need them, so that a misspelt name fails at
-once.
+torch and the models are imported by the judges that need them, so a misspelt name fails at once.
 """
 
 import re

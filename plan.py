@@ -1,8 +1,8 @@
 """What a run will cost, said before it starts: passes, tokens, memory and time of each stage.
 
-Memory is arithmetic on the shape of the model, held against what the device has free. Time is the
-tokens of a stage, at the speed that the first steps of the run measure. From then on each stage
-corrects what is expected of the later ones of its kind.
+Memory is arithmetic on the shape of the model, held against what the device has free. Time is a
+stage's tokens over the speed measured in the run's first steps. From then on each stage corrects
+what is expected of the later ones of its kind.
 """
 
 import math

@@ -7,9 +7,8 @@ R_P reads the turns (x, y). R_PIT reads (x, y_ref, "Please improve ...", y), tok
 M_PIT reads and writes. So "score" always means: read the transcript, and take the scalar head's
 output at the last token.
 
-R_P and the judge start from the base, not from M_P^SFT: on the built-in task, a policy that was
-taught to write y_w, flaws included, had lost much of the base's eye for flaws. R_PIT starts from
-R_P.
+R_P and the judge start from the base, not from M_P^SFT: on the built-in task, a policy that had
+learned to write y_w, flaws included, saw fewer flaws than the base. R_PIT starts from R_P.
 
 Run: python pit.py reward --run runs/tiny (a run that `all` has begun), two minutes. On held-out
 pairs R_P is right on 96%, R_PIT on 96% of its comparisons.

@@ -5,6 +5,8 @@ runs/NAME/adapters/ROLE/       one trained role; the folder exists only once it 
 runs/NAME/checkpoints/ROLE/N   the stage in progress after N steps: all that its next step needs
 runs/NAME/metrics.jsonl        one line per optimiser step or PPO iteration
 runs/NAME/samples.md           the same few prompts, answered after each stage that trains a writer
+runs/NAME/answers.jsonl        the texts of the evaluation and their scores, one line per prompt
+runs/NAME/votes.jsonl          what people and language models said of them
 runs/NAME/results.json         every number of the report; report.md and figures are drawn from it
 runs/NAME/.replaced            the run that --overwrite replaces, until there is a new adapter
 
