@@ -372,7 +372,7 @@ def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, mo
 # the others change their logits after the LM head
 MISTAKEN = {
     "bert": {},
-    "gemma2": dict(head_dim=16, final_logit_softcapping=0.5),
+    "gemma2": dict(head_dim=16, final_logit_softcapping=4.0),  # caps the largest logits alone
     "granite": dict(logits_scaling=8.0),
     "cohere": dict(logit_scale=0.0625),
 }
@@ -571,6 +571,38 @@ def test_an_answer_ends_as_the_template_ends_turns(lm):
     """Qwen2's case: the tokenizer's own EOS is another token."""
     lm.tokenizer.eos_token = "<|pad|>"
     assert models.end_of_turn(lm.tokenizer) == lm.tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def test_an_end_that_only_the_added_tokens_call_special_is_found(tmp_path):
+    """Gemma 3's and Phi-3's case: it is none of the tokenizer's named special tokens."""
+    shutil.copytree(models.TINY, tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"extra_special_tokens": [], "eos_token": "<|pad|>"}
+    file.write_text(json.dumps(config))
+    tokenizer = models.load_tokenizer(tmp_path / "base")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end not in tokenizer.all_special_ids
+    assert models.end_of_turn(tokenizer) == end
+
+
+def test_a_prompt_is_the_same_on_another_day_and_asks_for_no_thoughts(lm):
+    """Llama 3.2 writes the date of today; Qwen3 leaves room to think unless told not to."""
+    lm.tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% if enable_thinking is not defined or enable_thinking %}"
+        "<think>{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    )
+    lm = models.LM(lm.peft.unload(), lm.tokenizer, lm.lora)
+    assert lm.tokenizer.apply_chat_template([as_user("map")], tokenize=False) == (
+        "26 Jul 2024<|user|>map"
+    )
+
+
+def test_of_several_templates_the_default_one_counts(lm):
+    kept = lm.tokenizer.chat_template
+    lm.tokenizer.chat_template = {"tool_use": "{{ messages }}", "default": kept}
+    named = models.LM(lm.peft.unload(), lm.tokenizer, lm.lora)
+    assert "<|user|>" in named.control and named.control == lm.control
+    assert named.encode_prompt([as_user("map")]) == lm.encode_prompt([as_user("map")])
 
 
 def test_control_tokens_that_were_sampled_are_no_text(lm):
