@@ -71,8 +71,9 @@ ROLES = {
 }
 
 
-# text that begins like this holds chat messages as JSON, as cells of tables do
-MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
+# text that begins like this holds chat messages as JSON, as cells of tables do, or as Python prints
+# them
+MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 class BadRow(UserError):
@@ -343,7 +344,10 @@ def read_turns(value, column, speaker="user"):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow(f"`{column}` holds messages in JSON that breaks off") from None
+            raise BadRow(
+                f"`{column}` holds messages that are no JSON: broken off, or as pandas writes them "
+                "to a .csv. Save them as .jsonl or .parquet"
+            ) from None
     elif isinstance(value, str):
         value = read_transcript(value) or {"role": speaker, "content": value}
     messages = value if isinstance(value, list) else [value]

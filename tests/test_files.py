@@ -416,9 +416,25 @@ def test_messages_that_break_off_are_one_bad_row(tmp_path):
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
         broken = [cells[0][:-3], *cells[1:]]
         csv.writer(file).writerows([["prompt", "chosen", "rejected"], broken, cells])
-    with pytest.raises(UserError, match="line 2: `prompt` holds messages in JSON that breaks off"):
+    with pytest.raises(UserError, match="line 2: `prompt` holds messages that are no JSON: broken"):
         read_pairs(str(tmp_path / "pairs.csv"))
     assert read_pairs(str(tmp_path / "pairs.csv"), skip_bad=True)[0] == [Pair(TURNS[2:], "a", "b")]
+
+
+def test_messages_as_pandas_writes_them_are_no_text(tmp_path):
+    """A policy would learn to write Python's quotes and braces."""
+    cells = [str([turn]) for turn in (TURNS[2], said("a"), said("b"))]
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], cells])
+    with pytest.raises(UserError, match="line 2: `prompt` .* as pandas writes them"):
+        read_pairs(str(tmp_path / "pairs.csv"))
+
+
+def test_a_cell_may_hold_one_message_without_a_list(tmp_path):
+    cells = [json.dumps(turn) for turn in (TURNS[2], said("a"), said("b"))]
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], cells])
+    assert read_pairs(str(tmp_path / "pairs.csv"))[0] == [Pair(TURNS[2:], "a", "b")]
 
 
 @pytest.mark.parametrize("text", ["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[x](y)"])
