@@ -125,9 +125,10 @@ def plan_memory(lm, cfg):
         print("  That is too much. Lower --micro-batch and --rl-batch.")
     shape = lm.peft.get_base_model().config.get_text_config()
     context = getattr(shape, "max_position_embeddings", None)
-    if context and max_length(cfg) > context:
+    longest = max_length(cfg) + cfg.max_response + 64  # Self-Refine: feedback, and two requests
+    if context and longest > context:
         raise UserError(
-            f"{cfg.model} reads {context} tokens, and PIT needs {max_length(cfg)}: lower "
+            f"{cfg.model} reads {context} tokens, and the longest text has {longest}: lower "
             "--max-prompt or --max-response."
         )
 
