@@ -66,7 +66,8 @@ def standing_out(features, sides):
 
 def without(word, text):
     """The text with every `word` deleted, and a comma or space that would then begin it."""
-    pattern = rf"\s*(?<![\w'’]){word}(?![\w'’])"
+    # an apostrophe between letters is part of a word, one at its end is a quotation mark
+    pattern = rf"\s*(?<!\w)(?<!\w['’]){word}(?!['’]?\w)"
     rest = re.sub(pattern, "", text, flags=re.IGNORECASE)
     return text if rest == text else rest.lstrip(" ,")
 

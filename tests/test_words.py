@@ -113,6 +113,7 @@ def test_the_same_shares_have_a_z_of_0_and_chance_rarely_exceeds_2():
         ("Indeedy is a site, indeed's too.", "Indeedy is a site, indeed's too."),
         ("It is so, indeed", "It is so,"),
         (", there is no such word, ", ", there is no such word, "),
+        ("He said 'indeed' twice.", "He said '' twice."),
     ],
 )
 def test_only_the_whole_word_is_deleted(text, rest):
