@@ -352,7 +352,9 @@ def add_votes(run):
     table1, notes = [row for row in results["table1"] if row["judge"] not in votes], {}
     for voter, cast in votes.items():
         verdicts = said[voter]
-        notes[voter] = [f"{len(verdicts)} votes. A row of Table 1 needs {ENOUGH} on its sides."]
+        # questions of two rows that show the same texts share a vote
+        counted = {question.id(): question for question in verdicts}
+        notes[voter] = [f"{len(counted)} votes. A row of Table 1 needs {ENOUGH} on its sides."]
         # 1. rows of Table 1, where there are enough votes
         for a, b in ROWS:
             on_row = [vote for question, vote in verdicts.items() if question.sides == (a, b)]
@@ -360,12 +362,12 @@ def add_votes(run):
                 table1.append({"a": a, "b": b, "judge": voter} | compare(on_row, 0))
         # 2. how far to trust them: do they agree with other judges?
         for judge, others in said.items():
-            both = verdicts.keys() & others.keys()
+            both = [question for question in counted.values() if question in others]
             if both and judge != voter:
                 same = mean([verdicts[question] == others[question] for question in both])
                 notes[voter].append(f"agrees with {judge} on {same:.0%} of {len(both)} pairs.")
         # 3. a language model is asked in both orders
-        asked = [vote for vote in cast.values() if "order_decides" in vote]
+        asked = [cast[key] for key in counted if "order_decides" in cast[key]]
         if asked:
             bias = mean([vote["order_decides"] for vote in asked])
             unreadable = sum(vote["unreadable"] for vote in asked)

@@ -126,12 +126,17 @@ def test_a_language_model_becomes_rows_of_table_1(run, serve):
     }
     assert rows["pit", "original"]["n"] == N
     number, agrees, bias = run.results()["votes"]["some/model"]
-    assert number == f"24 votes. A row of Table 1 needs {N} on its sides."
-    assert agrees == "agrees with quality on 100% of 24 pairs."
+    assert number == f"18 votes. A row of Table 1 needs {N} on its sides."
+    assert agrees == "agrees with quality on 100% of 18 pairs."
     assert "decided 0% of 18 pairs, and 0 replies could not be read" in bias
     # nothing is asked again
     votes.ask_llm(run, server.url, "some/model", n=100)
     assert len(server.requests) == N * 3 * 2
+    # votes on texts that an evaluation has replaced count no more
+    path = run.path / "answers.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    evaluate.add_votes(run)
+    assert "decided 0% of 15 pairs" in run.results()["votes"]["some/model"][-1]
 
 
 def test_who_likes_the_first_answer_sees_ties_and_all_of_it_is_bias(run, serve):
@@ -302,7 +307,7 @@ def test_a_person_who_knows_the_sides_always_wins_whatever_the_order(run, monkey
     evaluate.add_votes(run)
     rows = rows_by(run, "me")
     assert rows["pit", "original"]["delta"] == 1 and rows["pit", "y_w"]["delta"] == -1
-    assert run.results()["votes"]["me"][1:] == ["agrees with quality on 100% of 24 pairs."]
+    assert run.results()["votes"]["me"][1:] == ["agrees with quality on 100% of 18 pairs."]
 
 
 def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch):
