@@ -151,9 +151,7 @@ def run_all(
     epochs: option(int, "Passes over each iteration's answers.", "RL", min=1) = 2,
     minibatch: option(int, "Answers per update.", "RL", min=1) = None,
     micro_batch: option(int, "Sequences in memory at a time.", "RL", min=1) = None,
-    temperature: option(
-        float, "Sampling temperature, also of log-probs.", "RL", min=0.01, max=2
-    ) = 1.0,
+    temperature: option(float, "Of PPO's samples and log-probs.", "RL", min=0.01, max=2) = 1.0,
     eval_n: option(int, "Held-out prompts.", "Evaluation", min=2) = None,
 ):
     """Run every stage of PIT, or continue a run where it stopped.

@@ -219,6 +219,7 @@ def encode_written(lm, text, cfg):
     """An answer as its writer left it -> token ids.
 
     One that fills max_response was cut off, and has no EOS: RL rates it so, and so does evaluation.
+    (A few come back one token shorter than they were sampled, and get one.)
     """
     return lm.encode_response(text)[: cfg.max_response]
 
