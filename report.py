@@ -6,6 +6,7 @@ Everywhere Delta = win - lose, in points of held-out prompts, with its 95% inter
 """
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import jinja2
@@ -100,7 +101,8 @@ def write_report(run, voter=None):
 
     Table 1 is by the main judge or, after a vote, by the voter.
     """
-    results, metrics = run.results(), run.metrics()
+    results = run.results()
+    metrics = run.metrics()
     plot_curves(run, metrics)
     plot_result(run, results, metrics)
     for plot in (plot_fig2, plot_fig3, plot_stops):
@@ -122,13 +124,13 @@ def print_tables(run, results, judge):
 # ---- scorecard ---------------------------------------------------------------------------------
 
 
-CLAIMS = [  # that are one comparison of Table 1: the claim, the paper's number, a, b
-    ("PIT beats the original", "7 to 34", "pit", "original"),
-    ("PIT beats Self-Refine", "-4 to 24", "pit", "self_refine"),
-    ("PIT beats y_w", "not said", "pit", "y_w"),
-    ("PIT beats PIT after SFT only", "not said", "pit", "pit_sft"),
-    ("PIT beats best of 2, same cost", "not said", "pit", "best_of_2"),
-    ("PIT beats a second sample", "not said", "pit", "second_sample"),
+CLAIMS = [  # that are one comparison of Table 1: the claim, the paper's number, whom PIT beats
+    ("PIT beats the original", "7 to 34", "original"),
+    ("PIT beats Self-Refine", "-4 to 24", "self_refine"),
+    ("PIT beats y_w", "not said", "y_w"),
+    ("PIT beats PIT after SFT only", "not said", "pit_sft"),
+    ("PIT beats best of 2, same cost", "not said", "best_of_2"),
+    ("PIT beats a second sample", "not said", "second_sample"),
 ]
 
 
@@ -137,8 +139,8 @@ def scorecard(results, judge):
 
     What was not measured is left out. The tables after Table 1 are by the main judge alone.
     """
-    table1 = {(row["a"], row["b"]): row for row in judged_by(results, judge)}
-    claims = [(text, paper, [table1.get((a, b))]) for text, paper, a, b in CLAIMS]
+    pit_over = {row["b"]: row for row in judged_by(results, judge) if row["a"] == "pit"}
+    claims = [(text, paper, [pit_over.get(b)]) for text, paper, b in CLAIMS]
     if judge == results["main"]:
         claims += other_claims(results)
     card = []
@@ -207,8 +209,14 @@ PANELS = [  # of curves.png: a metric, what it is, the stages that log it
 IN_POINTS = matplotlib.ticker.PercentFormatter(1, decimals=0, symbol="")
 
 
-def save(figure, run, name):
-    """Write a figure. Its legends stand below the axes, where they cover nothing."""
+@contextmanager
+def drawing(run, name, *grid, **kwargs):
+    """A new figure: gives its axes to the block that draws on them, then writes it.
+
+    Its legends stand below the axes, where they cover nothing.
+    """
+    figure, axes = plt.subplots(*grid, **kwargs)
+    yield axes
     for ax in figure.axes:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
@@ -224,11 +232,12 @@ def zero_line(ax):
     ax.axhline(0, color="black", linewidth=1)
 
 
-def bars(ax, rows, x, mean, ends, **kwargs):
-    """The means of rows with their intervals, joined by a line; x, mean and ends name columns."""
-    means = np.array([row[mean] for row in rows])
-    errors = np.abs(np.transpose([row[ends] for row in rows]) - means)  # (2, n): below, above
-    ax.errorbar([row[x] for row in rows], means, errors, fmt="o-", **kwargs)
+def bars(ax, rows, name, x, mean):
+    """Means with their intervals, a line for each value of column `name`; x and mean: columns."""
+    for value, group in grouped(rows, name).items():
+        means = np.array([row[mean] for row in group])
+        errors = np.abs(np.transpose([row["ci95"] for row in group]) - means)  # (2, n)
+        ax.errorbar([row[x] for row in group], means, errors, fmt="o-", label=label(value))
 
 
 def grouped(rows, name):
@@ -247,46 +256,44 @@ def curve(ax, lines, name, **kwargs):
 
 def plot_curves(run, metrics):
     """The learning curves of all stages, one panel a quantity -> curves.png."""
-    figure, axes = plt.subplots(2, 4, figsize=(18, 8))
-    for ax, (name, title, stages) in zip(axes.flat, PANELS):
-        for stage, lines in grouped(metrics, "stage").items():
-            if re.match(stages, stage):
-                curve(ax, lines, name, label=stage, alpha=0.7)  # curves that agree stay visible
-        if name == "length":
-            ax.axhline(run.config.max_response, color="black", linestyle="--", label="limit")
-        zero_line(ax)
-        ax.set_title(title)
-    figure.supxlabel("optimiser steps; in RL: PPO iterations")
-    save(figure, run, "curves.png")
+    with drawing(run, "curves.png", 2, 4, figsize=(18, 8)) as axes:
+        for ax, (name, title, stages) in zip(axes.flat, PANELS):
+            for stage, lines in grouped(metrics, "stage").items():
+                if re.match(stages, stage):
+                    curve(ax, lines, name, label=stage, alpha=0.7)  # curves that agree stay visible
+            if name == "length":
+                ax.axhline(run.config.max_response, color="black", linestyle="--", label="limit")
+            zero_line(ax)
+            ax.set_title(title)
+        ax.figure.supxlabel("optimiser steps; in RL: PPO iterations")
 
 
 def plot_result(run, results, metrics):
     """Who beats the policy's own answers, and the gap in each of PIT's rounds -> result.png."""
-    figure, (left, right) = plt.subplots(1, 2)
-    # 1. left: deltas, from the bottom to the top
-    for row in reversed(judged_by(results, results["main"])):
-        if row["b"] == "original":
-            name = label(row["a"])
-            left.plot(row["ci95"], [name, name], color="C0")
-            left.plot(row["delta"], name, "o", color="C0")
-    left.axvline(0, color="black", linewidth=1)
-    left.xaxis.set_major_formatter(IN_POINTS)
-    left.set(
-        title=f"Better than the policy's own answer?\nJudged by {label(results['main'])}",
-        xlabel="win - lose, in points of held-out prompts (95% interval)",
-    )
-    # 2. right: the rounds on one scale, but on references of their own
-    stages = grouped(metrics, "stage")
-    for number, source in enumerate(run.config.rounds.split(",")):
-        name = f"round {number}, over {source} answers"
-        curve(right, stages.get(f"pit_rl{number}", []), "score", label=name)
-    zero_line(right)
-    right.set(
-        title="What PIT learns from: the gap by R_PIT\n(0 = no change)",
-        xlabel="PPO iteration of the round",
-        ylabel="mean gap of a batch of answers",
-    )
-    save(figure, run, "result.png")
+    with drawing(run, "result.png", 1, 2) as (left, right):
+        # 1. left: deltas, from the bottom to the top
+        for row in reversed(judged_by(results, results["main"])):
+            if row["b"] == "original":
+                name = label(row["a"])
+                left.plot(row["ci95"], [name, name], color="C0")
+                left.plot(row["delta"], name, "o", color="C0")
+        left.axvline(0, color="black", linewidth=1)
+        left.xaxis.set_major_formatter(IN_POINTS)
+        left.set(
+            title=f"Better than the policy's own answer?\nJudged by {label(results['main'])}",
+            xlabel="win - lose, in points of held-out prompts (95% interval)",
+        )
+        # 2. right: the rounds on one scale, but on references of their own
+        stages = grouped(metrics, "stage")
+        for number, source in enumerate(run.config.rounds.split(",")):
+            name = f"round {number}, over {source} answers"
+            curve(right, stages.get(f"pit_rl{number}", []), "score", label=name)
+        zero_line(right)
+        right.set(
+            title="What PIT learns from: the gap by R_PIT\n(0 = no change)",
+            xlabel="PPO iteration of the round",
+            ylabel="mean gap of a batch of answers",
+        )
 
 
 def plot_fig2(run, results):
@@ -298,61 +305,55 @@ def plot_fig2(run, results):
         "wl": "better after worse\nr(w, l)",
     }
     scores = [results["fig2"][order] for order in orders]
-    figure, ax = plt.subplots()
-    ax.violinplot(scores, orientation="horizontal", widths=0.9, showmeans=True)
-    ax.set_yticks(range(1, 5), orders.values())
-    ax.set(
-        title="R_PIT's scores r(answer, reference): the top should lie right, the bottom left",
-        xlabel="log-odds",
-    )
-    save(figure, run, "fig2.png")
+    with drawing(run, "fig2.png") as ax:
+        ax.violinplot(scores, orientation="horizontal", widths=0.9, showmeans=True)
+        ax.set_yticks(range(1, 5), orders.values())
+        ax.set(
+            title="R_PIT's scores r(answer, reference): the top should lie right, the bottom left",
+            xlabel="log-odds",
+        )
 
 
 def plot_fig3(run, results):
     """Delta over the original at each temperature -> fig3.png."""
-    figure, ax = plt.subplots()
-    for method, rows in grouped(results["fig3"], "method").items():
-        bars(ax, rows, "temperature", "delta", "ci95", label=label(method))
-    zero_line(ax)
-    ax.yaxis.set_major_formatter(IN_POINTS)
-    ax.set(
-        title=f"One improvement against the original, judged by {label(results['main'])}",
-        xlabel="sampling temperature",
-        ylabel="win - lose, in points (95% interval)",
-    )
-    save(figure, run, "fig3.png")
+    with drawing(run, "fig3.png") as ax:
+        bars(ax, results["fig3"], "method", "temperature", "delta")
+        zero_line(ax)
+        ax.yaxis.set_major_formatter(IN_POINTS)
+        ax.set(
+            title=f"One improvement against the original, judged by {label(results['main'])}",
+            xlabel="sampling temperature",
+            ylabel="win - lose, in points (95% interval)",
+        )
 
 
 def plot_stops(run, results):
     """What each stop rule gives for its tokens -> stops.png."""
-    figure, ax = plt.subplots()
-    for stop, rows in grouped(results["stops"], "stop").items():
-        bars(ax, rows, "tokens", "mean", "ci95", label=label(stop))
-    ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
-    ax.set(
-        title="When to stop improving? Each point allows one more round",
-        xlabel="tokens generated per answer",
-        ylabel=f"mean score by {label(results['main'])} (95% interval)",
-    )
-    save(figure, run, "stops.png")
+    with drawing(run, "stops.png") as ax:
+        bars(ax, results["stops"], "stop", "tokens", "mean")
+        ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
+        ax.set(
+            title="When to stop improving? Each point allows one more round",
+            xlabel="tokens generated per answer",
+            ylabel=f"mean score by {label(results['main'])} (95% interval)",
+        )
 
 
 def plot_fig4(run, results, metrics):
     """The gap reward over PPO iterations, one line a curriculum -> fig4.png."""
-    figure, ax = plt.subplots()
-    ax.axhspan(-NEAR, NEAR, color="lightgray", label="no change")
-    for row in results["table2"]:
-        name = row["curriculum"]
-        rounds = f"ablate_{name.replace(',', '-')}_"
-        gaps = [line["score"] for line in metrics if line["stage"].startswith(rounds)]
-        ax.plot(range(1, len(gaps) + 1), gaps, label=name.replace(",", ", then "))
-    ax.set(
-        title="What each curriculum learns (named by where y_ref comes from)",
-        xlabel="PPO iteration of all rounds",
-        ylabel="mean gap by R_PIT",
-    )
-    whole_numbers(ax)
-    save(figure, run, "fig4.png")
+    with drawing(run, "fig4.png") as ax:
+        ax.axhspan(-NEAR, NEAR, color="lightgray", label="no change")
+        for row in results["table2"]:
+            name = row["curriculum"]
+            rounds = f"ablate_{name.replace(',', '-')}_"
+            gaps = [line["score"] for line in metrics if line["stage"].startswith(rounds)]
+            ax.plot(range(1, len(gaps) + 1), gaps, label=name.replace(",", ", then "))
+        ax.set(
+            title="What each curriculum learns (named by where y_ref comes from)",
+            xlabel="PPO iteration of all rounds",
+            ylabel="mean gap by R_PIT",
+        )
+        whole_numbers(ax)
 
 
 # ---- the templates: the page of a run, and the card of an export -------------------------------
