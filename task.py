@@ -17,7 +17,6 @@ answers (judges.py). No stage of training sees it.
 """
 
 import re
-from itertools import accumulate
 
 NAMES = (
     "Ada Amy Ann Ben Bob Dan Eli Eva Fay Gus Ian Ida Jan Jim Joe Kay Lea Leo Max May Mia Ned Pam "
@@ -54,11 +53,12 @@ def read(text):
 def solve(people):
     """The lines of the perfect answer about `people`."""
     lines = {}
-    for name, (start, turns) in people.items():
-        quarters = accumulate((TURNS[turn] for turn in turns), initial=LOOKS.index(start))
-        looks = [LOOKS[quarter % 4] for quarter in quarters]
-        way = looks[1:]
-        lines[name] = (way[-1], way)
+    for name, (look, turns) in people.items():
+        way = []
+        for turn in turns:
+            look = LOOKS[(LOOKS.index(look) + TURNS[turn]) % 4]
+            way.append(look)
+        lines[name] = (look, way)
     return lines
 
 
@@ -71,12 +71,11 @@ def quality(prompt, answer):
     perfect = solve(read(prompt))
     told = read(answer)
     # one requirement: nothing that was not asked for
-    is_clean = bool(told) and all(name in perfect for name in told) and answer == tell(told)
-    met = int(is_clean)
+    met = bool(told) and told.keys() <= perfect.keys() and answer == tell(told)
     # two per person
     for name, (end, way) in perfect.items():
         told_end, told_way = told.get(name, ("", []))
-        met += int(told_end == end) + int(told_way == way)
+        met += (told_end == end) + (told_way == way)
     return met / (2 * len(perfect) + 1)
 
 
@@ -103,11 +102,12 @@ def spoil(lines, flaws, rng, kinds=FLAWS):
         at = rng.randrange(len(way))
         # sometimes the wrong look is the right one, and nothing changes
         if kind == "end":
-            lines[name] = (wrong, way)
+            end = wrong
         elif kind == "turn":
-            lines[name] = (end, [*way[:at], wrong, *way[at + 1 :]])
+            way = [*way[:at], wrong, *way[at + 1 :]]
         elif kind == "short" and len(way) > 1:
-            lines[name] = (end, way[:-1])
-        elif kind == "forget" and len(lines) > 1:
+            way = way[:-1]
+        lines[name] = (end, way)
+        if kind == "forget" and len(lines) > 1:
             del lines[name]
     return lines
