@@ -44,17 +44,16 @@ def check_given(sources, pairs):
 def rounds(sources, total, prefix):
     """Share out `total` PPO iterations, one round per source.
 
-    -> [(role, source, start, iterations)]; start is the role that a round starts from.
+    -> yields (role, source, start, iterations); start is the role that a round starts from.
     """
-    plan, start = [], "pit_sft"
+    start = "pit_sft"
     # whole numbers whose sum is `total`: where round k ends, round k + 1 begins
     for number, source in enumerate(sources):
         role = f"{prefix}{number}"
         first = total * number // len(sources)
         end = total * (number + 1) // len(sources)
-        plan.append((role, source, start, end - first))
+        yield role, source, start, end - first
         start = role
-    return plan
 
 
 def train_policy_rl(lm, run, pairs):
@@ -65,14 +64,21 @@ def train_policy_rl(lm, run, pairs):
 
     def problem(step):
         # Eq. 3: the score is R_P(x, y), from the states that the critic reads, too
-        rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
-        prompts = [lm.encode_prompt(pairs[row].prompt) for row in rows]
+        batch = shuffled_batch(pairs, cfg.rl_batch, step, cfg.seed)
+        prompts = [lm.encode_prompt(pair.prompt) for pair in batch]
         return prompts, partial(lm.scores_from_states, "reward_policy")
 
     with run.stage("policy_rl", "PPO: better answers by R_P (Eq. 3)"):
         lm.add("policy_rl", like="policy_sft")
-        models = dict(reference="policy_sft", reward_role="reward_policy")
-        train(lm, run, "policy_rl", problem, cfg.rl_steps, **models)
+        train(
+            lm,
+            run,
+            "policy_rl",
+            problem,
+            cfg.rl_steps,
+            reference="policy_sft",
+            reward_role="reward_policy",
+        )
 
 
 def draw_references(lm, pairs, source, step, cfg):
@@ -82,14 +88,13 @@ def draw_references(lm, pairs, source, step, cfg):
     """
     if source == "annotated":
         # Eq. 4: each triple twice, once from its worse, once from its better answer
-        rows = shuffled_batch(len(pairs), cfg.rl_batch // 2, step, cfg.seed)
-        triples = [pairs[row] for row in rows]
+        triples = shuffled_batch(pairs, cfg.rl_batch // 2, step, cfg.seed)
         chats = [pair.prompt for pair in triples] * 2
         return chats, [pair.rejected for pair in triples] + [pair.chosen for pair in triples]
-    rows = shuffled_batch(len(pairs), cfg.rl_batch, step, cfg.seed)
-    chats = [pairs[row].prompt for row in rows]
+    batch = shuffled_batch(pairs, cfg.rl_batch, step, cfg.seed)
+    chats = [pair.prompt for pair in batch]
     if source == "given":
-        return chats, [pairs[row].given for row in rows]
+        return chats, [pair.given for pair in batch]
     # Eq. 5: a model writes y_ref
     return chats, lm.answer(WRITERS[source], chats, cfg)
 
@@ -105,7 +110,7 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
 
     def problem(step):
         xs, references = draw_references(lm, pairs, source, step, cfg)
-        chats = [improve_prompt(x, y_ref) for x, y_ref in zip(xs, references)]
+        chats = list(map(improve_prompt, xs, references))
         # the same for all y: a baseline, good where y is often a copy of y_ref
         unchanged = rewards(lm, "reward_gap", chats, references, cfg)  # (B,)
 
@@ -118,5 +123,4 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
     why = f"PPO: larger gaps by R_PIT over {source} answers{EQUATIONS.get(source, '')}"
     with run.stage(role, why):
         lm.add(role, like=start)
-        models = dict(reference="pit_sft", reward_role="reward_gap")
-        train(lm, run, role, problem, steps, **models)
+        train(lm, run, role, problem, steps, reference="pit_sft", reward_role="reward_gap")

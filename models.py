@@ -41,9 +41,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from data import max_length
+from data import max_length, talk
 from errors import UserError, explained
-from tokens import Tokens, mask_after_eos, one_row
+from tokens import Tokens, mask_after_eos, micro_batches, one_row
 
 # cuDNN's attention gives NaN with masks on H100 and B200 (pytorch issues 196678 and 193893)
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -72,11 +72,7 @@ PLAIN_DIALOGUE = """{{ bos_token }}{% for m in messages %}{{ m.role | capitalize
 # Put before every chat template: with the date of today in prompts (Llama 3.2), tomorrow's would
 # differ; and a model that thinks before it answers (Qwen3) is asked to answer at once.
 STEADY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}{% set enable_thinking = false %}"
-SAMPLE_CHAT = [
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "two"},
-    {"role": "user", "content": "three"},
-]
+SAMPLE_CHAT = talk([{"role": "user", "content": "one"}], "two", "three")
 # model types in which two candidates can share a row: they obey any attention mask (tested)
 SHARED_ROW = "gemma gpt2 gpt_neox llama olmo olmo2 phi qwen2 qwen3".split()
 # prompt tokens that `generate` reads at a time: same states, a fraction of the memory
@@ -89,7 +85,10 @@ class LM:
     """A frozen base with named adapters. One is active at a time: `activate` it before each use."""
 
     def __init__(self, base, tokenizer, lora):
-        self.tokenizer, self.lora, self.device = tokenizer, lora, base.device
+        self.tokenizer = tokenizer
+        self.lora = lora
+        self.device = base.device
+        self.base = base
         tokenizer.chat_template = STEADY + chat_template(tokenizer)
         self.control = control_tokens(tokenizer)
         self.eos = end_of_turn(tokenizer)
@@ -110,14 +109,13 @@ class LM:
 
     def describe(self):
         """The base in one line."""
-        base = self.peft.get_base_model()
-        kind = "4-bit" if getattr(base, "is_loaded_in_4bit", False) else base.dtype
+        kind = "4-bit" if getattr(self.base, "is_loaded_in_4bit", False) else self.base.dtype
         size = f"{self.size / 1e6:.1f}M parameters"
         return f"{size} in {kind} on {self.device.type}, LoRA r={self.lora.r}"
 
     def checkpoint_layers(self):
         """Keep only each layer's input for the backward pass and recompute the rest: 1/3 slower."""
-        self.peft.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        self.base.gradient_checkpointing_enable({"use_reentrant": False})
 
     # ---- adapters ------------------------------------------------------------------------------
 
@@ -277,8 +275,12 @@ class LM:
 
     def scores_from_states(self, role, tokens, states):
         """The scalar head of `role` at the last real token of `states`, (B, R + 1, D): (B,)."""
-        last = tokens.response_mask.sum(1)  # state n has seen all n tokens
-        states = states.take_along_dim(last[:, None, None], 1).squeeze(1)  # (B, D)
+        last = tokens.response_mask.sum(1, keepdim=True)  # state n has seen all n tokens
+        return self.scores_at(role, states, last).squeeze(1)
+
+    def scores_at(self, role, states, places):
+        """The scalar head of `role` at k places, (B, k), in each row of `states`: (B, k)."""
+        states = states.take_along_dim(places[:, :, None], 1)  # (B, k, D)
         return self.heads[role](states.float()).squeeze(-1)
 
     def scores_of_candidates(self, role, prompts, candidates):
@@ -294,7 +296,8 @@ class LM:
         ids, part, position, ends = zip(*map(one_row, prompts, candidates))
         part = self.pad_rows(part, -1)
         # a token sees the prompt (part 0) and its own part, up to itself
-        query, key = part[:, :, None], part[:, None, :]
+        query = part[:, :, None]
+        key = part[:, None, :]
         sees = ((key == 0) | (key == query)).tril()  # (B, L, L)
         out = self.backbone(
             input_ids=self.pad_rows(ids, self.pad),
@@ -302,9 +305,7 @@ class LM:
             position_ids=self.pad_rows(position, 0),
             use_cache=False,
         )
-        ends = self.pad_rows(ends, 0)  # (B, k)
-        states = out.last_hidden_state.take_along_dim(ends[:, :, None], 1)  # (B, k, D)
-        return self.heads[role](states.float()).squeeze(-1)
+        return self.scores_at(role, out.last_hidden_state, self.pad_rows(ends, 0))
 
     # ---- writing -------------------------------------------------------------------------------
 
@@ -335,9 +336,9 @@ class LM:
 
     def answer(self, role, chats, cfg, temperature=1.0):
         """One text by `role`, a policy or a PIT model, for each chat (messages) -> texts."""
-        texts, size = [], rows_at_a_time(cfg)
-        for start in range(0, len(chats), size):
-            prompts = [self.encode_prompt(chat) for chat in chats[start : start + size]]
+        texts = []
+        for part in micro_batches(chats, rows_at_a_time(cfg)):
+            prompts = [self.encode_prompt(chat) for chat in part]
             written = self.generate(role, prompts, cfg.max_response, temperature)
             texts += self.decode(written.responses)
         return texts
@@ -554,7 +555,8 @@ def check_base(lm):
     shown = lm.tokenizer.decode(lm.encode_prompt(SAMPLE_CHAT))
     if not all(turn["content"] in shown for turn in SAMPLE_CHAT):
         raise ValueError("its chat template does not show all turns of a conversation.")
-    known, rows = len(lm.tokenizer), lm.peft.get_input_embeddings().num_embeddings
+    known = len(lm.tokenizer)
+    rows = lm.peft.get_input_embeddings().num_embeddings
     if known > rows:
         raise ValueError(f"its tokenizer has {known} tokens, its embedding only {rows}.")
     if lm.eos is None:

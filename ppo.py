@@ -31,6 +31,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from models import adamw, take_step, zero_head
 from run import seed_all
@@ -52,11 +53,11 @@ class Rollout:
     """B responses of up to R tokens, and how they were rated when sampled. No gradients."""
 
     tokens: Tokens
-    logprobs: torch.Tensor  # (B, R) by the policy
-    ref_logprobs: torch.Tensor  # (B, R) by the frozen reference
-    states: torch.Tensor  # (B, R, D) by the reward model, for the critic; state t has seen t tokens
-    values: torch.Tensor  # (B, R) by the critic
-    scores: torch.Tensor  # (B,) raw, by the reward model
+    logprobs: Tensor  # (B, R) by the policy
+    ref_logprobs: Tensor  # (B, R) by the frozen reference
+    states: Tensor  # (B, R, D) by the reward model, for the critic; state t has seen t tokens
+    values: Tensor  # (B, R) by the critic
+    scores: Tensor  # (B,) raw, by the reward model
 
 
 # ---- the maths: pure functions of tensors; arguments and results are (B, R) unless noted -------
@@ -123,7 +124,7 @@ def gae(rewards, values, mask):
     values = values * mask
     # from the last token back to the first
     advantages = torch.zeros_like(values)
-    next_advantage = next_value = torch.zeros_like(values[:, 0])  # (B,)
+    next_advantage = next_value = 0.0  # then (B,)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + GAMMA * next_value - values[:, t]
         next_advantage = (delta + GAMMA * LAMBDA * next_advantage) * mask[:, t]
@@ -161,30 +162,28 @@ def explained_variance(values, returns, mask):
 # ---- one iteration -----------------------------------------------------------------------------
 
 
+def logprobs_by(lm, role, tokens, cfg):
+    """What `role` makes of sampled Tokens, at the temperature of the samples -> (B, R)."""
+    lm.activate(role)
+    return in_parts(lambda part: lm.logprobs(part, cfg.temperature), tokens, cfg.micro_batch)
+
+
 @torch.no_grad()
 def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     """Step 2: all that the update needs to know about sampled Tokens -> Rollout."""
-
-    def logprobs(part):
-        return lm.logprobs(part, cfg.temperature)
-
     # One pass of the reward model serves the scores and the critic. There is a state before the
     # first token and one after each: R + 1.
     lm.activate(reward_role)
     states = in_parts(lm.hidden, tokens, cfg.micro_batch).float()  # (B, R + 1, D)
+    # the value of token t may not see it: states[:, t] has seen t tokens, so drop the last state
+    critic_states = states[:, :-1]
     # The policy's log-probs are not the sampler's, but those of the same pass as in training, so
     # that the first ratio is 1 up to rounding. With a base in bf16 that is coarse: |ratio - 1| was
     # 0.02 on average, and about 1% of tokens began outside the clip range.
-    lm.activate(policy)
-    policy_logprobs = in_parts(logprobs, tokens, cfg.micro_batch)
-    lm.activate(reference)
-    ref_logprobs = in_parts(logprobs, tokens, cfg.micro_batch)
-    # the value of token t may not see it: states[:, t] has seen t tokens, so drop the last state
-    critic_states = states[:, :-1]
     return Rollout(
         tokens=tokens,
-        logprobs=policy_logprobs,
-        ref_logprobs=ref_logprobs,
+        logprobs=logprobs_by(lm, policy, tokens, cfg),
+        ref_logprobs=logprobs_by(lm, reference, tokens, cfg),
         states=critic_states,
         values=critic(critic_states).squeeze(-1),
         scores=score(tokens, states),
@@ -247,7 +246,7 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
     to rounding: in 4-bit, whose products are in bf16, that was 4 to 5% of it.
     """
     n_tokens = sample.tokens.response_mask[rows].sum()
-    totals = torch.zeros(3, device=lm.device)
+    totals = 0.0
     # similar lengths go together, for little padding
     lengths = sample.tokens.mask.sum(1).cpu()
     for part in rows[lengths[rows].argsort()].split(cfg.micro_batch):
@@ -270,10 +269,7 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
 @torch.no_grad()
 def distance_moved(lm, policy, sample, cfg):
     """The KL from the policy that sampled to the updated one, in nats per token -> scalar."""
-    lm.activate(policy)
-    logprobs = in_parts(
-        lambda part: lm.logprobs(part, cfg.temperature), sample.tokens, cfg.micro_batch
-    )
+    logprobs = logprobs_by(lm, policy, sample.tokens, cfg)
     return masked_mean(k3(sample.logprobs, logprobs), sample.tokens.response_mask)
 
 

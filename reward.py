@@ -102,12 +102,10 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
     cfg = run.config
     optimizer = adamw(lm.parameters(role), cfg.rm_lr)
     for step in run.steps(cfg.rm_steps, [optimizer]):
-        rows = shuffled_batch(len(pairs), cfg.rm_batch, step, cfg.seed)
-        batch = [pairs[row] for row in rows]
+        batch = shuffled_batch(pairs, cfg.rm_batch, step, cfg.seed)
         # gradients add up over micro-batches
         lm.activate(role, train=True)
-        total = torch.zeros((), device=lm.device)
-        right = torch.zeros((), device=lm.device)
+        total = right = 0.0
         for part in micro_batches(batch, cfg.micro_batch, pair_length):
             scores = score_batch(lm, role, contexts_of, part, cfg)  # (2c, B)
             loss = loss_of(*scores).sum() / len(batch)
@@ -146,10 +144,12 @@ def measure(scores):
         ww, lw, wl, ll = scores
         in_order = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)  # Eq. 1 in full
         no_change = torch.cat([ww, ll])
-        measured["order"] = in_order.float().mean()
-        measured["middle"] = (ww - ll).mean() / (wl - lw).mean()
-        measured["no_change"] = no_change.mean()
-        measured["no_change_std"] = no_change.std()
+        measured |= dict(
+            order=in_order.float().mean(),
+            middle=(ww - ll).mean() / (wl - lw).mean(),
+            no_change=no_change.mean(),
+            no_change_std=no_change.std(),
+        )
     return {name: value.item() for name, value in measured.items()}
 
 
@@ -160,10 +160,12 @@ def finish(lm, run, role, contexts_of, held_out):
     if measured["accuracy"] < 0.5 + two_standard_errors:
         run.warn(f"{role} is no better than chance. Try more --rm-steps or --pairs.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
-    print(f"  held out: right on {measured['accuracy']:.0%}")
+    print("  held out: right on {accuracy:.0%}".format(**measured))
     if "order" in measured:
-        no_change = f"{measured['no_change']:.2f} +- {measured['no_change_std']:.2f}"
-        print(f"  Eq. 1 in full on {measured['order']:.0%}; 'no change' is worth {no_change}")
+        print(
+            "  Eq. 1 in full on {order:.0%}; "
+            "'no change' is worth {no_change:.2f} +- {no_change_std:.2f}".format(**measured)
+        )
     run.keep(lm, role)
 
 
@@ -205,10 +207,8 @@ def score_batch(lm, role, contexts_of, pairs, cfg):
 def score_pairs(lm, role, contexts_of, pairs, cfg):
     """`score_batch` of any number N of pairs, without gradients -> (2c, N) on the CPU."""
     lm.activate(role)
-    scores = []
-    for start in range(0, len(pairs), cfg.micro_batch):
-        part = pairs[start : start + cfg.micro_batch]
-        scores.append(score_batch(lm, role, contexts_of, part, cfg))
+    parts = micro_batches(pairs, cfg.micro_batch)
+    scores = [score_batch(lm, role, contexts_of, part, cfg) for part in parts]
     return torch.cat(scores, 1).cpu()
 
 
@@ -242,7 +242,7 @@ def gaps(lm, prompts, answers, references, cfg):
     What "no change" is worth is near 0 only on average. Measured against it, a gap of 0 means no
     change for each y_ref.
     """
-    chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
+    chats = list(map(improve_prompt, prompts, references))
     changed = rewards(lm, "reward_gap", chats, answers, cfg)
     unchanged = rewards(lm, "reward_gap", chats, references, cfg)
     return changed - unchanged

@@ -10,8 +10,6 @@ Run: python pit.py sft --run runs/tiny (a run that `all` has begun), half a minu
 from 0.36 to 0.2 nats per token for the policy, from 0.44 to 0.3 for PIT.
 """
 
-import torch
-
 from data import improve_prompt
 from models import adamw, take_step
 from run import shuffled_batch
@@ -46,20 +44,19 @@ def train(lm, run, role, examples):
     """Maximise the log-likelihood of responses given prompts and save the adapter `role`.
 
     examples: (prompt ids, response ids) each. All training loops lean on run.py: `steps` yields the
-    steps still to do and keeps checkpoints, `shuffled_batch` picks the rows of a step, `log` writes
-    a line of metrics.jsonl.
+    steps still to do and keeps checkpoints, `shuffled_batch` picks the examples of a step, `log`
+    writes a line of metrics.jsonl.
     """
     cfg = run.config
     lm.add(role)
     optimizer = adamw(lm.parameters(role), cfg.sft_lr)
     for step in run.steps(cfg.sft_steps, [optimizer]):
         # the step's pairs
-        rows = shuffled_batch(len(examples), cfg.sft_batch, step, cfg.seed)
-        batch = [examples[row] for row in rows]
+        batch = shuffled_batch(examples, cfg.sft_batch, step, cfg.seed)
         n_tokens = sum(len(response) for _, response in batch)
         # the gradient, summed over micro-batches
         lm.activate(role, train=True)
-        loss = torch.zeros((), device=lm.device)
+        loss = 0.0
         for part in micro_batches(batch, cfg.micro_batch, example_length):
             tokens = lm.collate(*zip(*part))
             # divided by the tokens of the whole batch: the micro-batch size changes no gradient

@@ -18,15 +18,16 @@ size.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass
 class Tokens:
     """A batch of prompts with their responses, padded as drawn above. Slicing selects rows."""
 
-    ids: torch.Tensor  # (B, L) int64
-    mask: torch.Tensor  # (B, L) 1 for real tokens, 0 for padding
-    response_mask: torch.Tensor  # (B, R) 1 for each response token up to and including EOS
+    ids: Tensor  # (B, L) int64
+    mask: Tensor  # (B, L) 1 for real tokens, 0 for padding
+    response_mask: Tensor  # (B, R) 1 for each response token up to and including EOS
 
     def __getitem__(self, rows):
         return Tokens(self.ids[rows], self.mask[rows], self.response_mask[rows])
@@ -42,7 +43,8 @@ class Tokens:
         P = self.ids.shape[1] - self.response_mask.shape[1]
         longest_prompt = int(self.mask[:, :P].sum(1).max())
         longest_response = int(self.response_mask.sum(1).max())
-        first, end = P - longest_prompt, P + longest_response
+        first = P - longest_prompt
+        end = P + longest_response
         return Tokens(
             self.ids[:, first:end],
             self.mask[:, first:end],
@@ -86,12 +88,12 @@ def one_row(prompt, responses):
     return ids, part, position, ends
 
 
-def micro_batches(items, size, length):
-    """Items in lists of at most `size`, similar lengths together, so that there is little padding.
+def micro_batches(items, size, length=None):
+    """Items in lists of at most `size`; by `length`, similar ones together, for little padding.
 
-    Where one list holds them all, they stay in their order.
+    Where one list holds them all, or without `length`, they stay in their order.
     """
-    if len(items) > size:
+    if length and len(items) > size:
         items = sorted(items, key=length)
     return [items[start : start + size] for start in range(0, len(items), size)]
 

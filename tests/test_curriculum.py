@@ -33,7 +33,7 @@ def train_round(lm, pairs, source, start="pit_sft", role="pit_rl1"):
 
 
 def triples_of(pairs, size, step=0):
-    return [pairs[row] for row in shuffled_batch(len(pairs), size, step, 0)]
+    return shuffled_batch(pairs, size, step, 0)
 
 
 def test_the_policy_answers_prompts_for_r_p_and_is_held_to_sft(lm, pairs, calls):
@@ -140,7 +140,7 @@ def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, mo
 
 
 def test_rounds_follow_each_other_and_share_out_all_iterations():
-    plan = curriculum.rounds(["annotated", "sft", "policy"], 32, "pit_rl")
+    plan = list(curriculum.rounds(["annotated", "sft", "policy"], 32, "pit_rl"))
     assert [role for role, *_ in plan] == ["pit_rl0", "pit_rl1", "pit_rl2"]
     assert [start for _, _, start, _ in plan] == ["pit_sft", "pit_rl0", "pit_rl1"]
     assert [steps for *_, steps in plan] == [10, 11, 11]
