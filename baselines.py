@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import improve_prompt
-from run import read_json, seed_all, write_text
+from data import improve_prompt, talk
+from run import crc_of, read_json, seed_all, write_text
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself: for feedback, then for a new answer
 FEEDBACK = (
@@ -111,8 +111,11 @@ class Answers:
 
     def __init__(self, lm, run, pairs, last=None, reward_policy=None):
         """last: the adapter of PIT's last round; reward_policy: R_P, as a Judge."""
-        self.lm, self.run, self.pairs = lm, run, pairs
-        self.last, self.reward_policy = last, reward_policy
+        self.lm = lm
+        self.run = run
+        self.pairs = pairs
+        self.last = last
+        self.reward_policy = reward_policy
         self.prompts = [pair.prompt for pair in pairs]
         self.path = run.path / "answers.json"
         self.kept = read_json(self.path, "Delete it, then evaluate again.")
@@ -142,7 +145,7 @@ class Answers:
     def to_improve(self, key):
         """What PIT reads before an improvement: each prompt, and the text that it starts from."""
         texts = self.side(key.before()).texts
-        return [improve_prompt(x, y_ref) for x, y_ref in zip(self.prompts, texts)]
+        return list(map(improve_prompt, self.prompts, texts))
 
     def lengths(self, texts):
         """The tokens of each text, EOS included -> (N,)."""
@@ -150,12 +153,13 @@ class Answers:
 
     def write(self, key, role, chats, after=NOTHING):
         """One answer by `role` to each chat -> Side; `after`: what was written before it."""
-        cfg, name = self.run.config, str(key)
+        cfg = self.run.config
+        name = str(key)
         # the texts stay the same while all that they depend on does
         file = self.run.adapter(role) / "adapter_model.safetensors"
         weights = b"" if role == "blank" else file.read_bytes()
         inputs = (zlib.crc32(weights), chats, key.temperature, cfg.max_response, cfg.seed)
-        made_of = zlib.crc32(repr(inputs).encode())
+        made_of = crc_of(inputs)
         if not is_whole(self.kept.get(name), made_of, len(chats)):
             seed_all(cfg.seed, "answers", name)
             texts = self.lm.answer(role, chats, cfg, key.temperature)
@@ -172,9 +176,7 @@ class Answers:
         key_of_feedback = key._replace(method=f"{key.method} feedback")
         feedback = self.write(key_of_feedback, role, chats, before)
         # 2. the new answer
-        chats = []
-        for x, y, said in zip(self.prompts, before.texts, feedback.texts):
-            chats.append(talk(x, y, FEEDBACK, said, REFINE))
+        chats = [talk(chat, said, REFINE) for chat, said in zip(chats, feedback.texts)]
         return self.write(key, role, chats, feedback)
 
     def best_of(self, key):
@@ -185,14 +187,6 @@ class Answers:
         texts = [samples[k].texts[i] for i, k in enumerate(best)]
         spent = sum(sample.spent for sample in samples)
         return Side(texts, spent, generations=len(samples))
-
-
-def talk(prompt, *texts):
-    """A chat that goes on after its prompt: assistant, user, assistant, ..."""
-    chat = list(prompt)
-    for k, text in enumerate(texts):
-        chat.append({"role": "user" if k % 2 else "assistant", "content": text})
-    return chat
 
 
 def is_whole(entry, made_of, n):

@@ -21,7 +21,7 @@ from data import shorten
 from errors import UserError
 from files import is_prompt
 from infer import POLICY, end_of, improve, improve_rounds, iterate
-from run import progress, seed_all, write_text
+from run import crc_of, progress, read_text, seed_all, write_text
 
 OTHER_TASK = """This run knows the built-in task only, and the names in task.py. Try:
 Where does each look in the end? Ann north: left left back. Ben west: right left
@@ -65,7 +65,8 @@ def mark_changes(old, new):
     """`new` with *stars* around the words that are not in `old` at that place."""
     words = []
     for line in ndiff(old.split(" "), new.split(" ")):
-        sign, word = line[0], line[2:]
+        sign = line[0]
+        word = line[2:]
         if sign == "+":
             words.append(f"*{word}*")
         elif sign == " ":
@@ -104,7 +105,7 @@ def improve_file(lm, cfg, settings, rows, path):
     """
     originals, _, responses, _ = zip(*rows)
     weights = zlib.crc32(save(lm.weights(settings.pit)))
-    stamp = zlib.crc32(repr((settings, weights, originals)).encode())
+    stamp = crc_of((settings, weights, originals))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(gettempdir(), f"pit-{zlib.crc32(bytes(path.resolve()))}.lock"))
     try:
@@ -123,10 +124,14 @@ def improve_file(lm, cfg, settings, rows, path):
                 versions = [texts[i] for texts, _ in rounds]
                 gaps = [of_round[i] for _, of_round in rounds[1:]]
                 best, _ = end_of(settings.stop, versions, gaps)
-                ours = {"improved": versions[best], "versions": versions, "made_with": stamp}
-                ours |= {"gaps": [round(gap, 3) for gap in gaps]}
+                ours = dict(
+                    improved=versions[best],
+                    versions=versions,
+                    made_with=stamp,
+                    gaps=[round(gap, 3) for gap in gaps],
+                )
                 # "made_with" is there twice: first in the line, and ours if the row has one, too
-                line = {"made_with": stamp} | row | ours
+                line = {"made_with": stamp, **row, **ours}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
     print(f"Rows written to {path}: {len(rows) - done:,}.")
@@ -156,7 +161,8 @@ def rows_done(path, begin, total, batch):
 
 def fit_prompts(lm, cfg, rows):
     """Check rows as `files.read_rows` reads them -> their prompts, cut where they are too long."""
-    prompts, cut = [], 0
+    prompts = []
+    cut = 0
     for _, turns, response, place in rows:
         if not is_prompt(turns):
             raise UserError(
@@ -186,8 +192,9 @@ def fit_prompts(lm, cfg, rows):
 
 def show_samples(lm, run, stage, pairs):
     """Answer a few prompts after a stage, and improve the answers once PIT can -> samples.md."""
-    path, title = run.path / "samples.md", f"\n## after {stage}\n"
-    page = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    path = run.path / "samples.md"
+    title = f"\n## after {stage}\n"
+    page = read_text(path, errors="replace")
     if title in page:  # looked up each time: a kill may come between a stage and its samples
         return
     prompts = [pair.prompt for pair in pairs]

@@ -43,6 +43,14 @@ def improve_prompt(prompt, reference):
     ]
 
 
+def talk(prompt, *texts):
+    """A chat that goes on after its prompt: assistant, user, assistant, ..."""
+    chat = list(prompt)
+    for k, text in enumerate(texts):
+        chat.append({"role": "user" if k % 2 else "assistant", "content": text})
+    return chat
+
+
 def max_length(cfg):
     """Tokens of the longest sequence in training: x, y_ref, "Please improve your answer.", y."""
     return cfg.max_prompt + 2 * cfg.max_response + IMPROVE_TOKENS
@@ -69,11 +77,13 @@ def synthetic_pairs(n, seed):
     The chosen one meets at least one requirement more. The two are versions of one text, as drafts
     are: so M_PIT^SFT sees that improving an answer means keeping most of it.
     """
-    rng, pairs = random.Random(seed), []
+    rng = random.Random(seed)
+    pairs = []
     while len(pairs) < n:
         people = task.draw_people(rng)
         good = task.spoil(task.solve(people), rng.randint(0, 2), rng, kinds=("end", "end", "short"))
-        better, worse = task.tell(good), task.tell(task.spoil(good, rng.randint(1, 4), rng))
+        better = task.tell(good)
+        worse = task.tell(task.spoil(good, rng.randint(1, 4), rng))
         prompt = task.ask(people)
         if task.quality(prompt, better) > task.quality(prompt, worse):
             pairs.append(Pair([{"role": "user", "content": prompt}], better, worse))
@@ -104,7 +114,8 @@ def read_pairs(source, skip_bad=False, columns=""):
     that is no pair is an error, unless skip_bad.
     """
     forms = [form_of_columns(columns)] if columns else FORMS
-    notes, kept = Counter(), {}
+    notes = Counter()
+    kept = {}
     for place, row in rows_of(source):
         try:
             row = read_columns(row)
@@ -138,7 +149,10 @@ def filter_by_length(pairs, lm, cfg):
     added, to stop mid-sentence.
     """
     too_long = f"dropped (an answer over {cfg.max_response} tokens)"
-    notes, kept, beginnings, lengths = Counter({too_long: 0}), [], [], []
+    notes = Counter({too_long: 0})
+    kept = []
+    beginnings = []
+    lengths = []
     for pair in pairs:
         lengths.append(longest_answer(pair, lm))
         if lengths[-1] > cfg.max_response:
@@ -203,7 +217,8 @@ def split(pairs, beginnings, seed):
 
     # each part takes the next share of them
     n = len(groups)
-    parts, start = {}, 0.0
+    parts = {}
+    start = 0.0
     for name, share in PARTS.items():
         chosen = groups[round(start * n) : round((start + share) * n)]
         parts[name] = [pair for group in chosen for pair in group]

@@ -133,7 +133,8 @@ class View:
     def gaps(self, key):
         """By R_PIT: how much better each text is than the one that it improves -> (N,)."""
         contexts = self.answers.to_improve(key)
-        texts, before = self.answers.side(key).texts, self.answers.side(key.before()).texts
+        texts = self.answers.side(key).texts
+        before = self.answers.side(key.before()).texts
         return self.judge.score(contexts, texts) - self.judge.score(contexts, before)
 
 
@@ -197,11 +198,12 @@ def judge_accuracy(views):
 
 def table1(views, keys):
     """Table 1 by each judge: the comparisons of which this run has both sides."""
-    rows, of = [], {key.method: key for key in keys}
-    for view, (a, b) in product(views, COMPARISONS):
-        if {a, b} <= of.keys():
-            rows.append({"a": a, "b": b, "judge": view.name} | view.compare(of[a], of[b]))
-    return rows
+    of = {key.method: key for key in keys}
+    return [
+        {"a": a, "b": b, "judge": view.name} | view.compare(of[a], of[b])
+        for view, (a, b) in product(views, COMPARISONS)
+        if {a, b} <= of.keys()
+    ]
 
 
 def sides_table(answers, scores, keys):
@@ -271,7 +273,8 @@ def stop_table(main, r_pit):
     texts = list(zip(*[side.texts for side in sides]))  # of each prompt
     rows = []
     for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
-        final, spent = [], []
+        final = []
+        spent = []
         for i, versions in enumerate(texts):
             answer, made = infer.end_of(stop, versions[: limit + 1], gaps[:, i])
             final.append(scores[answer, i])
@@ -289,20 +292,22 @@ def written_pairs(view):
 
     Not PIT's answers: they were chosen by R_PIT, and "PIT is better" is right on nearly all.
     """
-    answers, second = view.answers, Key("second_sample")
+    answers = view.answers
+    second = Key("second_sample")
     signs = outcomes(view.scores(second), view.scores(ORIGINAL), view.judge.margin)
     texts = answers.side(second).texts, answers.side(ORIGINAL).texts
-    pairs = []
-    for x, a, b, sign in zip(answers.prompts, *texts, signs):
-        if sign:
-            pairs.append(Pair(x, a, b) if sign > 0 else Pair(x, b, a))
-    return pairs
+    return [
+        Pair(x, a, b) if sign > 0 else Pair(x, b, a)
+        for x, a, b, sign in zip(answers.prompts, *texts, signs)
+        if sign
+    ]
 
 
 def gap_evidence(lm, annotated, written, cfg):
     """Fig. 2's four distributions, and how often each gap model is right, on both kinds."""
     kinds = {"annotated": annotated, "written by models": written}
-    fig2, eq2 = {}, []
+    fig2 = {}
+    eq2 = []
     for (kind, pairs), role in product(kinds.items(), GAP_MODELS):
         if not pairs or role not in lm.roles:
             continue
@@ -310,7 +315,8 @@ def gap_evidence(lm, annotated, written, cfg):
         if (kind, role) == ("annotated", "reward_gap"):
             fig2 = dict(zip(("ww", "lw", "wl", "ll"), four.round(3).tolist()))
         # the gap r(y, y_ref) - r(y_ref, y_ref) of better over worse, and of worse over better
-        up, down = wl - ll, lw - ww  # (n,)
+        up = wl - ll  # (n,)
+        down = lw - ww  # (n,)
         # is the sign right, in both directions? In one alone, that is a tie
         right = np.mean([up > 0, down < 0], axis=0)  # (n,)
         eq2.append({"model": role, "pairs": kind, "accuracy": mean(right)} | compare(right, 0.5))
@@ -332,7 +338,8 @@ def eq1_scores(lm, role, pairs, cfg):
 
 def write_answers(run, views, keys):
     """A line per prompt: the answers of Table 1's sides, and their scores -> answers.jsonl."""
-    answers, scores = views[0].answers, {}
+    answers = views[0].answers
+    scores = {}
     texts = {key.method: answers.side(key).texts for key in keys}
     for view in views:
         scores[view.name] = rows_of({key.method: view.scores(key).tolist() for key in keys})
@@ -347,9 +354,11 @@ def rows_of(columns):
 
 def add_votes(run):
     """Turn all votes (votes.py) into rows of Table 1, and notes on them -> results.json."""
-    votes, results = read_votes(run), run.results()
+    votes = read_votes(run)
+    results = run.results()
     said = all_verdicts(votes, read_answers(run), results["judges"])
-    table1, notes = [row for row in results["table1"] if row["judge"] not in votes], {}
+    table1 = [row for row in results["table1"] if row["judge"] not in votes]
+    notes = {}
     for voter, cast in votes.items():
         verdicts = said[voter]
         # questions of two rows that show the same texts share a vote
@@ -395,7 +404,8 @@ def judge_curricula(lm, run, pairs, lasts, judges):
     """Table 2: the last adapter of each curriculum (lasts) improves the same originals."""
     name, judge = next(iter(judges.items()))
     view = View(name, judge, Answers(lm, run, pairs[: run.config.eval_n]))
-    both, rows = Key(lasts["annotated,policy"]), []
+    both = Key(lasts["annotated,policy"])
+    rows = []
     for curriculum, role in progress(lasts.items()):
         row = {"curriculum": curriculum, "over_original": view.compare(Key(role), ORIGINAL)}
         rows.append(row | {"both_over_it": view.compare(both, Key(role)), "judge": name})

@@ -325,7 +325,8 @@ def read_answer(row, column, prompt):
 def label_is_high(row, form):
     """Whether the label prefers `form.rejected`. Files write it as 1, 1.0, "1" or true."""
     text = str(find(row, form.label)).lower()
-    low, high = float(form.low), float(form.high)
+    low = float(form.low)
+    high = float(form.high)
     try:
         label = float(json.loads(text))
     except (ValueError, TypeError, OverflowError):

@@ -29,7 +29,7 @@ class Settings:
 
 def improve(lm, role, prompts, references, cfg, temperature=1.0):
     """One improvement of each reference by PIT model `role`, texts -> texts."""
-    chats = [improve_prompt(x, y_ref) for x, y_ref in zip(prompts, references)]
+    chats = list(map(improve_prompt, prompts, references))
     return lm.answer(role, chats, cfg, temperature)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import task
+from data import talk
 from errors import UserError, explained, first_line
 
 SAME = 1e-4  # exact scores closer than this are a tie
@@ -164,6 +165,5 @@ def hub_judge(name, device):
 def classifier_input(tokenizer, prompt, text):
     """How a reward model from the hub reads an answer."""
     if tokenizer.chat_template:
-        chat = [*prompt, {"role": "assistant", "content": text}]
-        return {"text": tokenizer.apply_chat_template(chat, tokenize=False)}
+        return {"text": tokenizer.apply_chat_template(talk(prompt, text), tokenize=False)}
     return {"text": "\n\n".join(turn["content"] for turn in prompt), "text_pair": text}

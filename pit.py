@@ -163,16 +163,20 @@ def run_all(
 
 def start(ctx, run, smoke, overwrite, from_run, until, **options):
     """What `all` does: these are the arguments of NOT_STORED, the options go to config.json."""
+    from run import Run, read_config
+
     if ctx and from_run and not smoke:
-        options |= inherited(options, from_run, ctx)
+        # the options that were not typed are those of that run
+        config = read_config(from_run)
+        for name in options.keys() & config.keys():
+            if ctx.get_parameter_source(name).name == "DEFAULT":
+                options[name] = config[name]
     model = Path(options["model"]).resolve()
     if model == Path(__file__).with_name("tiny"):
         options["model"] = "tiny"
     folder = run or Path("runs") / (model.name + ("-smoke" if smoke else ""))
 
     # fail early, in the order a person thinks: options, model, data (in Session); then the base
-    from run import Run, read_config
-
     if not overwrite:  # continued with more or less free memory, a run keeps its presets
         options["vram"] = options["vram"] or read_config(folder).get("vram")
     options = fill_in(options, smoke)
@@ -192,15 +196,6 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     started.plan = plan.make_plan(session.lm, started, session.parts, commands)
     for command in commands:
         stages[command](session)
-
-
-def inherited(options, source, ctx):
-    """The options that were not typed, as the run `source` has them."""
-    from run import read_config
-
-    config = read_config(source)
-    names = options.keys() & config.keys()
-    return {n: config[n] for n in names if ctx.get_parameter_source(n).name == "DEFAULT"}
 
 
 def fill_in(options, smoke):
@@ -223,22 +218,7 @@ def is_finished(run):
     """Whether a run that `all` is to continue has nothing left to do."""
     if run.replace or "eval" not in run.results().get("time_s", {}):
         return False
-    return (run.path / "report.md").exists() and all(map(run.done, trained_by(run.config)))
-
-
-def trained_by(cfg):
-    """{role: the command that trains it}."""
-    roles = {
-        "policy_sft": "sft",
-        "pit_sft": "sft",
-        "reward_policy": "reward",
-        "reward_gap": "reward",
-        "judge": "reward",
-        "policy_rl": "rl",
-    }
-    for k in range(len(cfg.rounds.split(","))):
-        roles[f"pit_rl{k}"] = "rl"
-    return roles
+    return (run.path / "report.md").exists() and all(map(run.done, run.trained_by()))
 
 
 def improver(cfg):
@@ -272,7 +252,8 @@ class Session:
         import data
         import plan
 
-        self.run, cfg = run, run.config
+        self.run = run
+        cfg = run.config
         pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
         run.pin("data fingerprint", data.fingerprint(pairs))
         curriculum.check_given(cfg.rounds.split(","), pairs)
@@ -293,17 +274,18 @@ class Session:
 
     def require(self, roles):
         """Load these roles, which earlier commands have trained."""
-        commands = trained_by(self.run.config)
         for role in roles:
             if role not in self.lm.roles:
-                self.run.need(role, commands[role])
+                self.run.need(role)
                 self.run.load(self.lm, role)
 
 
 def sft_stage(session):
     import sft
 
-    lm, run, pairs = session.lm, session.run, session.parts["sft"]
+    lm = session.lm
+    run = session.run
+    pairs = session.parts["sft"]
     sft.train_policy(lm, run, pairs)
     session.show("policy_sft")
     sft.train_pit(lm, run, pairs)
@@ -313,7 +295,9 @@ def sft_stage(session):
 def reward_stage(session):
     import reward
 
-    lm, run, parts = session.lm, session.run, session.parts
+    lm = session.lm
+    run = session.run
+    parts = session.parts
     reward.train_policy_reward(lm, run, parts["rm"], parts["held_out"])
     reward.train_gap_reward(lm, run, parts["rm"], parts["held_out"])
     reward.train_policy_reward(lm, run, parts["judge"], parts["held_out"], role="judge")
@@ -332,7 +316,8 @@ def train_rounds(session, sources, prefix):
     """PIT's rounds, one per source of y_ref (SOURCE,SOURCE) -> the adapter of the last one."""
     import curriculum
 
-    run, pairs = session.run, session.parts["rl"]
+    run = session.run
+    pairs = session.parts["rl"]
     # as many iterations for every curriculum as for the rounds of this run
     total = run.config.rl_steps * len(run.config.rounds.split(","))
     for role, source, start, steps in curriculum.rounds(sources.split(","), total, prefix):
@@ -349,7 +334,9 @@ def eval_stage(session, judges=None):
     import words
     from judges import default_judges, judges_by_name
 
-    lm, run, parts = session.lm, session.run, session.parts
+    lm = session.lm
+    run = session.run
+    parts = session.parts
     for role in evaluate.GAP_MODELS:
         run.load_trained(lm, role)  # `ablate` may have trained more of them
     judges = judges or judges_by_name(default_judges(run.config), lm, run.config)
@@ -414,7 +401,7 @@ def open_to_judge(path, names):
     names = names or default_judges(run.config)
     check_names(names, run.config)  # misspelt ones are refused at once
     session = Session(run)
-    roles = trained_by(run.config)
+    roles = run.trained_by()
     if "judge" not in names:  # the run's own judge may be missing where it has no say
         del roles["judge"]
     session.require(roles)
@@ -444,7 +431,9 @@ def ablate(run: StageRun, judge: Judges = None):
     import evaluate
     import reward
 
-    lm, run, parts = session.lm, session.run, session.parts
+    lm = session.lm
+    run = session.run
+    parts = session.parts
     # Eq. 2 as published, and with its first three terms
     for role, loss_of in (("reward_gap2", reward.gap_loss), ("reward_gap3", reward.three_terms)):
         reward.train_gap_reward(lm, run, parts["rm"], parts["held_out"], role, loss_of)
@@ -555,7 +544,7 @@ def infer_command(
     )
     roles = [infer.POLICY, settings.pit, "reward_gap"]
     for role in roles:
-        opened.need(role, trained_by(cfg)[role])
+        opened.need(role)
     rows = read_rows(input) if input else []
     if response == "-":
         response = sys.stdin.read().strip()
@@ -602,7 +591,7 @@ def export_command(
     roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
-    opened.need(adapter, trained_by(opened.config).get(adapter, "ablate"))
+    opened.need(adapter)
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():

@@ -61,15 +61,17 @@ def estimate_memory(lm, cfg):
     logits     of LOGIT_CHUNK tokens: themselves, their log-softmax, its gradient, in fp32.
     sampling   PREFILL tokens of each prompt at a time, in one layer; keys and values of all tokens.
     """
-    base = lm.peft.get_base_model()
+    base = lm.base
     shape = base.config.get_text_config()
     size = lm.lm_head.weight.element_size()  # bytes per number
-    D, layers = shape.hidden_size, shape.num_hidden_layers
+    D = shape.hidden_size
+    layers = shape.num_hidden_layers
     W = getattr(shape, "intermediate_size", None) or 4 * D
     heads = shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or heads
     head_dim = getattr(shape, "head_dim", None) or D // heads
-    length, rows = max_length(cfg), rows_at_a_time(cfg)
+    length = max_length(cfg)
+    rows = rows_at_a_time(cfg)
 
     # "blank" is the only adapter so far. To come: two of SFT, three reward models, policy_rl, and
     # PIT's rounds
@@ -123,7 +125,7 @@ def plan_memory(lm, cfg):
     print(f"memory: about {gib[kind]:.1f} of {room:.1f} GiB at most, in {kind}: {parts}")
     if gib[kind] > room:
         print("  That is too much. Lower --micro-batch and --rl-batch.")
-    shape = lm.peft.get_base_model().config.get_text_config()
+    shape = lm.base.config.get_text_config()
     context = getattr(shape, "max_position_embeddings", None)
     longest = max_length(cfg) + cfg.max_response + 64  # Self-Refine: feedback, and two requests
     if context and longest > context:
@@ -163,8 +165,11 @@ def plan_stages(cfg, x, y, pairs):
     sft = cfg.sft_steps * cfg.sft_batch
     rm = cfg.rm_steps * cfg.rm_batch
     rl = cfg.rl_steps * cfg.rl_batch
-    over_sft, over_rm, over_rl = sft / pairs["sft"], rm / pairs["rm"], rl / pairs["rl"]
-    R, epochs = cfg.max_response, cfg.epochs
+    over_sft = sft / pairs["sft"]
+    over_rm = rm / pairs["rm"]
+    over_rl = rl / pairs["rl"]
+    R = cfg.max_response
+    epochs = cfg.epochs
     answer = x + y
     prompt = answer + IMPROVE_TOKENS  # (x, y_ref)
     improved = prompt + y
@@ -251,11 +256,10 @@ class Plan:
     def table(self):
         """The plan for people; with times as soon as something has been measured."""
         lines = ["  stage          passes  trained     read  written   memory     time"]
+        row = "  {name:14}{passes:7.1f}{:8,.0f}k{:8,.0f}k{:8,.0f}k{memory:5.1f} GiB"
         for stage in self.stages:
-            line = f"  {stage.name:14}{stage.passes:7.1f}"
-            for per_row in (stage.trained, stage.read, stage.written):
-                line += f"{stage.rows * per_row / 1000:8,.0f}k"
-            line += f"{stage.memory:5.1f} GiB"
+            tokens = [stage.rows * n / 1000 for n in (stage.trained, stage.read, stage.written)]
+            line = row.format(*tokens, **vars(stage))
             if self.measured():
                 line += f"{clock(self.expect(stage)):>9}"
             lines.append(line)

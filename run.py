@@ -194,9 +194,24 @@ class Run:
         """Whether `role` has been trained. A damaged one is reported, and counts as untrained."""
         return is_intact(self.adapter(role), role)
 
-    def need(self, role, command):
-        """UserError unless `role` has been trained; `command` trains it."""
+    def trained_by(self):
+        """{role: the command that trains it}, without those of `ablate`."""
+        roles = dict(
+            policy_sft="sft",
+            pit_sft="sft",
+            reward_policy="reward",
+            reward_gap="reward",
+            judge="reward",
+            policy_rl="rl",
+        )
+        for k in range(len(self.config.rounds.split(","))):
+            roles[f"pit_rl{k}"] = "rl"
+        return roles
+
+    def need(self, role):
+        """UserError unless `role` has been trained."""
         if not self.done(role):
+            command = self.trained_by().get(role, "ablate")
             raise UserError(
                 f"{self.adapter(role)} is missing or damaged. First run: "
                 f"python pit.py {command} --run {self.path}"
@@ -210,14 +225,15 @@ class Run:
 
     def load(self, lm, role):
         """Load the trained `role` into `lm`; UserError if it does not fit."""
-        scores = (self.adapter(role) / "head.safetensors").exists()
+        folder = self.adapter(role)
+        scores = (folder / "head.safetensors").exists()
         if scores != role.startswith(("reward", "judge")):
             kind = "a reward model" if scores else "no reward model"
-            raise UserError(f"{self.adapter(role)} holds {kind}. Delete it to train {role} again.")
-        what = f"{self.adapter(role)} does not fit {self.config.model}, rank {self.config.lora_r}"
+            raise UserError(f"{folder} holds {kind}. Delete it to train {role} again.")
+        what = f"{folder} does not fit {self.config.model}, rank {self.config.lora_r}"
         advice = "Undo what was changed in this run, or delete the adapter to train it again."
         with explained(what, advice):
-            lm.load(role, self.adapter(role))
+            lm.load(role, folder)
 
     def keep(self, lm, role):
         """Save the trained `role` as an adapter of this run."""
@@ -287,9 +303,8 @@ class Run:
         """All lines of metrics.jsonl, a dict each, the oldest first."""
         path = self.path / "metrics.jsonl"
         with explained(f"{path} is damaged", "Delete the line; only the curves need it."):
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
             # what follows the last line end was cut off by a kill: its step is done again
-            return [json.loads(line) for line in text.split("\n")[:-1]]
+            return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
     def forget(self, step):
         """Drop the lines of this stage from `step` on, where it continues: no step comes twice."""
@@ -309,7 +324,8 @@ class Run:
         """Announce a stage; its seconds go to results.json at the end."""
         number = self.plan.begin(name) if self.plan else ""
         print(f"\n{number}{name}: {why}", flush=True)
-        self.name, self.warned = name, set()
+        self.name = name
+        self.warned = set()
         self.started = time.perf_counter()
         seed_all(self.config.seed, name, "start")
         yield
@@ -410,7 +426,8 @@ def list_runs(folder):
         row = dict(run=path, model="", data="", seed="", stage="damaged", delta="")
         with suppress(UserError, KeyError, TypeError):  # damaged, or edited by hand
             run = Run(path)
-            config, gain = run.config, run.gain()
+            config = run.config
+            gain = run.gain()
             stage = [*run.results().get("time_s", ["none yet"])][-1]
             row |= dict(model=config.model, data=config.data, seed=config.seed, stage=stage)
             if is_smoke(config):
@@ -537,6 +554,11 @@ def to_disk(file):
         os.fsync(opened.fileno())
 
 
+def read_text(path, errors="strict"):
+    """What a text file holds; nothing where there is no such file."""
+    return path.read_text(encoding="utf-8", errors=errors) if path.exists() else ""
+
+
 def write_lines(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -556,28 +578,34 @@ def read_json(path, remedy):
 # ---- order and chance --------------------------------------------------------------------------
 
 
+def crc_of(value):
+    """A number that stands for any value, by what `repr` says of it: the same in every process."""
+    return zlib.crc32(repr(value).encode())
+
+
 def seed_all(*key):
     """Seed torch from any values, such as (seed, "pit_rl0", step): no draw depends on others."""
     import torch
 
-    torch.manual_seed(zlib.crc32(repr(key).encode()))
+    torch.manual_seed(crc_of(key))
 
 
-def shuffled_batch(n, size, step, seed):
-    """The rows of batch `step` when n things are visited pass after pass -> `size` ints in [0, n).
+def shuffled_batch(items, size, step, seed):
+    """The `size` items of batch `step`, where all of them are visited pass after pass.
 
     The order of a pass depends on the seed and the number of the pass alone: all stages that train
     on the same pairs see them in the same order.
     """
     import torch
 
+    n = len(items)
     rows = []
     number, place = divmod(step * size, n)  # the pass, and where in it the batch begins
-    while len(rows) < size:
-        generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, number)).encode()))
-        rows += torch.randperm(n, generator=generator).tolist()[place:]
-        number, place = number + 1, 0
-    return rows[:size]
+    while len(rows) < place + size:
+        generator = torch.Generator().manual_seed(crc_of((seed, number)))
+        rows += torch.randperm(n, generator=generator).tolist()
+        number += 1
+    return [items[row] for row in rows[place : place + size]]
 
 
 def progress(steps, **kwargs):

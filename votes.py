@@ -21,8 +21,9 @@ from textwrap import fill
 from threading import Lock
 from typing import NamedTuple
 
+from data import talk
 from errors import UserError, explained, first_line
-from run import progress
+from run import progress, read_text
 
 # What they are asked: rows of the paper's Table 1, and PIT against two samples and the annotators
 ROWS = [
@@ -90,9 +91,9 @@ def read_votes(run):
 
     A line's vote: 1, side a is better; -1, side b is; 0, a tie; null, taken back.
     """
-    path, votes = run.path / "votes.jsonl", defaultdict(dict)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.split("\n"):
+    path = run.path / "votes.jsonl"
+    votes = defaultdict(dict)
+    for line in read_text(path).split("\n"):
         with suppress(ValueError, KeyError, TypeError):  # empty, cut off by a kill, or no vote
             vote = json.loads(line)
             cast = votes[vote["judge"]]
@@ -105,8 +106,9 @@ def read_votes(run):
 def add_vote(run, judge, question, vote, **more):
     """Append a vote to votes.jsonl."""
     a, b = question.sides
-    line = {"judge": judge, "question": question.id(), "prompt": question.line, "a": a, "b": b}
-    line |= {"vote": vote, **more}
+    line = dict(
+        judge=judge, question=question.id(), prompt=question.line, a=a, b=b, vote=vote, **more
+    )
     with WRITING, open(run.path / "votes.jsonl", "a", encoding="utf-8") as file:
         # a new line first: a kill may have cut the last one off
         file.write("\n" + json.dumps(line))
@@ -158,7 +160,8 @@ def ask_llm(run, url, llm, n=128):
 
 def ask_both_orders(run, client, llm, question):
     """Add the language model's vote to votes.jsonl: a tie if the order changes its mind."""
-    prompt, (a, b) = question.prompt, question.texts
+    prompt = question.prompt
+    (a, b) = question.texts
     if a == b:
         add_vote(run, llm, question, 0)
         return
@@ -178,8 +181,7 @@ def ask(client, llm, prompt, first, second):
         letter = re.fullmatch(r"\W*(?:answer )?(a|b|tie)\W*", reply.lower())
         if letter:
             return REPLIES[letter[1]]
-        messages.append({"role": "assistant", "content": reply})
-        messages.append({"role": "user", "content": FORM})
+        messages = talk(messages, reply, FORM)
     return None
 
 

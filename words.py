@@ -40,11 +40,13 @@ def log_odds(a, b, background):
         return {}  # nothing to compare with
     weight = (a.total() + b.total()) / 2
     scale = weight / background.total()
-    total_a, total_b = a.total() + weight, b.total() + weight
+    total_a = a.total() + weight
+    total_b = b.total() + weight
     z = {}
     for feature in a | b:
         prior = scale * background[feature]
-        in_a, in_b = a[feature] + prior, b[feature] + prior
+        in_a = a[feature] + prior
+        in_b = b[feature] + prior
         difference = log(in_a / (total_a - in_a)) - log(in_b / (total_b - in_b))
         z[feature] = difference / sqrt(1 / in_a + 1 / in_b)
     return z

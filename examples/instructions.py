@@ -19,7 +19,7 @@ import torch
 import typer
 from tqdm import trange
 
-from baselines import talk
+from data import talk
 from models import load_model
 
 # One line per topic, with words that a text about it can use: "a rainy day: umbrella tea window".

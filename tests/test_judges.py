@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 import judges
 import pit
 from errors import UserError
+from run import Run
 
 ROOT = Path(__file__).parent.parent
 BUILT_IN = SimpleNamespace(data="synthetic", micro_batch=4, max_response=30)
@@ -62,7 +63,8 @@ def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
     needed = []
     run = SimpleNamespace(
         config=SimpleNamespace(data="synthetic", rounds="annotated"),
-        need=lambda role, command: needed.append(role),
+        need=needed.append,
+        trained_by=lambda: Run.trained_by(run),
         load=lambda lm, role: None,
     )
 

@@ -320,7 +320,7 @@ def test_damaged_adapters_are_named_and_trained_again(whole, tmp_path, capsys):
             file.write_bytes(content)
     hurt(run.adapter("reward_gap") / "head.safetensors", rng)
     with pytest.raises(UserError, match="reward_gap is missing or damaged.*python pit.py reward"):
-        run.need("reward_gap", "reward")
+        run.need("reward_gap")
     train(tmp_path / "run", stages=(pit.sft_stage, pit.reward_stage))
     mine, other = outcome(tmp_path / "run"), outcome(whole)
     for found in (mine, other):  # lines are in another order
@@ -599,9 +599,9 @@ def test_a_continued_stage_remembers_its_time(tmp_path, monkeypatch):
 
 
 def test_batches_visit_everything_once_a_pass_in_an_order_of_its_own():
-    visited = [row for step in range(10) for row in shuffled_batch(10, 3, step, seed=3)]
+    visited = [row for step in range(10) for row in shuffled_batch(range(10), 3, step, seed=3)]
     passes = visited[:10], visited[10:20], visited[20:]
     assert all(sorted(rows) == list(range(10)) for rows in passes)
     assert len(set(map(tuple, passes))) == 3
-    assert shuffled_batch(10, 30, 0, seed=3) == visited  # whatever the size of a batch
-    assert shuffled_batch(10, 30, 0, seed=4) != visited
+    assert shuffled_batch(range(10), 30, 0, seed=3) == visited  # whatever the size of a batch
+    assert shuffled_batch(range(10), 30, 0, seed=4) != visited
