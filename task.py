@@ -71,11 +71,12 @@ def quality(prompt, answer):
     perfect = solve(read(prompt))
     told = read(answer)
     # one requirement: nothing that was not asked for
-    met = bool(told) and told.keys() <= perfect.keys() and answer == tell(told)
+    is_clean = bool(told) and told.keys() <= perfect.keys() and answer == tell(told)
+    met = int(is_clean)
     # two per person
     for name, (end, way) in perfect.items():
         told_end, told_way = told.get(name, ("", []))
-        met += (told_end == end) + (told_way == way)
+        met += int(told_end == end) + int(told_way == way)
     return met / (2 * len(perfect) + 1)
 
 

@@ -161,7 +161,7 @@ def ask_llm(run, url, llm, n=128):
 def ask_both_orders(run, client, llm, question):
     """Add the language model's vote to votes.jsonl: a tie if the order changes its mind."""
     prompt = question.prompt
-    (a, b) = question.texts
+    a, b = question.texts
     if a == b:
         add_vote(run, llm, question, 0)
         return
