@@ -15,8 +15,6 @@ held-out prompts the mean R_P rises from -2.5 to -1.2, and the mean gap over the
 from 3.0 to 4.5 and 5.3.
 """
 
-from functools import partial
-
 from data import improve_prompt
 from errors import UserError
 from ppo import train
@@ -66,7 +64,7 @@ def train_policy_rl(lm, run, pairs):
         # Eq. 3: the score is R_P(x, y), from the states that the critic reads, too
         batch = shuffled_batch(pairs, cfg.rl_batch, step, cfg.seed)
         prompts = [lm.encode_prompt(pair.prompt) for pair in batch]
-        return prompts, partial(lm.scores_from_states, "reward_policy")
+        return prompts, lm.scores_from_states
 
     with run.stage("policy_rl", "PPO: better answers by R_P (Eq. 3)"):
         lm.add("policy_rl", like="policy_sft")
@@ -116,7 +114,7 @@ def train_pit_round(lm, run, pairs, role, source, start, steps):
 
         def score(tokens, states):
             # the gap: r(x, y, y_ref) - r(x, y_ref, y_ref)
-            return lm.scores_from_states("reward_gap", tokens, states) - unchanged
+            return lm.scores_from_states(tokens, states) - unchanged
 
         return [lm.encode_prompt(chat) for chat in chats], score
 

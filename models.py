@@ -268,32 +268,30 @@ class LM:
         empty = torch.zeros(real.shape, device=self.device)
         return empty.masked_scatter(real, torch.cat(chosen))
 
-    def scores(self, role, tokens):
-        """What reward model `role`, which must be active, says of each response: (B,)."""
-        assert role == self.active, f"{self.active} is active, not {role}"
-        return self.scores_from_states(role, tokens, self.hidden(tokens))
+    def scores(self, tokens):
+        """What the active reward model says of each response: (B,)."""
+        return self.scores_from_states(tokens, self.hidden(tokens))
 
-    def scores_from_states(self, role, tokens, states):
-        """The scalar head of `role` at the last real token of `states`, (B, R + 1, D): (B,)."""
+    def scores_from_states(self, tokens, states):
+        """The active role's scalar head at the last real token of states (B, R + 1, D): (B,)."""
         last = tokens.response_mask.sum(1, keepdim=True)  # state n has seen all n tokens
-        return self.scores_at(role, states, last).squeeze(1)
+        return self.scores_at(states, last).squeeze(1)
 
-    def scores_at(self, role, states, places):
-        """The scalar head of `role` at k places, (B, k), in each row of `states`: (B, k)."""
+    def scores_at(self, states, places):
+        """The active role's scalar head at k places, (B, k), in each row of states: (B, k)."""
         states = states.take_along_dim(places[:, :, None], 1)  # (B, k, D)
-        return self.heads[role](states.float()).squeeze(-1)
+        return self.heads[self.active](states.float()).squeeze(-1)
 
-    def scores_of_candidates(self, role, prompts, candidates):
-        """The scores of k responses to each prompt: (B, k).
+    def scores_of_candidates(self, prompts, candidates):
+        """The scores of k responses to each prompt by the active reward model: (B, k).
 
         prompts: B lists of token ids; candidates: B lists of k lists. Where the model allows it,
         all candidates share one row, so that their prompt is read only once (tokens.one_row).
         """
-        assert role == self.active, f"{self.active} is active, not {role}"
         if not self.shared_row:
-            one_by_one = [self.collate(prompts, kth) for kth in zip(*candidates)]
-            return torch.stack([self.scores(role, tokens) for tokens in one_by_one], 1)
-        ids, part, position, ends = zip(*map(one_row, prompts, candidates))
+            one_by_one = [self.scores(self.collate(prompts, kth)) for kth in zip(*candidates)]
+            return torch.stack(one_by_one, 1)
+        ids, part, ends = zip(*map(one_row, prompts, candidates))
         part = self.pad_rows(part, -1)
         # a token sees the prompt (part 0) and its own part, up to itself
         query = part[:, :, None]
@@ -302,10 +300,10 @@ class LM:
         out = self.backbone(
             input_ids=self.pad_rows(ids, self.pad),
             attention_mask=sees[:, None],
-            position_ids=self.pad_rows(position, 0),
+            position_ids=sees.sum(2) - 1,  # how many tokens it sees before itself
             use_cache=False,
         )
-        return self.scores_at(role, out.last_hidden_state, self.pad_rows(ends, 0))
+        return self.scores_at(out.last_hidden_state, self.pad_rows(ends, 0))
 
     # ---- writing -------------------------------------------------------------------------------
 

@@ -175,6 +175,7 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     # first token and one after each: R + 1.
     lm.activate(reward_role)
     states = in_parts(lm.hidden, tokens, cfg.micro_batch).float()  # (B, R + 1, D)
+    scores = score(tokens, states)
     # the value of token t may not see it: states[:, t] has seen t tokens, so drop the last state
     critic_states = states[:, :-1]
     # The policy's log-probs are not the sampler's, but those of the same pass as in training, so
@@ -186,7 +187,7 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
         ref_logprobs=logprobs_by(lm, reference, tokens, cfg),
         states=critic_states,
         values=critic(critic_states).squeeze(-1),
-        scores=score(tokens, states),
+        scores=scores,
     )
 
 
@@ -295,7 +296,7 @@ def train(
     epochs.
 
     problem(step) -> prompts, lists of token ids, and score(Tokens, states) -> (B,) raw scores; the
-        states, (B, R + 1, D), are those of `reward_role`.
+        states, (B, R + 1, D), are those of `reward_role`, which is active then.
     advantage(rewards, values, mask) -> advantages, returns.
     penalty(Tokens, eos) -> (B,), added to the normalised scores, which are then centred again;
         not part of the logged score.

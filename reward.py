@@ -107,7 +107,7 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
         lm.activate(role, train=True)
         total = right = 0.0
         for part in micro_batches(batch, cfg.micro_batch, pair_length):
-            scores = score_batch(lm, role, contexts_of, part, cfg)  # (2c, B)
+            scores = score_batch(lm, contexts_of, part, cfg)  # (2c, B)
             loss = loss_of(*scores).sum() / len(batch)
             loss.backward()
             total += loss.detach()
@@ -185,8 +185,8 @@ def gap_contexts(lm, pair):
     ]
 
 
-def score_batch(lm, role, contexts_of, pairs, cfg):
-    """Score y_w and y_l after each of the c contexts of a pair -> (2c, B).
+def score_batch(lm, contexts_of, pairs, cfg):
+    """The active model's scores of y_w and y_l after each of the c contexts of a pair -> (2c, B).
 
     One context, x: the rows are w, l. Two, (x, y_w) and (x, y_l): ww, lw, wl, ll, the candidate
     first.
@@ -199,7 +199,7 @@ def score_batch(lm, role, contexts_of, pairs, cfg):
     ]
     scores = []
     for prompts in zip(*contexts):
-        scores.append(lm.scores_of_candidates(role, prompts, candidates).T)  # (2, B)
+        scores.append(lm.scores_of_candidates(prompts, candidates).T)  # (2, B)
     return torch.cat(scores)
 
 
@@ -208,7 +208,7 @@ def score_pairs(lm, role, contexts_of, pairs, cfg):
     """`score_batch` of any number N of pairs, without gradients -> (2c, N) on the CPU."""
     lm.activate(role)
     parts = micro_batches(pairs, cfg.micro_batch)
-    scores = [score_batch(lm, role, contexts_of, part, cfg) for part in parts]
+    scores = [score_batch(lm, contexts_of, part, cfg) for part in parts]
     return torch.cat(scores, 1).cpu()
 
 
@@ -231,7 +231,7 @@ def rewards(lm, role, prompts, answers, cfg):
     prompts = [lm.encode_prompt(x) for x in prompts]
     answers = [encode_written(lm, text, cfg) for text in answers]
     tokens = lm.collate(prompts, answers)
-    return in_parts(lambda part: lm.scores(role, part), tokens, cfg.micro_batch)
+    return in_parts(lm.scores, tokens, cfg.micro_batch)
 
 
 def gaps(lm, prompts, answers, references, cfg):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -38,18 +39,10 @@ class Tokens:
         return self.ids[:, -self.response_mask.shape[1] :]
 
     def trim(self):
-        """Without the columns at both ends that hold nothing but padding."""
-        # prompts end, and responses begin, in column P
-        P = self.ids.shape[1] - self.response_mask.shape[1]
-        longest_prompt = int(self.mask[:, :P].sum(1).max())
-        longest_response = int(self.response_mask.sum(1).max())
-        first = P - longest_prompt
-        end = P + longest_response
-        return Tokens(
-            self.ids[:, first:end],
-            self.mask[:, first:end],
-            self.response_mask[:, :longest_response],
-        )
+        """Without the columns that hold nothing but padding, which are at both ends."""
+        used = self.mask.any(0)  # (L,)
+        R = self.response_mask.shape[1]
+        return Tokens(self.ids[:, used], self.mask[:, used], self.response_mask[:, used[-R:]])
 
 
 def mask_after_eos(responses, eos):
@@ -66,26 +59,23 @@ def mask_after_eos(responses, eos):
 
 
 def one_row(prompt, responses):
-    """A prompt and all its responses in one row -> lists: ids, part, position, ends.
-
-    Positions start again with each response, as if it were the only one:
+    """A prompt and all its responses in one row -> lists: ids, part, ends.
 
         ids        x   x   x   a   a  eos  b  eos
         part       0   0   0   1   1   1   2   2       a token sees part 0 and its own, up to itself
-        position   0   1   2   3   4   5   3   4
+        position   0   1   2   3   4   5   3   4       as many as it sees before it
         ends                           5       7       the last token of each response
+
+    Positions start again with each response, as if it were the only one.
     """
     ids = list(prompt)
     part = [0] * len(prompt)
-    position = list(range(len(prompt)))
     ends = []
-    # each response goes on where the prompt ends: the same positions, another part
     for number, response in enumerate(responses, 1):
         ids += response
         part += [number] * len(response)
-        position += range(len(prompt), len(prompt) + len(response))
         ends.append(len(ids) - 1)
-    return ids, part, position, ends
+    return ids, part, ends
 
 
 def micro_batches(items, size, length=None):
@@ -106,16 +96,10 @@ def in_parts(function, tokens, size):
     """
     # short rows first
     order = tokens.mask.sum(1).argsort()
-    R = tokens.response_mask.shape[1]
-    results = []
-    for rows in order.split(size):
-        part = tokens[rows].trim()
-        result = function(part)  # (b,), or (b, R of this part, maybe + 1, ...)
-        # parts differ in R: pad each to the R of all
-        if result.dim() > 1:
-            missing = R - part.response_mask.shape[1]
-            padding = result.new_zeros(len(rows), missing, *result.shape[2:])
-            result = torch.cat([result, padding], 1)
-        results.append(result)
+    rows = []
+    for part in order.split(size):
+        rows += function(tokens[part].trim())  # each (), or (R of this part, maybe + 1, ...)
+    # parts differ in R: pad each row to the longest
+    joined = pad_sequence(rows, batch_first=True) if rows[0].dim() > 0 else torch.stack(rows)
     # back to the order of `tokens`
-    return torch.cat(results)[order.argsort()]
+    return joined[order.argsort()]

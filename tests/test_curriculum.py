@@ -52,7 +52,7 @@ def test_the_policy_answers_prompts_for_r_p_and_is_held_to_sft(lm, pairs, calls)
     lm.activate("reward_policy")
     tokens = lm.collate(second, [lm.encode_response("Now.")] * len(second))
     with torch.no_grad():
-        assert torch.equal(score(tokens, lm.hidden(tokens)), lm.scores("reward_policy", tokens))
+        assert torch.equal(score(tokens, lm.hidden(tokens)), lm.scores(tokens))
 
 
 @pytest.mark.parametrize("source, start", [("annotated", "pit_sft"), ("policy", "pit_rl0")])
@@ -120,9 +120,7 @@ def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, mo
     lm.activate("reward_gap")
     with torch.no_grad():
         changed, copied = read(y), read(y_ref)
-        of_changed, of_copied = (
-            lm.scores_from_states("reward_gap", *both) for both in (changed, copied)
-        )
+        of_changed, of_copied = (lm.scores_from_states(*both) for both in (changed, copied))
     expected = of_changed - of_copied
     assert expected.abs().max() > 0.01
     # evaluation

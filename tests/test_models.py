@@ -109,9 +109,7 @@ def test_training_one_adapter_leaves_base_and_others_bitwise_unchanged(lm4, pair
     optimizer = models.adamw(lm4.parameters("role"), lr=1e-2)
     for _ in range(2):  # B is zero at first, so A moves at the second step only
         lm4.activate("role", train=True)
-        (
-            -lm4.logprobs(batch(lm4, pairs)).sum() + lm4.scores("role", batch(lm4, pairs)).sum()
-        ).backward()
+        (-lm4.logprobs(batch(lm4, pairs)).sum() + lm4.scores(batch(lm4, pairs)).sum()).backward()
         lm4.generate("other", [lm4.encode_prompt(pairs[0].prompt)], 4)
         models.take_step(optimizer, lr=1e-2)
     assert all(torch.equal(p, value) for p, value in before)
@@ -124,12 +122,12 @@ def test_save_and_load_give_identical_outputs(lm4, pairs, tmp_path):
     lm4.activate("role")
     tokens = batch(lm4, pairs)
     with torch.no_grad():
-        logprobs, scores = lm4.logprobs(tokens), lm4.scores("role", tokens)
+        logprobs, scores = lm4.logprobs(tokens), lm4.scores(tokens)
         lm4.save("role", tmp_path)
         lm4.load("again", tmp_path)
         lm4.activate("again")
         assert torch.equal(lm4.logprobs(tokens), logprobs)
-        assert torch.equal(lm4.scores("again", tokens), scores)
+        assert torch.equal(lm4.scores(tokens), scores)
     assert {f.name for f in tmp_path.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -144,12 +142,12 @@ def test_a_copied_role_equals_the_original_and_then_goes_its_own_way(lm, pairs):
     tokens = batch(lm, pairs)
     with torch.no_grad():
         lm.activate("role")
-        scores = lm.scores("role", tokens)
+        scores = lm.scores(tokens)
         lm.activate("copy")
-        assert torch.equal(lm.scores("copy", tokens), scores)
+        assert torch.equal(lm.scores(tokens), scores)
         shake(lm, "copy")
         lm.activate("role")
-        assert torch.equal(lm.scores("role", tokens), scores)
+        assert torch.equal(lm.scores(tokens), scores)
 
 
 def test_scores_are_read_at_the_last_real_token(lm, pairs):
@@ -157,7 +155,7 @@ def test_scores_are_read_at_the_last_real_token(lm, pairs):
     tokens = batch(lm, pairs)
     with torch.no_grad():
         lm.activate("role")
-        together = lm.scores("role", tokens)
+        together = lm.scores(tokens)
         for i in range(len(tokens.ids)):
             ids = tokens.ids[i][tokens.mask[i].bool()]
             alone = lm.heads["role"](
@@ -356,12 +354,9 @@ def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, mo
         [[[20, 21, 22], [30, 31]], [[40], [41, 42, 43, 44]]],
     )
     with torch.no_grad():
-        scores = other.scores_of_candidates("role", prompts, candidates)
+        scores = other.scores_of_candidates(prompts, candidates)
         alone = torch.stack(
-            [
-                other.scores("role", other.collate(prompts, list(texts)))
-                for texts in zip(*candidates)
-            ],
+            [other.scores(other.collate(prompts, list(texts))) for texts in zip(*candidates)],
             1,
         )
     torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)

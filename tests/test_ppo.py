@@ -229,7 +229,7 @@ def test_each_adapter_has_its_part_in_a_rating(lm, pairs):
     cfg = SimpleNamespace(**CFG | dict(micro_batch=2, temperature=1.5))
 
     def score(tokens, states):
-        return lm.scores_from_states("reward", tokens, states)
+        return lm.scores_from_states(tokens, states)
 
     sample = sample_and_rate(lm, pairs[:5], cfg, score)
     tokens, critic = sample.tokens, random_critic(lm)
@@ -240,7 +240,7 @@ def test_each_adapter_has_its_part_in_a_rating(lm, pairs):
             expected = lm.logprobs(tokens, 1.5)
             torch.testing.assert_close(rated[real], expected[real], atol=1e-4, rtol=1e-4)
         lm.activate("reward")
-        scores, values = lm.scores("reward", tokens), critic(lm.hidden(tokens))[:, :-1, 0]
+        scores, values = lm.scores(tokens), critic(lm.hidden(tokens))[:, :-1, 0]
         torch.testing.assert_close(sample.scores, scores, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sample.values[real], values[real], atol=1e-4, rtol=1e-4)
 
@@ -342,7 +342,7 @@ def test_two_iterations_equal_a_plain_second_implementation(lm, pairs, monkeypat
     monkeypatch.setattr(lm, "generate", spy_generate)
 
     def problem(step):
-        return prompts, lambda tokens, states: lm.scores_from_states("reward", tokens, states)
+        return prompts, lm.scores_from_states
 
     ppo.train(lm, run, "policy", problem, 2, reference="reference", reward_role="reward")
     trained = [p.detach().clone() for p in lm.parameters("policy")]

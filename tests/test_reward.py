@@ -131,7 +131,7 @@ def test_one_step_by_hand(lm, pairs, monkeypatch, contexts_of):
         for prompt in prompts:
             for y in (pair.chosen, pair.rejected):
                 alone = lm.collate([lm.encode_prompt(prompt)], [lm.encode_response(y)])
-                r.append(lm.scores("role", alone)[0])
+                r.append(lm.scores(alone)[0])
             right.append(float(r[-2] > r[-1]))
         losses.append(loss_of(*r))
     loss = sum(losses) / len(losses)
@@ -204,7 +204,7 @@ def test_a_judge_scores_by_its_own_adapter(lm, pairs):
     tokens = lm.collate(prompts, [lm.encode_response(text) for text in texts])
     lm.activate("judge")
     with torch.no_grad():
-        expected = lm.scores("judge", tokens)
+        expected = lm.scores(tokens)
     cfg = FakeRun(max_response=30, micro_batch=5).config
     scores = reward.rewards(lm, "judge", chats, texts, cfg)
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)

@@ -34,10 +34,9 @@ def test_trim_takes_padding_off_both_ends_and_no_more():
 
 
 def test_candidates_of_a_prompt_in_one_row():
-    ids, part, position, ends = one_row([7, 7, 7], [[4, 4, 2], [5, 2]])
+    ids, part, ends = one_row([7, 7, 7], [[4, 4, 2], [5, 2]])
     assert ids == [7, 7, 7, 4, 4, 2, 5, 2]
     assert part == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert position == [0, 1, 2, 3, 4, 5, 3, 4]
     assert ends == [5, 7]
 
 

@@ -129,7 +129,7 @@ def measure(model, data, bits, batch, max_prompt, iterations, cfg):
 
 def ppo_iteration(lm, critic, optimizers, prompts, cfg, seconds):
     """The same calls as in ppo.train, timed."""
-    score = partial(lm.scores_from_states, "reward_policy")
+    score = lm.scores_from_states
     with timed(seconds, "sampling"):
         tokens = lm.generate("policy", prompts, cfg.max_response)
     with timed(seconds, "scoring"):
