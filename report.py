@@ -210,22 +210,18 @@ IN_POINTS = matplotlib.ticker.PercentFormatter(1, decimals=0, symbol="")
 
 
 @contextmanager
-def drawing(run, name, *grid, **kwargs):
+def drawing(run, name, *grid, figsize=None, **labels):
     """A new figure: gives its axes to the block that draws on them, then writes it.
 
-    Its legends stand below the axes, where they cover nothing.
+    labels: title, xlabel, ylabel. Its legends stand below the axes, where they cover nothing.
     """
-    figure, axes = plt.subplots(*grid, **kwargs)
+    figure, axes = plt.subplots(*grid, figsize=figsize, subplot_kw=labels)
     yield axes
     for ax in figure.axes:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
     figure.savefig(run.path / name)
     plt.close(figure)
-
-
-def whole_numbers(ax):  # steps and iterations are counted: no 0.5 on their axis
-    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def zero_line(ax):
@@ -249,9 +245,9 @@ def grouped(rows, name):
 
 
 def curve(ax, lines, name, **kwargs):
-    """A metric at every step of a stage."""
-    ax.plot([line["step"] + 1 for line in lines], [line[name] for line in lines], ".-", **kwargs)
-    whole_numbers(ax)
+    """A metric at every step of a stage, or of several that follow each other."""
+    ax.plot(range(1, len(lines) + 1), [line[name] for line in lines], ".-", **kwargs)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # steps are counted: no 0.5 on the axis
 
 
 def plot_curves(run, metrics):
@@ -305,55 +301,54 @@ def plot_fig2(run, results):
         "wl": "better after worse\nr(w, l)",
     }
     scores = [results["fig2"][order] for order in orders]
-    with drawing(run, "fig2.png") as ax:
+    title = "R_PIT's scores r(answer, reference): the top should lie right, the bottom left"
+    with drawing(run, "fig2.png", title=title, xlabel="log-odds") as ax:
         ax.violinplot(scores, orientation="horizontal", widths=0.9, showmeans=True)
         ax.set_yticks(range(1, 5), orders.values())
-        ax.set(
-            title="R_PIT's scores r(answer, reference): the top should lie right, the bottom left",
-            xlabel="log-odds",
-        )
 
 
 def plot_fig3(run, results):
     """Delta over the original at each temperature -> fig3.png."""
-    with drawing(run, "fig3.png") as ax:
+    with drawing(
+        run,
+        "fig3.png",
+        title=f"One improvement against the original, judged by {label(results['main'])}",
+        xlabel="sampling temperature",
+        ylabel="win - lose, in points (95% interval)",
+    ) as ax:
         bars(ax, results["fig3"], "method", "temperature", "delta")
         zero_line(ax)
         ax.yaxis.set_major_formatter(IN_POINTS)
-        ax.set(
-            title=f"One improvement against the original, judged by {label(results['main'])}",
-            xlabel="sampling temperature",
-            ylabel="win - lose, in points (95% interval)",
-        )
 
 
 def plot_stops(run, results):
     """What each stop rule gives for its tokens -> stops.png."""
-    with drawing(run, "stops.png") as ax:
+    with drawing(
+        run,
+        "stops.png",
+        title="When to stop improving? Each point allows one more round",
+        xlabel="tokens generated per answer",
+        ylabel=f"mean score by {label(results['main'])} (95% interval)",
+    ) as ax:
         bars(ax, results["stops"], "stop", "tokens", "mean")
         ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
-        ax.set(
-            title="When to stop improving? Each point allows one more round",
-            xlabel="tokens generated per answer",
-            ylabel=f"mean score by {label(results['main'])} (95% interval)",
-        )
 
 
 def plot_fig4(run, results, metrics):
     """The gap reward over PPO iterations, one line a curriculum -> fig4.png."""
-    with drawing(run, "fig4.png") as ax:
+    with drawing(
+        run,
+        "fig4.png",
+        title="What each curriculum learns (named by where y_ref comes from)",
+        xlabel="PPO iteration of all rounds",
+        ylabel="mean gap by R_PIT",
+    ) as ax:
         ax.axhspan(-NEAR, NEAR, color="lightgray", label="no change")
         for row in results["table2"]:
             name = row["curriculum"]
             rounds = f"ablate_{name.replace(',', '-')}_"
-            gaps = [line["score"] for line in metrics if line["stage"].startswith(rounds)]
-            ax.plot(range(1, len(gaps) + 1), gaps, label=name.replace(",", ", then "))
-        ax.set(
-            title="What each curriculum learns (named by where y_ref comes from)",
-            xlabel="PPO iteration of all rounds",
-            ylabel="mean gap by R_PIT",
-        )
-        whole_numbers(ax)
+            lines = [line for line in metrics if line["stage"].startswith(rounds)]
+            curve(ax, lines, "score", label=name.replace(",", ", then "))
 
 
 # ---- the templates: the page of a run, and the card of an export -------------------------------
