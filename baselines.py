@@ -99,11 +99,12 @@ class Side:
     """One answer to each of N prompts, and what it took to write it."""
 
     texts: list
-    spent: np.ndarray  # (N,) tokens generated on the way to it, its own included
-    generations: int  # texts written on the way to it, itself included
+    written: list  # (N,) tokens of each text that was generated on the way to it, itself included
 
-
-NOTHING = Side([], spent=0, generations=0)
+    @property
+    def spent(self):
+        """All tokens that were generated for it -> (N,), or 0 if none were."""
+        return sum(self.written)
 
 
 class Answers:
@@ -130,8 +131,7 @@ class Answers:
     def make(self, key):
         method = key.method
         if method in GIVEN:  # texts that nobody had to write
-            texts = [getattr(pair, GIVEN[method]) for pair in self.pairs]
-            return Side(texts, np.zeros(len(texts)), generations=0)
+            return Side([getattr(pair, GIVEN[method]) for pair in self.pairs], written=[])
         if method in SAMPLES:
             return self.write(key, SAMPLES[method], self.prompts)
         if method in BEST_OF:
@@ -140,19 +140,22 @@ class Answers:
             return self.self_refine(key, REFINERS[method])
         # one improvement by PIT after its last round, by an earlier stage, or by the base itself
         role = {"pit": self.last, "base": "blank"}.get(method, method)
-        return self.write(key, role, self.to_improve(key), self.side(key.before()))
+        return self.write(key, role, self.to_improve(key), self.before(key).written)
+
+    def before(self, key):
+        """The side that an improvement starts from -> Side."""
+        return self.side(key.before())
 
     def to_improve(self, key):
         """What PIT reads before an improvement: each prompt, and the text that it starts from."""
-        texts = self.side(key.before()).texts
-        return list(map(improve_prompt, self.prompts, texts))
+        return list(map(improve_prompt, self.prompts, self.before(key).texts))
 
     def lengths(self, texts):
         """The tokens of each text, EOS included -> (N,)."""
         return np.array([len(self.lm.encode_response(text)) for text in texts])
 
-    def write(self, key, role, chats, after=NOTHING):
-        """One answer by `role` to each chat -> Side; `after`: what was written before it."""
+    def write(self, key, role, chats, after=()):
+        """One answer by `role` to each chat -> Side; `after`: tokens of the texts before it."""
         cfg = self.run.config
         name = str(key)
         # the texts stay the same while all that they depend on does
@@ -166,18 +169,18 @@ class Answers:
             self.kept[name] = {"made_of": made_of, "texts": texts}
             write_text(self.path, json.dumps(self.kept))
         texts = self.kept[name]["texts"]
-        return Side(texts, self.lengths(texts) + after.spent, after.generations + 1)
+        return Side(texts, [*after, self.lengths(texts)])
 
     def self_refine(self, key, role):
         """One improvement by `role` itself, after its own feedback -> Side."""
-        before = self.side(key.before())
+        before = self.before(key)
         # 1. the feedback
         chats = [talk(x, y, FEEDBACK) for x, y in zip(self.prompts, before.texts)]
         key_of_feedback = key._replace(method=f"{key.method} feedback")
-        feedback = self.write(key_of_feedback, role, chats, before)
+        feedback = self.write(key_of_feedback, role, chats, before.written)
         # 2. the new answer
         chats = [talk(chat, said, REFINE) for chat, said in zip(chats, feedback.texts)]
-        return self.write(key, role, chats, feedback)
+        return self.write(key, role, chats, feedback.written)
 
     def best_of(self, key):
         """Of n samples to each prompt, the one that R_P scores highest -> Side."""
@@ -185,8 +188,7 @@ class Answers:
         scores = [self.reward_policy.score(self.prompts, sample.texts) for sample in samples]
         best = np.argmax(scores, axis=0)  # (N,)
         texts = [samples[k].texts[i] for i, k in enumerate(best)]
-        spent = sum(sample.spent for sample in samples)
-        return Side(texts, spent, generations=len(samples))
+        return Side(texts, [sample.spent for sample in samples])
 
 
 def is_whole(entry, made_of, n):

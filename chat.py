@@ -123,7 +123,7 @@ def improve_file(lm, cfg, settings, rows, path):
             for i, row in enumerate(originals[batch]):
                 versions = [texts[i] for texts, _ in rounds]
                 gaps = [of_round[i] for _, of_round in rounds[1:]]
-                best, _ = end_of(settings.stop, versions, gaps)
+                best = end_of(settings.stop, versions, gaps)
                 ours = dict(
                     improved=versions[best],
                     versions=versions,

@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 import infer
-from baselines import ORIGINAL, ROUNDS, TEMPERATURES, Answers, Key, all_keys, round_keys
+from baselines import ORIGINAL, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair
 from judges import SAME, Judge, adapter_judge
 from reward import answer_contexts, gap_contexts, score_pairs
@@ -134,14 +134,15 @@ class View:
         """By R_PIT: how much better each text is than the one that it improves -> (N,)."""
         contexts = self.answers.to_improve(key)
         texts = self.answers.side(key).texts
-        before = self.answers.side(key.before()).texts
+        before = self.answers.before(key).texts
         return self.judge.score(contexts, texts) - self.judge.score(contexts, before)
 
 
-def evaluate(lm, run, pairs, last, judges):
+def evaluate(lm, run, pairs, last, judges, lasts=None):
     """Write, judge and compare all sides on held-out pairs -> results.json, answers.jsonl.
 
-    last: the adapter of PIT's last round. judges: Judge by name, the main one first.
+    last: the adapter of PIT's last round. judges: Judge by name, the main one first. lasts: the
+    last adapter of each curriculum, after `ablate`.
     """
     cfg = run.config
     reward_policy, reward_gap = [adapter_judge(lm, r, cfg) for r in ("reward_policy", "reward_gap")]
@@ -152,6 +153,8 @@ def evaluate(lm, run, pairs, last, judges):
     keys = all_keys(methods, last)
     of_table1 = [key for key in keys if key.temperature == 1 and key.round == 1]
     all_cool = [key for key in keys if key.drafts != 1]  # the drafts at 0.4, too
+    if lasts:
+        keys += [Key(role) for role in lasts.values()]
     with progress(None, total=len(keys) + 1) as bar:
         # 1. every side: its texts, and their scores
         for key in keys:
@@ -176,6 +179,8 @@ def evaluate(lm, run, pairs, last, judges):
             table3=rounds_table(main, methods),
             stops=stop_table(main, r_pit),
         )
+        if lasts:
+            run.add_results(table2=curricula_table(main, lasts))
         bar.update()
     write_answers(run, views, of_table1)
     add_votes(run)
@@ -215,12 +220,12 @@ def sides_table(answers, scores, keys):
     table = {}
     for key in keys:
         side = answers.side(key)
-        before = answers.side(key.before()).texts
+        before = answers.before(key).texts
         same = [y in ("", y_0) for y, y_0 in zip(side.texts, before)]
         table[key.method] = {
             "length": mean(answers.lengths(side.texts)),
             "tokens": mean(side.spent),
-            "texts": side.generations,
+            "texts": len(side.written),
             "unchanged": mean(same),
             "scores": {name: mean(score(key)) for name, score in scores.items()},
         }
@@ -265,23 +270,37 @@ def rounds_table(view, methods):
 
 def stop_table(main, r_pit):
     """Each stop rule on the same rounds of PIT, cut short at each limit: mean score, tokens."""
-    keys = [ORIGINAL, *round_keys("pit")]
-    sides = [main.answers.side(key) for key in keys]
-    tokens = np.array([side.spent for side in sides])  # (K + 1, N) written up to y_0 ... y_K
-    scores = np.array([main.scores(key) for key in keys])  # (K + 1, N)
-    gaps = np.array([r_pit.gaps(key) for key in keys[1:]])  # (K, N) from y_1 on
-    texts = list(zip(*[side.texts for side in sides]))  # of each prompt
+    answers = main.answers
     rows = []
-    for stop, limit in product(infer.STOPS, range(1, ROUNDS + 1)):
-        final = []
-        spent = []
-        for i, versions in enumerate(texts):
-            answer, made = infer.end_of(stop, versions[: limit + 1], gaps[:, i])
-            final.append(scores[answer, i])
-            spent.append(tokens[made, i])
-        row = {"stop": stop, "limit": limit, "mean": mean(final), "ci95": interval(final)}
-        rows.append(row | {"tokens": mean(spent)})
+    for stop in infer.STOPS:
+        # of each prompt, (N,): the score of its answer so far, the tokens written up to now, and
+        # whether the rule goes on
+        scores = main.scores(ORIGINAL)
+        tokens = answers.side(ORIGINAL).spent
+        going = True
+        for limit, key in enumerate(round_keys("pit"), 1):
+            side = answers.side(key)
+            steps = zip(answers.side(key.before()).texts, side.texts, r_pit.gaps(key))
+            tokens = np.where(going, side.spent, tokens)
+            going = np.logical_and(going, [infer.goes_on(stop, *step) for step in steps])
+            scores = np.where(going, main.scores(key), scores)
+            row = {"stop": stop, "limit": limit, "mean": mean(scores), "ci95": interval(scores)}
+            rows.append(row | {"tokens": mean(tokens)})
     return rows
+
+
+def curricula_table(view, lasts):
+    """Table 2: the last adapter of each curriculum (lasts) improves the same originals."""
+    both = Key(lasts["annotated,policy"])
+    return [
+        {
+            "curriculum": curriculum,
+            "over_original": view.compare(Key(role), ORIGINAL),
+            "both_over_it": view.compare(both, Key(role)),
+            "judge": view.name,
+        }
+        for curriculum, role in lasts.items()
+    ]
 
 
 # ---- gap models --------------------------------------------------------------------------------
@@ -398,15 +417,3 @@ def all_verdicts(votes, lines, judges):
             if question.id() in cast:
                 said[voter][question] = cast[question.id()]["vote"]
     return said
-
-
-def judge_curricula(lm, run, pairs, lasts, judges):
-    """Table 2: the last adapter of each curriculum (lasts) improves the same originals."""
-    name, judge = next(iter(judges.items()))
-    view = View(name, judge, Answers(lm, run, pairs[: run.config.eval_n]))
-    both = Key(lasts["annotated,policy"])
-    rows = []
-    for curriculum, role in progress(lasts.items()):
-        row = {"curriculum": curriculum, "over_original": view.compare(Key(role), ORIGINAL)}
-        rows.append(row | {"both_over_it": view.compare(both, Key(role)), "judge": name})
-    run.add_results(table2=rows)

@@ -46,15 +46,14 @@ def goes_on(stop, before, text, gap):
 
 
 def end_of(stop, texts, gaps):
-    """Where a stop rule ends in the texts y_0 ... y_K -> (index of the answer, rounds made).
+    """Which of the texts y_0 ... y_K is the answer by a stop rule -> its index.
 
-    gaps[k - 1]: of texts[k] over the text before.
+    gaps[k]: of texts[k + 1] over texts[k].
     """
-    last = len(texts) - 1
-    for k in range(1, last + 1):
-        if not goes_on(stop, texts[k - 1], texts[k], gaps[k - 1]):
-            return k - 1, k
-    return last, last
+    for k, gap in enumerate(gaps):
+        if not goes_on(stop, texts[k], texts[k + 1], gap):
+            return k
+    return len(gaps)
 
 
 def improve_rounds(lm, cfg, settings, prompts, responses):

@@ -176,6 +176,7 @@ def test_the_gap_of_a_round_is_that_over_the_round_before():
     answers = SimpleNamespace(
         prompts=[QUESTION],
         side=lambda key: SimpleNamespace(texts=texts[key]),
+        before=lambda key: SimpleNamespace(texts=texts[key.before()]),
     )
     answers.to_improve = lambda key: [data.improve_prompt(QUESTION, "a")]
     gaps = evaluate.View("gap", Scores(known), answers).gaps(Key("pit", round=2))
@@ -239,15 +240,6 @@ def test_table_3_compares_equal_rounds_and_has_the_judges_margin():
         assert row["over_self_refine"] == (Key("pit", round=k), Key("self_refine", round=k))
 
 
-def test_table_2_asks_the_prompts_of_table_1(monkeypatch):
-    seen = []
-    monkeypatch.setattr(evaluate, "Answers", lambda lm, run, pairs: seen.append(pairs))
-    monkeypatch.setattr(evaluate.View, "compare", lambda *_: 0)
-    run = SimpleNamespace(config=SimpleNamespace(eval_n=2), add_results=lambda **_: None)
-    evaluate.judge_curricula(None, run, [1, 2, 3], {"annotated,policy": "x"}, {"by": None})
-    assert seen == [[1, 2]]
-
-
 def test_near_scores_are_ties_in_agreement_too():
     line = {
         "prompt": [],
@@ -256,6 +248,10 @@ def test_near_scores_are_ties_in_agreement_too():
     }
     said = evaluate.all_verdicts({}, [line], {"by": {"margin": 0.5}})
     assert list(said["by"].values()) == [0]
+
+
+# of each curriculum, the last adapter
+LASTS = {"annotated,policy": "pit_rl1", "annotated": "pit_rl0", "policy": "pit_sft"}
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +276,7 @@ def measured(miniature, tmp_path_factory):
         patch.setattr(reward, "rewards", noted)
         named = judges.judges_by_name(["quality", "judge"], lm, run.config)
         with run.stage("eval", "who beats whom"):
-            evaluate.evaluate(lm, run, pairs, "pit_rl1", named)
+            evaluate.evaluate(lm, run, pairs, "pit_rl1", named, LASTS)
     return run, lm, pairs, asked
 
 
@@ -477,13 +473,11 @@ def test_figure_2_and_gap_models_from_texts(measured):
 
 def test_table_2_judges_the_last_adapter_of_each_curriculum(measured):
     run, lm, pairs, _ = measured
-    lasts = {"annotated,policy": "pit_rl1", "annotated": "pit_rl0", "policy": "pit_sft"}
-    exact = judges.judges_by_name(["quality"], lm, run.config)
-    evaluate.judge_curricula(lm, run, pairs, lasts, exact)
-    answers = baselines.Answers(lm, run, pairs)
-    scores = {role: exact_scores(pairs, answers.side(Key(role)).texts) for role in lasts.values()}
-    original = exact_scores(pairs, answers.side(ORIGINAL).texts)
+    texts = stored_texts(run, pairs)
+    scores = {role: exact_scores(pairs, texts[role]) for role in LASTS.values()}
+    original = exact_scores(pairs, texts["original"])
+    assert [row["curriculum"] for row in run.results()["table2"]] == list(LASTS)
     for row in run.results()["table2"]:
-        own = scores[lasts[row["curriculum"]]]
+        own = scores[LASTS[row["curriculum"]]]
         assert row["over_original"]["delta"] == pytest.approx(delta_of(own, original))
         assert row["both_over_it"]["delta"] == pytest.approx(delta_of(scores["pit_rl1"], own))
