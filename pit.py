@@ -176,7 +176,7 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
         options["model"] = "tiny"
     folder = run or Path("runs") / (model.name + ("-smoke" if smoke else ""))
 
-    # fail early, in the order a person thinks: options, model, data (in Session); then the base
+    # fail early, in the order a person thinks: options, model, data (in `prepare`); then the base
     if not overwrite:  # continued with more or less free memory, a run keeps its presets
         options["vram"] = options["vram"] or read_config(folder).get("vram")
     options = fill_in(options, smoke)
@@ -189,13 +189,13 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     import plan
 
     models.check_model(options["model"])
-    session = Session(started)
-    started.begin()  # and only now may an old run move aside
+    lm, run, parts = prepare(started)
+    run.begin()  # and only now may an old run move aside
     stages = {"sft": sft_stage, "reward": reward_stage, "rl": rl_stage, "eval": eval_stage}
     commands = list(stages)[: list(stages).index(until) + 1]
-    started.plan = plan.make_plan(session.lm, started, session.parts, commands)
+    run.plan = plan.make_plan(lm, run, parts, commands)
     for command in commands:
-        stages[command](session)
+        stages[command](lm, run, parts)
 
 
 def fill_in(options, smoke):
@@ -244,104 +244,85 @@ def load_base(cfg, bits=None):
     )
 
 
-class Session:
-    """What the stages share: the run, the base, loaded once, and the pairs, dealt out."""
+def prepare(run):
+    """What the stages share -> the base, loaded once; the run; the pairs, dealt out."""
+    import curriculum
+    import data
+    import plan
 
-    def __init__(self, run):
-        import curriculum
-        import data
-        import plan
-
-        self.run = run
-        cfg = run.config
-        pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
-        run.pin("data fingerprint", data.fingerprint(pairs))
-        curriculum.check_given(cfg.rounds.split(","), pairs)
-        self.lm = load_base(cfg)
-        print(f"{cfg.model}: {self.lm.describe()}")
-        if cfg.model != "tiny":
-            plan.plan_memory(self.lm, cfg)
-        self.parts = data.load_parts(cfg, self.lm, pairs)
-        run.lock()  # model and data are good: only now a new run gets its folder
-        # enough to measure the accuracy of a reward model
-        self.parts["held_out"] = data.one_per_prompt(self.parts["held_out"])[: 8 * cfg.eval_n]
-
-    def show(self, role):
-        """Answer a few held-out prompts with what has been trained so far."""
-        import chat
-
-        chat.show_samples(self.lm, self.run, role, self.parts["held_out"][:3])
-
-    def require(self, roles):
-        """Load these roles, which earlier commands have trained."""
-        for role in roles:
-            if role not in self.lm.roles:
-                self.run.need(role)
-                self.run.load(self.lm, role)
+    cfg = run.config
+    pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
+    run.pin("data fingerprint", data.fingerprint(pairs))
+    curriculum.check_given(cfg.rounds.split(","), pairs)
+    lm = load_base(cfg)
+    print(f"{cfg.model}: {lm.describe()}")
+    if cfg.model != "tiny":
+        plan.plan_memory(lm, cfg)
+    parts = data.load_parts(cfg, lm, pairs)
+    run.lock()  # model and data are good: only now a new run gets its folder
+    # enough to measure the accuracy of a reward model
+    parts["held_out"] = data.one_per_prompt(parts["held_out"])[: 8 * cfg.eval_n]
+    return lm, run, parts
 
 
-def sft_stage(session):
+def show(lm, run, parts, role):
+    """Answer a few held-out prompts with what has been trained so far."""
+    import chat
+
+    chat.show_samples(lm, run, role, parts["held_out"][:3])
+
+
+def sft_stage(lm, run, parts):
     import sft
 
-    lm = session.lm
-    run = session.run
-    pairs = session.parts["sft"]
-    sft.train_policy(lm, run, pairs)
-    session.show("policy_sft")
-    sft.train_pit(lm, run, pairs)
-    session.show("pit_sft")
+    sft.train_policy(lm, run, parts["sft"])
+    show(lm, run, parts, "policy_sft")
+    sft.train_pit(lm, run, parts["sft"])
+    show(lm, run, parts, "pit_sft")
 
 
-def reward_stage(session):
+def reward_stage(lm, run, parts):
     import reward
 
-    lm = session.lm
-    run = session.run
-    parts = session.parts
     reward.train_policy_reward(lm, run, parts["rm"], parts["held_out"])
     reward.train_gap_reward(lm, run, parts["rm"], parts["held_out"])
     reward.train_policy_reward(lm, run, parts["judge"], parts["held_out"], role="judge")
 
 
-def rl_stage(session):
+def rl_stage(lm, run, parts):
     import curriculum
 
-    session.require(["policy_sft", "pit_sft", "reward_policy", "reward_gap"])
-    curriculum.train_policy_rl(session.lm, session.run, session.parts["rl"])
-    session.show("policy_rl")
-    train_rounds(session, session.run.config.rounds, "pit_rl")
+    run.need(lm, ["policy_sft", "pit_sft", "reward_policy", "reward_gap"])
+    curriculum.train_policy_rl(lm, run, parts["rl"])
+    show(lm, run, parts, "policy_rl")
+    train_rounds(lm, run, parts, run.config.rounds, "pit_rl")
 
 
-def train_rounds(session, sources, prefix):
+def train_rounds(lm, run, parts, sources, prefix):
     """PIT's rounds, one per source of y_ref (SOURCE,SOURCE) -> the adapter of the last one."""
     import curriculum
 
-    run = session.run
-    pairs = session.parts["rl"]
     # as many iterations for every curriculum as for the rounds of this run
     total = run.config.rl_steps * len(run.config.rounds.split(","))
     for role, source, start, steps in curriculum.rounds(sources.split(","), total, prefix):
-        curriculum.train_pit_round(session.lm, run, pairs, role, source, start, steps)
-        session.show(role)
+        curriculum.train_pit_round(lm, run, parts["rl"], role, source, start, steps)
+        show(lm, run, parts, role)
     return role
 
 
-def eval_stage(session, judges=None):
-    """Judge and compare on held-out prompts; judges: Judge by name, the main one first."""
+def eval_stage(lm, run, parts, judges=None, lasts=None):
+    """Judge and compare on held-out prompts; judges and lasts: see evaluate.evaluate."""
     import evaluate
     import report
     import votes
     import words
     from judges import default_judges, judges_by_name
 
-    lm = session.lm
-    run = session.run
-    parts = session.parts
     for role in evaluate.GAP_MODELS:
         run.load_trained(lm, role)  # `ablate` may have trained more of them
     judges = judges or judges_by_name(default_judges(run.config), lm, run.config)
     with run.stage("eval", "who beats whom, on held-out prompts"):
-        evaluate.evaluate(lm, run, parts["held_out"], improver(run.config), judges)
+        evaluate.evaluate(lm, run, parts["held_out"], improver(run.config), judges, lasts)
         training = parts["sft"] + parts["rm"] + parts["rl"]
         main = next(iter(judges.values()))
         run.add_results(words=words.measure(votes.read_answers(run), training, main))
@@ -372,7 +353,7 @@ def sft_command(run: StageRun):
 
     Example: python pit.py sft --run runs/tiny
     """
-    sft_stage(Session(open_run(run)))
+    sft_stage(*prepare(open_run(run)))
 
 
 @app.command(name="reward")
@@ -381,7 +362,7 @@ def reward_command(run: StageRun):
 
     Example: python pit.py reward --run runs/tiny
     """
-    reward_stage(Session(open_run(run)))
+    reward_stage(*prepare(open_run(run)))
 
 
 @app.command(name="rl")
@@ -390,22 +371,22 @@ def rl_command(run: StageRun):
 
     Example: python pit.py rl --run runs/tiny
     """
-    rl_stage(Session(open_run(run)))
+    rl_stage(*prepare(open_run(run)))
 
 
 def open_to_judge(path, names):
-    """The session of a run that has been trained, and the judges that --judge names."""
+    """What `prepare` gives of a run that has been trained, and the judges that --judge names."""
     from judges import check_names, default_judges, judges_by_name
 
     run = open_run(path)
     names = names or default_judges(run.config)
     check_names(names, run.config)  # misspelt ones are refused at once
-    session = Session(run)
+    lm, run, parts = prepare(run)
     roles = run.trained_by()
     if "judge" not in names:  # the run's own judge may be missing where it has no say
         del roles["judge"]
-    session.require(roles)
-    return session, judges_by_name(names, session.lm, run.config)
+    run.need(lm, roles)
+    return lm, run, parts, judges_by_name(names, lm, run.config)
 
 
 @app.command(name="eval")
@@ -426,14 +407,10 @@ def ablate(run: StageRun, judge: Judges = None):
 
     Example: python pit.py ablate --run runs/tiny
     """
-    session, judges = open_to_judge(run, judge)
+    lm, run, parts, judges = open_to_judge(run, judge)
     import curriculum
-    import evaluate
     import reward
 
-    lm = session.lm
-    run = session.run
-    parts = session.parts
     # Eq. 2 as published, and with its first three terms
     for role, loss_of in (("reward_gap2", reward.gap_loss), ("reward_gap3", reward.three_terms)):
         reward.train_gap_reward(lm, run, parts["rm"], parts["held_out"], role, loss_of)
@@ -441,10 +418,8 @@ def ablate(run: StageRun, judge: Judges = None):
     lasts = {}
     for name in curriculum.CURRICULA:
         prefix = f"ablate_{name.replace(',', '-')}_"
-        lasts[name] = train_rounds(session, name, prefix)
-    with run.stage("ablate", "which curriculum is best?"):
-        evaluate.judge_curricula(lm, run, parts["held_out"], lasts, judges)
-    eval_stage(session, judges)
+        lasts[name] = train_rounds(lm, run, parts, name, prefix)
+    eval_stage(lm, run, parts, judges, lasts)
 
 
 @app.command(name="judge")
@@ -497,14 +472,18 @@ def runs_command(
     from rich.console import Console
     from rich.table import Column, Table
 
-    from run import list_runs
+    from run import Run
 
-    rows = list_runs(folder)
-    if not rows:
+    columns = "run model data seed stage delta".split()
+    table = Table(*[Column(name, overflow="fold") for name in columns])
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        try:
+            summary = Run(file.parent).summary()
+        except (UserError, KeyError, TypeError):  # damaged, or edited by hand
+            summary = ["", "", "", "damaged"]
+        table.add_row(str(file.parent), *summary)
+    if not table.rows:
         raise UserError(f"There are no runs in {folder}. Start one with: python pit.py all")
-    table = Table(*[Column(name, overflow="fold") for name in rows[0]])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
     Console(markup=False).print(table)
 
 
@@ -542,9 +521,6 @@ def infer_command(
         stop=stop,
         seed=seed,
     )
-    roles = [infer.POLICY, settings.pit, "reward_gap"]
-    for role in roles:
-        opened.need(role)
     rows = read_rows(input) if input else []
     if response == "-":
         response = sys.stdin.read().strip()
@@ -552,8 +528,7 @@ def infer_command(
             raise UserError("--response -: nothing came through the pipe.")
 
     lm = load_base(cfg)
-    for role in roles:
-        opened.load(lm, role)
+    opened.need(lm, [infer.POLICY, settings.pit, "reward_gap"])
     if output:
         chat.improve_file(lm, cfg, settings, rows, output)
     elif prompt:
@@ -591,7 +566,6 @@ def export_command(
     roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
-    opened.need(adapter)
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():
@@ -600,7 +574,7 @@ def export_command(
     from models import export
 
     lm = load_base(opened.config, bits=16)  # merging into 4-bit weights would move the logits
-    opened.load(lm, adapter)
+    opened.need(lm, [adapter])
     with new_folder(to) as folder:
         export(lm, adapter, folder, merge)
         (folder / "README.md").write_text(card(lm, opened, adapter, merge), encoding="utf-8")

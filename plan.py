@@ -228,6 +228,10 @@ class Plan:
         per_token = sum(other.seconds for other in alike) / sum(other.work() for other in alike)
         return per_token * stage.work()
 
+    def total(self):
+        """Seconds for all stages."""
+        return sum(self.expect(stage) for stage in self.stages)
+
     def left(self):
         """Seconds for all stages of which nothing has been measured."""
         return sum(self.expect(stage) for stage in self.stages if not stage.seconds)
@@ -246,12 +250,9 @@ class Plan:
         return f"all: {clock(per_step * (total - done) + self.left())} left"
 
     def end_stage(self, seconds):
-        """Learn how long the present stage took, and say what is left."""
+        """Learn how long the present stage took, and say what all stages take."""
         self.stage.seconds = seconds or 0.1  # rounded to tenths by run.py; 0 is "not measured"
-        rest = f"{clock(sum(stage.seconds for stage in self.stages))} in all"
-        if self.left():
-            rest = f"about {clock(self.left())} left for the other stages"
-        print(f"  took {clock(seconds)}; {rest}")
+        print(f"  took {clock(seconds)} of {clock(self.total())} for all stages")
 
     def table(self):
         """The plan for people; with times as soon as something has been measured."""
@@ -264,8 +265,7 @@ class Plan:
                 line += f"{clock(self.expect(stage)):>9}"
             lines.append(line)
         if self.measured():
-            total = sum(self.expect(stage) for stage in self.stages)
-            lines.append(f"  {'all':57}{clock(total):>9}")
+            lines.append(f"  {'all':57}{clock(self.total()):>9}")
         return "\n".join(lines)
 
 

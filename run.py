@@ -180,6 +180,19 @@ class Run:
             if (row["a"], row["b"], row["judge"]) == ("pit", "original", results["main"]):
                 return row
 
+    def summary(self):
+        """For people: model, data, seed, the last stage that ended, and PIT's delta, in points.
+
+        delta: how often PIT beats the policy's own answers, less how often it loses.
+        """
+        config = self.config
+        gain = self.gain()
+        stage = [*self.results().get("time_s", ["none yet"])][-1]
+        if is_smoke(config):
+            stage += " (smoke)"
+        delta = f"{100 * gain['delta']:+.1f}" if gain else ""
+        return config.model, config.data, str(config.seed), stage, delta
+
     def add_seconds(self):
         seconds = round(time.perf_counter() - self.started, 1)
         self.add_results(time_s=self.results().get("time_s", {}) | {self.name: seconds})
@@ -208,14 +221,15 @@ class Run:
             roles[f"pit_rl{k}"] = "rl"
         return roles
 
-    def need(self, role):
-        """UserError unless `role` has been trained."""
-        if not self.done(role):
-            command = self.trained_by().get(role, "ablate")
-            raise UserError(
-                f"{self.adapter(role)} is missing or damaged. First run: "
-                f"python pit.py {command} --run {self.path}"
-            )
+    def need(self, lm, roles):
+        """Load these trained roles into `lm`; UserError where one is missing."""
+        for role in roles:
+            if not self.load_trained(lm, role):
+                command = self.trained_by().get(role, "ablate")
+                raise UserError(
+                    f"{self.adapter(role)} is missing or damaged. First run: "
+                    f"python pit.py {command} --run {self.path}"
+                )
 
     def load_trained(self, lm, role):
         """Whether `lm` has the trained `role` now; loads it if need be."""
@@ -412,30 +426,6 @@ def differing(old, new, role=None):
         if role and not role.startswith(beginnings):
             skipped += options.split()
     return [name for name in new if name not in skipped and old.get(name) != new[name]]
-
-
-def list_runs(folder):
-    """The runs in `folder`, for people -> dicts: run, model, data, seed, stage, delta.
-
-    stage: the last that ended. delta: how often PIT beats the policy's own answers, less how often
-    it loses, in points.
-    """
-    rows = []
-    for file in sorted(folder.glob("*/metrics.jsonl")):
-        path = file.parent
-        row = dict(run=path, model="", data="", seed="", stage="damaged", delta="")
-        with suppress(UserError, KeyError, TypeError):  # damaged, or edited by hand
-            run = Run(path)
-            config = run.config
-            gain = run.gain()
-            stage = [*run.results().get("time_s", ["none yet"])][-1]
-            row |= dict(model=config.model, data=config.data, seed=config.seed, stage=stage)
-            if is_smoke(config):
-                row["stage"] += " (smoke)"
-            if gain:
-                row["delta"] = f"{100 * gain['delta']:+.1f}"
-        rows.append(row)
-    return rows
 
 
 def is_smoke(config):

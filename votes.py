@@ -14,16 +14,17 @@ import os
 import re
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from textwrap import fill
 from threading import Lock
 from typing import NamedTuple
 
+from tqdm.contrib.concurrent import thread_map
+
 from data import talk
 from errors import UserError, explained, first_line
-from run import progress, read_text
+from run import read_text
 
 # What they are asked: rows of the paper's Table 1, and PIT against two samples and the annotators
 ROWS = [
@@ -148,14 +149,10 @@ def ask_llm(run, url, llm, n=128):
     constants.HF_HUB_OFFLINE = False
     # without any key the client would send the user's token for the hub
     key = os.environ.get(KEY, "").strip() or "none"
-    if not key.isascii():
-        raise UserError(f"{KEY} holds characters that no key has. Was it copied as a whole?")
     client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
-    questions = questions_left(run, llm, n)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        asked = pool.map(partial(ask_both_orders, run, client, llm), questions)
-        for _ in progress(asked, total=len(questions)):
-            pass  # each vote is in votes.jsonl by now; an error ends the loop, and asks no more
+    ask_one = partial(ask_both_orders, run, client, llm)
+    # each vote goes to votes.jsonl as it comes; an error ends the loop, and asks no more
+    thread_map(ask_one, questions_left(run, llm, n), max_workers=WORKERS, ncols=80, disable=None)
 
 
 def ask_both_orders(run, client, llm, question):

@@ -134,7 +134,7 @@ def run_miniature(folder):
     with pytest.MonkeyPatch.context() as patch, keep_signals():
         patch.setattr(torch, "multinomial", draw)
         patch.setattr(chat, "show_samples", lambda *args: None)
-        patch.setattr(pit, "eval_stage", lambda session: None)
+        patch.setattr(pit, "eval_stage", lambda lm, run, parts: None)
         pit.run_all(run=folder, **MINIATURE)
     return closest[0]
 

@@ -63,17 +63,11 @@ def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
     needed = []
     run = SimpleNamespace(
         config=SimpleNamespace(data="synthetic", rounds="annotated"),
-        need=needed.append,
+        need=lambda lm, roles: needed.extend(roles),
         trained_by=lambda: Run.trained_by(run),
-        load=lambda lm, role: None,
     )
-
-    class Session(pit.Session):
-        def __init__(self, run):
-            self.run, self.lm = run, SimpleNamespace(roles=[])
-
     monkeypatch.setattr(pit, "open_run", lambda path: run)
-    monkeypatch.setattr(pit, "Session", Session)
+    monkeypatch.setattr(pit, "prepare", lambda run: (None, run, {}))
     (tmp_path / "rule.py").write_text("def quality(prompt, answer): return 1")
     for names, needs_judge in ((None, True), (["judge"], True), ([f"{tmp_path}/rule.py"], False)):
         needed.clear()

@@ -82,12 +82,12 @@ def test_a_plan_learns_from_steps_and_from_stages(capsys, monkeypatch):
     before = made.expect(judge)
     made.begin("reward_policy")
     made.end_stage(3 * before)
-    assert "left for the other stages" in capsys.readouterr().out
+    assert f"of {plan.clock(made.total())} for all stages" in capsys.readouterr().out
     assert made.expect(judge) > 2 * before
     for stage in made.stages:
         made.begin(stage.name)
         made.end_stage(10)
-    assert "; 01:30 in all" in capsys.readouterr().out
+    assert "took 00:10 of 01:30 for all stages" in capsys.readouterr().out
 
 
 def made_for(lm, done, seconds, commands=("sft", "reward", "rl", "eval")):

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ import run as run_module
 import sft
 from errors import UserError
 from models import adamw, take_step
-from run import Run, differing, list_runs, shuffled_batch
+from run import Run, differing, shuffled_batch
 
 ROOT = Path(__file__).parent.parent
 MINI = dict(
@@ -89,11 +90,11 @@ def whole(tmp_path_factory):
 def train(folder, stages=(pit.sft_stage, pit.reward_stage, pit.rl_stage), **start):
     """What `all` does, without evaluation, in this process."""
     run = Run.start(folder, MINI, **start)
-    session = pit.Session(run)
+    shared = pit.prepare(run)
     try:
         run.begin()
         for stage in stages:
-            stage(session)
+            stage(*shared)
     finally:
         run.lock_file.release()  # as the process's end does
 
@@ -320,7 +321,7 @@ def test_damaged_adapters_are_named_and_trained_again(whole, tmp_path, capsys):
             file.write_bytes(content)
     hurt(run.adapter("reward_gap") / "head.safetensors", rng)
     with pytest.raises(UserError, match="reward_gap is missing or damaged.*python pit.py reward"):
-        run.need("reward_gap")
+        run.need(SimpleNamespace(roles=[]), ["reward_gap"])
     train(tmp_path / "run", stages=(pit.sft_stage, pit.reward_stage))
     mine, other = outcome(tmp_path / "run"), outcome(whole)
     for found in (mine, other):  # lines are in another order
@@ -511,28 +512,20 @@ def test_a_config_that_an_editor_saved_with_a_bom_is_read(tmp_path):
 def test_a_run_whose_data_is_bad_leaves_no_folder(tmp_path):
     run = Run.start(tmp_path / "new", MINI | {"data": str(tmp_path / "nowhere.jsonl")})
     with pytest.raises(UserError, match="no such file"):
-        pit.Session(run)
+        pit.prepare(run)
     assert not (tmp_path / "new").exists()
 
 
 def test_runs_are_listed_with_what_they_have_reached(whole):
-    (row,) = list_runs(whole.parent)
-    assert row == {
-        "run": whole,
-        "model": "tiny",
-        "data": "synthetic",
-        "seed": 0,
-        "stage": "pit_rl1 (smoke)",
-        "delta": "",
-    }
+    assert Run(whole).summary() == ("tiny", "synthetic", "0", "pit_rl1 (smoke)", "")
 
 
-def test_a_run_with_odd_results_is_listed_as_damaged(tmp_path):
+def test_a_run_with_odd_results_is_listed_as_damaged(tmp_path, capsys):
     toy(tmp_path / "odd")
     for results in ('{"time_s": 5}', '{"table1": [{}]}'):
         (tmp_path / "odd" / "results.json").write_text(results)
-        (row,) = list_runs(tmp_path)
-        assert row["stage"] == "damaged"
+        pit.runs_command(tmp_path)
+        assert "damaged" in capsys.readouterr().out
 
 
 def test_every_draw_depends_on_the_seed(tmp_path, monkeypatch):
@@ -564,7 +557,7 @@ def test_a_run_does_not_go_on_with_other_pairs(whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "run")
     monkeypatch.setattr(data, "load_pairs", lambda *_: data.synthetic_pairs(80, seed=9))
     with pytest.raises(UserError, match="no longer holds"):
-        pit.Session(Run(tmp_path / "run"))
+        pit.prepare(Run(tmp_path / "run"))
 
 
 def test_held_out_prompts_come_once(whole, monkeypatch):
@@ -573,7 +566,7 @@ def test_held_out_prompts_come_once(whole, monkeypatch):
     monkeypatch.setattr(data, "load_pairs", lambda *_: twice)
     monkeypatch.setattr(Run, "pin", lambda *_: None)
     monkeypatch.setattr(Run, "lock", lambda self: None)
-    parts = pit.Session(Run(whole)).parts
+    _, _, parts = pit.prepare(Run(whole))
     prompts = [pair.prompt for pair in parts["held_out"]]
     assert len(prompts) == 8 and all(prompts.count(prompt) == 1 for prompt in prompts)
     assert len(parts["sft"]) == 40
@@ -582,7 +575,7 @@ def test_held_out_prompts_come_once(whole, monkeypatch):
 def test_missing_given_answers_are_told_before_training(tmp_path):
     run = Run.start(tmp_path / "run", MINI | dict(rounds="given"))
     with pytest.raises(UserError, match="needs a column `response`"):
-        pit.Session(run)
+        pit.prepare(run)
 
 
 def test_a_continued_stage_remembers_its_time(tmp_path, monkeypatch):

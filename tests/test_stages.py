@@ -21,9 +21,9 @@ import words
 PARTS = {name: [name] for name in data.PARTS}  # each part of the pairs is its own name
 
 
-def session(**options):
-    run = FakeRun(rounds="annotated,policy", **options)
-    return SimpleNamespace(lm=None, run=run, parts=PARTS, show=lambda role: None)
+def shared(**options):
+    """The base, the run and the parts of its pairs, as pit.prepare gives them."""
+    return None, FakeRun(rounds="annotated,policy", **options), PARTS
 
 
 def test_the_base_gets_the_options_of_the_run(monkeypatch):
@@ -37,14 +37,14 @@ def test_the_base_gets_the_options_of_the_run(monkeypatch):
 def test_samples_answer_held_out_prompts(monkeypatch):
     seen = []
     monkeypatch.setattr(chat, "show_samples", lambda lm, run, role, pairs: seen.append(pairs))
-    pit.Session.show(session(), "policy_sft")
+    pit.show(*shared(), "policy_sft")
     assert seen == [["held_out"]]
 
 
 def test_the_evaluation_asks_held_out_prompts_of_the_last_round(monkeypatch):
     seen = {}
 
-    def evaluated(lm, run, pairs, last, judges):
+    def evaluated(lm, run, pairs, last, judges, lasts):
         seen.update(pairs=pairs, last=last)
 
     def measured(lines, pairs, judge):
@@ -54,23 +54,23 @@ def test_the_evaluation_asks_held_out_prompts_of_the_last_round(monkeypatch):
     monkeypatch.setattr(words, "measure", measured)
     monkeypatch.setattr(votes, "read_answers", lambda run: [])
     monkeypatch.setattr(report, "write_report", lambda run: None)
-    pit.eval_stage(session(), {"first": 1, "second": 2})
+    pit.eval_stage(*shared(), {"first": 1, "second": 2})
     training = ["sft", "rm", "rl"]
     assert seen == dict(pairs=["held_out"], last="pit_rl1", judge=1, training=training)
 
 
 def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
-    trained, steps, asked = [], Counter(), []
+    trained, steps, evaluated = [], Counter(), []
 
     def train_pit_round(lm, run, pairs, role, source, start, n):
         curriculum_of = role.rpartition("_")[0]
         steps[curriculum_of] += n
 
-    monkeypatch.setattr(pit, "open_to_judge", lambda run, judge: (session(rl_steps=3), {}))
-    monkeypatch.setattr(pit, "eval_stage", lambda *_: None)
+    monkeypatch.setattr(pit, "open_to_judge", lambda run, judge: (*shared(rl_steps=3), {}))
+    monkeypatch.setattr(pit, "eval_stage", lambda *shared: evaluated.append(shared[-1]))
+    monkeypatch.setattr(pit, "show", lambda *_: None)
     monkeypatch.setattr(reward, "train_gap_reward", lambda lm, run, *how: trained.append(how))
     monkeypatch.setattr(curriculum, "train_pit_round", train_pit_round)
-    monkeypatch.setattr(evaluate, "judge_curricula", lambda lm, run, pairs, *_: asked.append(pairs))
     pit.ablate("run")
     assert trained == [
         (["rm"], ["held_out"], "reward_gap2", reward.gap_loss),
@@ -78,14 +78,16 @@ def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
     ]
     # every curriculum has as many iterations as the two rounds of the run
     assert len(steps) == len(curriculum.CURRICULA) and set(steps.values()) == {6}
-    assert asked == [["held_out"]]
+    (lasts,) = evaluated
+    assert list(lasts) == curriculum.CURRICULA
+    assert lasts["annotated,policy"] == "ablate_annotated-policy_1"
 
 
 @pytest.mark.parametrize("stop", ["same", "gap"])
 def test_infer_does_as_it_is_told(monkeypatch, stop):
     seen = []
     cfg = SimpleNamespace(rounds="annotated,policy", temperature=1.0, seed=0)
-    run = SimpleNamespace(config=cfg, need=lambda *_: None, load=lambda *_: None)
+    run = SimpleNamespace(config=cfg, need=lambda *_: None)
     monkeypatch.setattr(pit, "open_run", lambda path: run)
     monkeypatch.setattr(pit, "load_base", lambda cfg: None)
     monkeypatch.setattr(chat, "converse", lambda lm, cfg, settings: seen.append(settings))

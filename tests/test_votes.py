@@ -362,7 +362,7 @@ def test_a_key_with_a_line_end_is_sent_without_it_and_an_odd_one_never(run, serv
     votes.ask_llm(run, server.url, "x", n=1)
     assert server.requests
     monkeypatch.setenv(votes.KEY, "\u201csk-secret\u201d")
-    with pytest.raises(UserError, match="no key has") as error:
+    with pytest.raises(UserError, match=f"the key in {votes.KEY}") as error:
         votes.ask_llm(run, server.url, "y", n=1)
     assert "secret" not in str(error.value)
 
