@@ -248,6 +248,9 @@ def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
     assert report.alarms({"words": words}) == []
     words["delta"], row["without"] = compared(0.04), compared(0.0)  # hardly anything was won
     assert report.alarms({"words": words}) == []
+    # SmolLM2's "I'd": a gain whose interval holds 0, and a loss without the word
+    words["delta"], row["without"] = compared(0.165), compared(-0.144)
+    assert report.alarms({"words": words}) == [row]
 
 
 def test_the_page_has_all_that_it_must(drawn):
