@@ -76,7 +76,7 @@ def mini(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (baselines, evaluate):  # fewer texts to write
             patch.setattr(module, "TEMPERATURES", (0.4, 1.0))
-            patch.setattr(module, "ROUNDS", 2)
+        patch.setattr(baselines, "ROUNDS", 2)
         yield folder, works("all", "--run", folder, *MINI)
 
 
