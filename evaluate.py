@@ -141,8 +141,8 @@ class View:
 def evaluate(lm, run, pairs, last, judges, lasts=None):
     """Write, judge and compare all sides on held-out pairs -> results.json, answers.jsonl.
 
-    last: the adapter of PIT's last round. judges: Judge by name, the main one first. lasts: the
-    last adapter of each curriculum, after `ablate`.
+    last: the adapter of PIT's last round. judges: Judge by name, the main one first. lasts:
+    from `ablate`, the last adapter of each curriculum.
     """
     cfg = run.config
     reward_policy, reward_gap = [adapter_judge(lm, r, cfg) for r in ("reward_policy", "reward_gap")]

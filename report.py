@@ -1,4 +1,4 @@
-"""The evidence of a run, drawn: Table 1 on the console, and report.md with all tables and figures.
+"""The evidence of a run, drawn: the main tables on the console, all of them in report.md.
 
 Measuring needs the model and is done in evaluate.py. Drawing needs only the files in the run's
 folder, so a report can be drawn again at any time. Its page is the template report.md.jinja.
@@ -38,7 +38,7 @@ plt.rcParams.update(
         "errorbar.capsize": 3,
     }
 )
-MUCH = 0.1  # of delta: what a word wins has to be more, or it may be chance
+MUCH = 0.1  # ten points of delta: what a word wins has to be more, or it may be chance
 LABELS = {
     "base": "the base, asked to improve",
     "pit_sft": "PIT after SFT only",
@@ -89,7 +89,7 @@ def examples(run, judge):
 
 
 def alarms(results):
-    """The words that win more than a third of PIT's delta alone: rows of results["words"]."""
+    """The words that alone win a third of PIT's delta, and ten points: rows of results["words"]."""
     words = results.get("words")  # not yet, if `eval` was stopped before it
     if not words:
         return []

@@ -5,6 +5,7 @@ runs/NAME/adapters/ROLE/       one trained role; the folder exists only once it 
 runs/NAME/checkpoints/ROLE/N   the stage in progress after N steps: all that its next step needs
 runs/NAME/metrics.jsonl        one line per optimiser step or PPO iteration
 runs/NAME/samples.md           the same few prompts, answered after each stage that trains a writer
+runs/NAME/answers.json         the texts of every side, kept while what wrote them stays the same
 runs/NAME/answers.jsonl        the texts of the evaluation and their scores, one line per prompt
 runs/NAME/votes.jsonl          what people and language models said of them
 runs/NAME/results.json         every number of the report; report.md and figures are drawn from it
@@ -195,7 +196,9 @@ class Run:
 
     def add_seconds(self):
         seconds = round(time.perf_counter() - self.started, 1)
-        self.add_results(time_s=self.results().get("time_s", {}) | {self.name: seconds})
+        times = self.results().get("time_s", {})
+        times.pop(self.name, None)  # a stage that is done again is the last one
+        self.add_results(time_s=times | {self.name: seconds})
         return seconds
 
     # ---- adapters ------------------------------------------------------------------------------
