@@ -520,6 +520,15 @@ def test_runs_are_listed_with_what_they_have_reached(whole):
     assert Run(whole).summary() == ("tiny", "synthetic", "0", "pit_rl1 (smoke)", "")
 
 
+def test_a_stage_that_is_done_again_is_the_last_one(tmp_path):
+    run = Run.start(tmp_path / "run", {"seed": 0})
+    (tmp_path / "run").mkdir()
+    run.started = 0
+    for run.name in ("eval", "pit_rl1", "eval"):
+        run.add_seconds()
+    assert list(run.results()["time_s"]) == ["pit_rl1", "eval"]
+
+
 def test_a_run_with_odd_results_is_listed_as_damaged(tmp_path, capsys):
     toy(tmp_path / "odd")
     for results in ('{"time_s": 5}', '{"table1": [{}]}'):
