@@ -521,6 +521,8 @@ def infer_command(
         stop=stop,
         seed=seed,
     )
+    roles = [infer.POLICY, settings.pit, "reward_gap"]
+    opened.check(roles)  # before the base takes its time to load
     rows = read_rows(input) if input else []
     if response == "-":
         response = sys.stdin.read().strip()
@@ -528,7 +530,7 @@ def infer_command(
             raise UserError("--response -: nothing came through the pipe.")
 
     lm = load_base(cfg)
-    opened.need(lm, [infer.POLICY, settings.pit, "reward_gap"])
+    opened.need(lm, roles)
     if output:
         chat.improve_file(lm, cfg, settings, rows, output)
     elif prompt:
@@ -566,6 +568,7 @@ def export_command(
     roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
+    opened.check([adapter])
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():

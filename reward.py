@@ -160,12 +160,10 @@ def finish(lm, run, role, contexts_of, held_out):
     if measured["accuracy"] < 0.5 + two_standard_errors:
         run.warn(f"{role} is no better than chance. Try more --rm-steps or --pairs.")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
-    print("  held out: right on {accuracy:.0%}".format(**measured))
+    print(f"  held out: right on {measured['accuracy']:.0%}")
     if "order" in measured:
-        print(
-            "  Eq. 1 in full on {order:.0%}; "
-            "'no change' is worth {no_change:.2f} +- {no_change_std:.2f}".format(**measured)
-        )
+        no_change = f"{measured['no_change']:.2f} +- {measured['no_change_std']:.2f}"
+        print(f"  Eq. 1 in full on {measured['order']:.0%}; 'no change' is worth {no_change}")
     run.keep(lm, role)
 
 

@@ -224,15 +224,22 @@ class Run:
             roles[f"pit_rl{k}"] = "rl"
         return roles
 
-    def need(self, lm, roles):
-        """Load these trained roles into `lm`; UserError where one is missing."""
+    def check(self, roles):
+        """UserError where one of these roles has not been trained."""
         for role in roles:
-            if not self.load_trained(lm, role):
+            if not self.done(role):
                 command = self.trained_by().get(role, "ablate")
                 raise UserError(
                     f"{self.adapter(role)} is missing or damaged. First run: "
                     f"python pit.py {command} --run {self.path}"
                 )
+
+    def need(self, lm, roles):
+        """Load these trained roles into `lm`; UserError where one is missing."""
+        missing = [role for role in roles if role not in lm.roles]
+        self.check(missing)
+        for role in missing:
+            self.load(lm, role)
 
     def load_trained(self, lm, role):
         """Whether `lm` has the trained `role` now; loads it if need be."""

@@ -91,8 +91,8 @@ def micro_batches(items, size, length=None):
 def in_parts(function, tokens, size):
     """Apply `function` to `size` rows at a time and join the results: same values, less memory.
 
-    Rows of similar length go together, trimmed; in the results, zeros stand for the missing
-    padding.
+    Rows of similar length go together, trimmed. In the results zeros stand for the missing padding,
+    up to the longest response.
     """
     # short rows first
     order = tokens.mask.sum(1).argsort()

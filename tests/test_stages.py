@@ -87,7 +87,7 @@ def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
 def test_infer_does_as_it_is_told(monkeypatch, stop):
     seen = []
     cfg = SimpleNamespace(rounds="annotated,policy", temperature=1.0, seed=0)
-    run = SimpleNamespace(config=cfg, need=lambda *_: None)
+    run = SimpleNamespace(config=cfg, check=lambda *_: None, need=lambda *_: None)
     monkeypatch.setattr(pit, "open_run", lambda path: run)
     monkeypatch.setattr(pit, "load_base", lambda cfg: None)
     monkeypatch.setattr(chat, "converse", lambda lm, cfg, settings: seen.append(settings))
