@@ -38,7 +38,7 @@ plt.rcParams.update(
         "errorbar.capsize": 3,
     }
 )
-MUCH = 0.1  # ten points of delta: what a word wins has to be more, or it may be chance
+MUCH = 0.1  # ten points of delta: what a word wins has to be more, to be worth a warning
 LABELS = {
     "base": "the base, asked to improve",
     "pit_sft": "PIT after SFT only",
@@ -163,7 +163,7 @@ def verdict(rows):
     said = "cannot tell"
     if low > 0:
         said = "holds"
-    elif high <= 0:
+    elif high < 0:
         said = "does not hold"
     return {"ours": points({"delta": delta, "ci95": [low, high]}, "+.0f"), "verdict": said}
 
@@ -304,7 +304,7 @@ def plot_fig2(run, results):
     }
     scores = [results["fig2"][order] for order in orders]
     title = "R_PIT's scores r(answer, reference): the top should lie right, the bottom left"
-    with drawing(run, "fig2.png", title=title, xlabel="log-odds") as ax:
+    with drawing(run, "fig2.png", title=title, xlabel="score") as ax:
         ax.violinplot(scores, orientation="horizontal", widths=0.9, showmeans=True)
         ax.set_yticks(range(1, 5), orders.values())
 
