@@ -53,7 +53,8 @@ def interval(values, bounds=None):
 
     Where all values are the same, resampling sees no doubt at all: [1, 1] for 5 wins of 5. With
     `bounds`, the lowest and the highest possible value, the interval is then Wilson's for what has
-    not happened in N trials: a share of z^2 / (N + z^2) may lie at either bound.
+    not happened in N trials: a share of z^2 / (N + z^2) may lie at either bound. (Where only one or
+    two values differ from the rest, it is still narrow.)
     """
     values, n = np.array(values), len(values)
     if bounds is not None and np.ptp(values) == 0:
@@ -389,8 +390,10 @@ def add_votes(run):
             if len(on_row) >= ENOUGH:
                 table1.append({"a": a, "b": b, "judge": voter} | compare(on_row, 0))
         # 2. how far to trust them: do they agree with other judges?
+        # (not about two answers that are the same text: there everybody sees a tie)
+        differ = [question for question in counted.values() if len(set(question.texts)) == 2]
         for judge, others in said.items():
-            both = [question for question in counted.values() if question in others]
+            both = [question for question in differ if question in others]
             if both and judge != voter:
                 same = mean([verdicts[question] == others[question] for question in both])
                 notes[voter].append(f"agrees with {judge} on {same:.0%} of {len(both)} pairs.")

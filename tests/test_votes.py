@@ -310,6 +310,15 @@ def test_a_person_who_knows_the_sides_always_wins_whatever_the_order(run, monkey
     assert run.results()["votes"]["me"][1:] == ["agrees with quality on 100% of 18 pairs."]
 
 
+def test_where_both_answers_are_the_same_text_agreement_means_nothing(run, monkeypatch):
+    lines = votes.read_answers(run)
+    lines[0]["answers"]["pit"] = lines[0]["answers"]["y_w"]
+    (run.path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    type_in(run, monkeypatch, "1" * 99)
+    evaluate.add_votes(run)
+    assert run.results()["votes"]["me"][1].endswith(f"of {3 * N - 1} pairs.")
+
+
 def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch):
     monkeypatch.setattr(evaluate, "ENOUGH", N + 1)
     type_in(run, monkeypatch, "t" * 99)
