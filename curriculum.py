@@ -5,10 +5,10 @@ round 0   Eq. 4   y_ref in {y_w, y_l}         max gap(y, y_ref)  - beta KL(M_PIT
 round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0   (gap: see reward.py)
 
 The paper's reason for rounds: answers of M_P^RL are already better than y_w, and improving them is
-hard to learn from scratch. (On the tasks here they are far below y_w.) A curriculum is a list of
-sources of y_ref: "annotated" (y_w and y_l), "policy" (M_P^RL), "sft" (M_P^SFT), or "given" (the
-column `response` of the data, by any other writer). That a round starts where the last one ended,
-and is held to M_PIT^SFT all along, is our reading of the paper.
+hard to learn from scratch. (In our two tasks with an exact rule, they are far below y_w.) A
+curriculum is a list of sources of y_ref: "annotated" (y_w and y_l), "policy" (M_P^RL), "sft"
+(M_P^SFT), or "given" (the column `response` of the data, by any other writer). That a round starts
+where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 
 Run: python pit.py rl --run runs/tiny (a run that `all` has begun), under two minutes. On
 held-out prompts the mean R_P rises from -2.5 to -1.2, and the mean gap over the policy's answers

@@ -23,7 +23,9 @@ from data import talk
 from errors import UserError, explained, first_line
 
 SAME = 1e-4  # exact scores closer than this are a tie
-NEAR = 0.1  # a difference of learned scores is a log-odds, and 0.1 is 52.5% against 47.5%: a tie
+# Scores of a Bradley-Terry model closer than this are a tie: sigmoid(0.1) is 52.5%. Models from the
+# hub may have other units.
+NEAR = 0.1
 CHOICES = (
     "Give quality (built-in task only), judge, a FILE.py with a rule of yours, or a reward model: "
     "its folder, or its hub id, OWNER/NAME."

@@ -2,9 +2,9 @@
 
 The objective, for prompts x and responses y sampled from the policy pi:
 
-    max E[ score(x, y) - beta KL(pi || pi_ref) ]
+    max E[ score(x, y) / scale - beta KL(pi || pi_ref) ]
 
-One iteration:
+where the scale is the standard deviation of the first batch's scores. One iteration:
     1. sample   responses y ~ pi(. | x)                                       lm.generate()
     2. rate     log-probs, values, and the reward model's score at the end    rate()
     3. reward   -beta (log pi - log pi_ref) per token, the score on the last  token_rewards()

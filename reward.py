@@ -217,7 +217,8 @@ def encode_written(lm, text, cfg):
     """An answer as its writer left it -> token ids.
 
     One that fills max_response was cut off, and has no EOS: RL rates it so, and so does evaluation.
-    (A few come back one token shorter than they were sampled, and get one.)
+    (Text can come back as other tokens than were sampled: a few cut-off answers end up one token
+    shorter, and get an EOS; special tokens other than EOS are gone.)
     """
     return lm.encode_response(text)[: cfg.max_response]
 
