@@ -201,6 +201,9 @@ def show_samples(lm, run, stage, pairs):
     policy = POLICY if POLICY in lm.roles else "policy_sft"
     seed_all(run.config.seed, "samples")
     answers = lm.answer(policy, prompts, run.config)
+    if all(len(lm.encode_response(text)) > run.config.max_response for text in answers):
+        print(f"  Warning: {policy} writes without end. Has it learned to stop? Try a higher")
+        print("  --max-response, more --sft-steps, or a base that knows chats (-Instruct).")
     texts = {"prompt": [prompt[-1]["content"] for prompt in prompts], policy: answers}
     if not stage.startswith("policy"):  # PIT's rounds, also those of `ablate`
         texts[stage] = improve(lm, stage, prompts, answers, run.config)

@@ -241,6 +241,16 @@ def test_samples_are_improved_by_every_stage_of_pit(able, pairs, tmp_path):
     assert improved == [2, 2] and "- pit" not in parts[0]
 
 
+def test_samples_that_do_not_end_are_a_warning(able, pairs, tmp_path, monkeypatch, capsys):
+    run = SimpleNamespace(path=tmp_path, config=SimpleNamespace(seed=0, **vars(CFG)))
+    text = "north " * CFG.max_response
+    for texts, warns in ((["map", text], False), ([text, text], True)):
+        monkeypatch.setattr(able, "answer", lambda *args: texts)
+        chat.show_samples(able, run, "policy_rl", pairs[:2])
+        assert ("policy_rl writes without end" in capsys.readouterr().out) == warns
+        (tmp_path / "samples.md").unlink()
+
+
 def test_the_same_question_gets_the_same_answer(able, capsys):
     said = []
     for _ in range(2):
