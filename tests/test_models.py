@@ -363,6 +363,11 @@ def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, mo
     assert other.shared_row == (model_type in models.SHARED_ROW)
 
 
+def test_a_window_that_a_model_type_may_have_is_not_lost_either(lm, tmp_path):
+    window = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    assert not random_model(lm, tmp_path, "qwen2", **window).shared_row
+
+
 # these would train on other log-probs than those by which they write: bert reads what comes later,
 # the others change their logits after the LM head
 MISTAKEN = {
@@ -578,6 +583,26 @@ def test_an_end_that_only_the_added_tokens_call_special_is_found(tmp_path):
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert end not in tokenizer.all_special_ids
     assert models.end_of_turn(tokenizer) == end
+
+
+@pytest.mark.parametrize("equal_rows, is_used", [(8, True), (9, False)])
+def test_an_end_that_the_base_has_never_seen_is_not_used(lm, equal_rows, is_used):
+    """A base model's template may have tokens that no text of its training had, like its spares."""
+    end, own = lm.eos, lm.tokenizer.convert_tokens_to_ids("<|pad|>")
+    lm.tokenizer.eos_token = "<|pad|>"
+    base = lm.peft.unload()
+    rows = base.get_output_embeddings().weight
+    with torch.no_grad():
+        rows[100 : 100 + equal_rows - 1] = 1.001 * rows[end]
+    other = models.LM(base, lm.tokenizer, lm.lora)
+    assert other.eos == (end if is_used else own) != other.pad
+
+
+def test_an_answer_may_end_with_the_bases_own_eos(lm):
+    """As one by an untrained base, whose template ends turns with another token."""
+    lm.tokenizer.eos_token = "<|user|>"
+    row = [*lm.encode_response("tea: tea.")[:-1], lm.tokenizer.eos_token_id, lm.eos + 1, lm.eos]
+    assert lm.decode(torch.tensor([row])) == ["tea: tea."]
 
 
 def test_a_prompt_is_the_same_on_another_day_and_asks_for_no_thoughts(lm):
