@@ -31,7 +31,7 @@ def to_continue():
 
 def out_of_memory(error):
     # each device and each system has its own words
-    texts = ("out of memory", "not enough memory", "can't allocate memory")
+    texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 

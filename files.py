@@ -150,10 +150,12 @@ def numbered(rows):
 def rows_of_hub(source):
     from datasets import load_dataset  # takes a second, and few runs need it
 
-    name, _, part = source.partition(":")
+    name, _, split = source.partition(":")
     name = HUB.get(name, name)
+    split = split or "train"
     print(f"{name}: no file here; looking in the download cache and on the hub", flush=True)
-    return numbered(load_dataset(name, split=part or "train"))
+    print(f"  for its split {split} (another one: --data {name}:SPLIT)", flush=True)
+    return numbered(load_dataset(name, split=split))
 
 
 def rows_of_folder(path):

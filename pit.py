@@ -576,7 +576,8 @@ def export_command(
 
     from models import export
 
-    lm = load_base(opened.config, bits=16)  # merging into 4-bit weights would move the logits
+    # merging into 4-bit weights would move the logits; an adapter needs none
+    lm = load_base(opened.config, bits=16 if merge else None)
     opened.need(lm, [adapter])
     with new_folder(to) as folder:
         export(lm, adapter, folder, merge)
@@ -635,6 +636,8 @@ def check_words(words):
 
 
 def main():
+    if os.name == "nt":
+        import pyarrow  # noqa: F401  on Windows a program may crash that loads torch before it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run holds it: Ctrl-C without a traceback
     sys.stdin = sys.stdin or open(os.devnull)  # it may be closed: <&-
     for stream in (sys.stdin, sys.stdout):
