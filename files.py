@@ -110,7 +110,9 @@ class Form:
 
 
 FORMS = [Form(*line.split()) for line in (TABLE.strip() + UNPAIRED).splitlines()[1:]]
-FORMS_HELP = f"Known forms:{TABLE}For other columns: --columns prompt=...,chosen=...,rejected=..."
+FORMS_HELP = f"""Known forms:{TABLE}
+For other columns: --columns prompt=...,chosen=...,rejected=..., and where a label says which is
+better, label=...,low=0,high=1: what it is where the first is better, and where the second is."""
 
 
 # From a source to its rows
@@ -273,6 +275,9 @@ def find_form(row, forms):
             if form.rejected == "-":
                 raise BadRow(f"{form.name} data has one answer per row, a pair has two: {columns}")
             return form
+    if len(forms) == 1:  # that of --columns
+        missing = [name for name in form.columns() if find(row, name) is None]
+        raise BadRow(f"no {', '.join(missing)} in these columns: {columns}")
     raise BadRow(f"no prompt with two answers in these columns: {columns}\n{FORMS_HELP}")
 
 

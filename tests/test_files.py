@@ -174,7 +174,7 @@ def test_columns_named_by_the_user(tmp_path):
     pairs, notes = read_pairs(path, columns=columns)
     assert pairs == [Pair(TURNS, "a", "b")]
     assert describe(notes) == "1 read as q.text, answers.1.t, answers.0.t (--columns)"
-    with pytest.raises(UserError, match="no prompt with two answers in these columns: q, answers"):
+    with pytest.raises(UserError, match="no answers.0.tx in these columns: q, answers"):
         read_pairs(path, columns=columns + "x")
     for wrong in ("prompt=q", "prompt=q,chosen=a,rejected=b,better=c", "q,a,b", "chosen=a=b"):
         with pytest.raises(UserError, match="name your columns"):
