@@ -37,8 +37,6 @@ def answer(lm, cfg, settings, turns, response=None):
         # a prompt from samples.md may come with the line breaks that it has there
         question = " ".join(turns[-1]["content"].split())
         turns = [{"role": "user", "content": question}]
-        if is_other_task(question, response):
-            raise UserError(OTHER_TASK)
     seed_all(settings.seed, "infer")
     (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])
     steps = iterate(lm, cfg, settings, prompt, response)
@@ -50,7 +48,8 @@ def answer(lm, cfg, settings, turns, response=None):
         text = better
     if k < settings.rounds:
         best = f"round {k}" if k else "the original"
-        print(f"\nRound {k + 1} was no better, so {best} is the answer (--stop {settings.stop}).")
+        why = "changed nothing" if settings.stop == "same" else "was no better"
+        print(f"\nRound {k + 1} {why}, so {best} is the answer (--stop {settings.stop}).")
     return text
 
 
@@ -134,7 +133,7 @@ def improve_file(lm, cfg, settings, rows, path):
                 line = {"made_with": stamp, **row, **ours}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
-    print(f"Rows written to {path}: {len(rows) - done:,}.")
+    print(f"{path}: {len(rows):,} rows, of which {done:,} were there already.")
 
 
 def rows_done(path, begin, total, batch):
@@ -168,6 +167,8 @@ def fit_prompts(lm, cfg, rows):
             raise UserError(
                 f"{place}: user and assistant must take turns, the user first and last."
             )
+        if cfg.data == "synthetic" and is_other_task(turns[-1]["content"], response):
+            raise UserError(f"{place}: {OTHER_TASK}")
         prompt = shorten(turns, lm, cfg.max_prompt)
         if prompt is None:
             raise UserError(

@@ -180,6 +180,8 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     if not overwrite:  # continued with more or less free memory, a run keeps its presets
         options["vram"] = options["vram"] or read_config(folder).get("vram")
     options = fill_in(options, smoke)
+    if options["model"] == "tiny" and options["data"] != "synthetic":
+        print("Warning: the built-in base knows the built-in task only. For your data: --model")
     started = Run.start(folder, options, overwrite, from_run)
     if is_finished(started):
         print(f"{folder} is finished. Its report: {folder / 'report.md'}")
@@ -474,7 +476,7 @@ def runs_command(
 
     from run import Run
 
-    columns = "run model data seed stage delta".split()
+    columns = "run", "model", "data", "seed", "stage", "delta (judge)"
     table = Table(*[Column(name, overflow="fold") for name in columns])
     for file in sorted(folder.glob("*/metrics.jsonl")):
         try:
@@ -521,7 +523,7 @@ def infer_command(
         stop=stop,
         seed=seed,
     )
-    roles = [infer.POLICY, settings.pit, "reward_gap"]
+    roles = ["reward_gap", infer.POLICY, settings.pit]  # in the order in which they are trained
     opened.check(roles)  # before the base takes its time to load
     rows = read_rows(input) if input else []
     if response == "-":
@@ -549,6 +551,8 @@ def check_request(prompt, response, input, output):
         raise UserError("--response needs its prompt: give the prompt too.")
     if output and output.exists() and not output.is_file():
         raise UserError(f"--output {output}: give a file, which can be continued after a stop.")
+    if output and output.suffix != ".jsonl":
+        raise UserError(f"--output {output}: rows are written as JSON lines; name it FILE.jsonl.")
 
 
 @app.command(name="export")
@@ -605,6 +609,7 @@ def card(lm, run, role, merge):
         base=base,
         is_local=Path(base).exists(),
         licence=licence_of(base),
+        gain=run.gain() if role == improver(run.config) else None,
         label=label,
     )
 

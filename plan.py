@@ -256,7 +256,10 @@ class Plan:
 
     def table(self):
         """The plan for people; with times as soon as something has been measured."""
-        lines = ["  stage          passes  trained     read  written   memory     time"]
+        lines = [
+            "  passes over its pairs; tokens trained, read, written; memory without the libraries",
+            "  stage          passes  trained     read  written   memory     time",
+        ]
         row = "  {name:14}{passes:7.1f}{:8,.0f}k{:8,.0f}k{:8,.0f}k{memory:5.1f} GiB"
         for stage in self.stages:
             tokens = [stage.rows * n / 1000 for n in (stage.trained, stage.read, stage.written)]

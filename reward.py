@@ -158,7 +158,8 @@ def finish(lm, run, role, contexts_of, held_out):
     measured = measure(score_pairs(lm, role, contexts_of, held_out, run.config))
     two_standard_errors = len(held_out) ** -0.5
     if measured["accuracy"] < 0.5 + two_standard_errors:
-        run.warn(f"{role} is no better than chance. Try more --rm-steps or --pairs.")
+        n = len(held_out)
+        run.warn(f"{role} may be no better than chance on {n} pairs. More --rm-steps, or --pairs?")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
     print(f"  held out: right on {measured['accuracy']:.0%}")
     if "order" in measured:

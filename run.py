@@ -182,7 +182,7 @@ class Run:
                 return row
 
     def summary(self):
-        """For people: model, data, seed, the last stage that ended, and PIT's delta, in points.
+        """For people: model, data, seed, the last stage that ended, PIT's delta, and its judge.
 
         delta: how often PIT beats the policy's own answers, less how often it loses.
         """
@@ -191,7 +191,7 @@ class Run:
         stage = [*self.results().get("time_s", ["none yet"])][-1]
         if is_smoke(config):
             stage += " (smoke)"
-        delta = f"{100 * gain['delta']:+.1f}" if gain else ""
+        delta = f"{100 * gain['delta']:+.1f} ({gain['judge']})" if gain else ""
         return config.model, config.data, str(config.seed), stage, delta
 
     def add_seconds(self):

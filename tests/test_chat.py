@@ -104,7 +104,7 @@ def test_the_built_in_task_is_told_from_other_questions(able, capsys, prompt, re
 
 
 def test_a_prompt_is_cut_to_what_the_run_was_trained_on_or_refused(lm, capsys):
-    cfg = SimpleNamespace(max_prompt=40, max_response=8)
+    cfg = SimpleNamespace(data="hh", max_prompt=40, max_response=8)
     long = [{"role": "user", "content": "north " * 100 + "Where does Ann look in the end?"}]
     (cut,) = chat.fit_prompts(lm, cfg, [({}, long, None, "the prompt")])
     assert cut[0]["content"].endswith("in the end?") and len(lm.encode_prompt(cut)) <= 40
@@ -245,7 +245,7 @@ def test_samples_that_do_not_end_are_a_warning(able, pairs, tmp_path, monkeypatc
     run = SimpleNamespace(path=tmp_path, config=SimpleNamespace(seed=0, **vars(CFG)))
     text = "north " * CFG.max_response
     for texts, warns in ((["map", text], False), ([text, text], True)):
-        monkeypatch.setattr(able, "answer", lambda *args: texts)
+        monkeypatch.setattr(able, "answer", lambda *args, texts=texts: texts)
         chat.show_samples(able, run, "policy_rl", pairs[:2])
         assert ("policy_rl writes without end" in capsys.readouterr().out) == warns
         (tmp_path / "samples.md").unlink()
@@ -270,7 +270,7 @@ def test_an_answer_of_full_length_may_be_improved(lm):
     text = "north " * 8
     written = len(lm.encode_response(text)) - 1
     # as PIT writes them: all tokens used, no room for an EOS
-    cfg = SimpleNamespace(max_prompt=40, max_response=written)
+    cfg = SimpleNamespace(data="hh", max_prompt=40, max_response=written)
     turns = [{"role": "user", "content": "x"}]
     assert chat.fit_prompts(lm, cfg, [({}, turns, text, "row")]) == [turns]
 

@@ -195,12 +195,21 @@ def test_infer_without_a_prompt_is_a_conversation(mini):
 
 def test_a_file_is_improved(mini, tmp_path):
     folder, _ = mini
-    rows = [{"prompt": PROMPT}, {"prompt": "List.", "response": "tea"}]
+    rows = [{"prompt": PROMPT}, {"prompt": PROMPT, "response": "Now Ann east: west east."}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "out.jsonl"
     words = "--input", tmp_path / "in.jsonl", "--output", output, "--rounds", 1
     works("infer", "--run", folder, *words)
-    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()][1] == "List."
+    assert json.loads(output.read_text().splitlines()[1])["response"] == "Now Ann east: west east."
+    # the built-in base knows nothing else
+    (tmp_path / "in.jsonl").write_text('{"prompt": "List."}')
+    code, _, err = pit("infer", "--run", folder, *words[:2], "--output", tmp_path / "other.jsonl")
+    assert code == 2 and "in.jsonl, row 1: This run knows" in err
+
+
+def test_other_data_with_the_built_in_base_is_a_warning(tmp_path):
+    words = "all", "--run", tmp_path / "new", "--data", "no-such-file.jsonl"
+    assert "the built-in base knows the built-in task only" in pit(*words)[1]
 
 
 def test_an_export_carries_a_card(mini, tmp_path):
@@ -211,8 +220,11 @@ def test_an_export_carries_a_card(mini, tmp_path):
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "Please improve your answer." in card and "8 held-out prompts, by the" in card
     assert "license: apache-2.0\n" in card and "the built-in base `tiny`" in card
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in card
     code, _, err = pit(*words)
     assert code == 2 and "there already" in err
+    works(*words[:4], "policy_sft", "--to", tmp_path / "policy")
+    assert "held-out prompts, by the" not in (tmp_path / "policy" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("is_listed", [True, False])
@@ -334,6 +346,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("infer --run {mini} hello --input {tmp}/in.jsonl --output {tmp}/o", "not both"),
         ("infer --run {mini} --input /nowhere --output {tmp}/o", "does not exist"),
         ("infer --run {mini} --input {tmp}/in.jsonl --output /dev/null", "give a file"),
+        ("infer --run {mini} --input {tmp}/in.jsonl --output {tmp}/o.csv", "FILE.jsonl"),
         ("export --run {mini} --adapter policy --to {tmp}/x", "policy_rl, policy_sft"),
         ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),

@@ -219,5 +219,5 @@ def test_an_accuracy_within_two_standard_errors_of_chance_is_told(
     monkeypatch.setattr(reward, "score_pairs", lambda *_: scores)
     run = FakeRun()
     reward.finish(lm, run, "judge", reward.answer_contexts, [None] * 1000)
-    told = ["judge is no better than chance. Try more --rm-steps or --pairs."]
+    told = ["judge may be no better than chance on 1000 pairs. More --rm-steps, or --pairs?"]
     assert run.warnings == (told if is_told else [])
