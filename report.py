@@ -38,6 +38,8 @@ plt.rcParams.update(
         "errorbar.capsize": 3,
     }
 )
+# of curves: one color for a role in all panels
+COLOR_OF = {"pit_sft": "C1", "reward_gap": "C1", "judge": "C2", "pit_rl0": "C1", "pit_rl1": "C2"}
 MUCH = 0.1  # ten points of delta: what a word wins has to be more, to be worth a warning
 LABELS = {
     "base": "the base, asked to improve",
@@ -258,7 +260,8 @@ def plot_curves(run, metrics):
         for ax, (name, title, stages) in zip(axes.flat, PANELS):
             for stage, lines in grouped(metrics, "stage").items():
                 if re.match(stages, stage):
-                    curve(ax, lines, name, label=stage, alpha=0.7)  # curves that agree stay visible
+                    color = COLOR_OF.get(stage, "C0")
+                    curve(ax, lines, name, label=stage, color=color, alpha=0.7)
             if name == "length":
                 ax.axhline(run.config.max_response, color="black", linestyle="--", label="limit")
             zero_line(ax)
@@ -269,12 +272,13 @@ def plot_curves(run, metrics):
 def plot_result(run, results, metrics):
     """Who beats the policy's own answers, and the gap in each of PIT's rounds -> result.png."""
     with drawing(run, "result.png", 1, 2) as (left, right):
-        # 1. left: deltas, from the bottom to the top
-        for row in reversed(judged_by(results, results["main"])):
-            if row["b"] == "original":
-                name = label(row["a"])
-                left.plot(row["ci95"], [name, name], color="C0")
-                left.plot(row["delta"], name, "o", color="C0")
+        # 1. left: deltas, in the order of LABELS, from the top to the bottom
+        rows = grouped(judged_by(results, results["main"]), "b")["original"]
+        order = [*LABELS]
+        for row in sorted(rows, key=lambda row: order.index(row["a"]), reverse=True):
+            name = label(row["a"])
+            left.plot(row["ci95"], [name, name], color="C0")
+            left.plot(row["delta"], name, "o", color="C0")
         left.axvline(0, color="black", linewidth=1)
         left.xaxis.set_major_formatter(IN_POINTS)
         left.set(
@@ -284,8 +288,10 @@ def plot_result(run, results, metrics):
         # 2. right: the rounds on one scale, but on references of their own
         stages = grouped(metrics, "stage")
         for number, source in enumerate(run.config.rounds.split(",")):
+            role = f"pit_rl{number}"
             name = f"round {number}, over {source} answers"
-            curve(right, stages.get(f"pit_rl{number}", []), "score", label=name)
+            color = COLOR_OF.get(role, "C0")
+            curve(right, stages.get(role, []), "score", label=name, color=color)
         zero_line(right)
         right.set(
             title="What PIT learns from: the gap by R_PIT\n(0 = no change)",
@@ -303,8 +309,8 @@ def plot_fig2(run, results):
         "wl": "better after worse\nr(w, l)",
     }
     scores = [results["fig2"][order] for order in orders]
-    title = "R_PIT's scores r(answer, reference): the top should lie right, the bottom left"
-    with drawing(run, "fig2.png", title=title, xlabel="score") as ax:
+    title = "R_PIT's r(answer, reference): the top should lie right, the bottom left, the rest at 0"
+    with drawing(run, "fig2.png", title=title, xlabel="score (bars: lowest, mean, highest)") as ax:
         ax.violinplot(scores, orientation="horizontal", widths=0.9, showmeans=True)
         ax.set_yticks(range(1, 5), orders.values())
 
@@ -314,8 +320,8 @@ def plot_fig3(run, results):
     with drawing(
         run,
         "fig3.png",
-        title=f"One improvement against the original, judged by {label(results['main'])}",
-        xlabel="sampling temperature",
+        title=f"Originals at temperature 1, improved once. Judged by {label(results['main'])}",
+        xlabel="sampling temperature of the improvement",
         ylabel="win - lose, in points (95% interval)",
     ) as ax:
         bars(ax, results["fig3"], "method", "temperature", "delta")
