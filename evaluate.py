@@ -17,7 +17,7 @@ import infer
 from baselines import ORIGINAL, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair
 from judges import SAME, Judge, adapter_judge
-from reward import answer_contexts, gap_contexts, score_pairs
+from reward import answer_contexts, gap_contexts, ranked_right, score_pairs
 from run import progress, write_lines
 from votes import ROWS, questions_about, read_answers, read_votes
 
@@ -331,26 +331,16 @@ def gap_evidence(lm, annotated, written, cfg):
     for (kind, pairs), role in product(kinds.items(), GAP_MODELS):
         if not pairs or role not in lm.roles:
             continue
-        ww, lw, wl, ll = four = eq1_scores(lm, role, pairs, cfg)
+        # R_P reads no reference: its gap is R_P(y) - R_P(y_ref)
+        contexts_of = answer_contexts if role == "reward_policy" else gap_contexts
+        scores = score_pairs(lm, role, contexts_of, pairs, cfg).numpy()  # (2c, n)
         if (kind, role) == ("annotated", "reward_gap"):
-            fig2 = dict(zip(("ww", "lw", "wl", "ll"), four.round(3).tolist()))
-        # the gap r(y, y_ref) - r(y_ref, y_ref) of better over worse, and of worse over better
-        up = wl - ll  # (n,)
-        down = lw - ww  # (n,)
-        # is the sign right, in both directions? In one alone, that is a tie
-        right = np.mean([up > 0, down < 0], axis=0)  # (n,)
+            fig2 = dict(zip(("ww", "lw", "wl", "ll"), scores.round(3).tolist()))
+        # Is the sign of the gap r(y, y_ref) - r(y_ref, y_ref) right? Of better over worse it is
+        # where r^wl > r^ll, of worse over better where r^ww > r^lw. In one alone, that is a tie.
+        right = ranked_right(scores).mean(0)  # (n,)
         eq2.append({"model": role, "pairs": kind, "accuracy": mean(right)} | compare(right, 0.5))
     return {"fig2": fig2, "eq2": eq2}
-
-
-def eq1_scores(lm, role, pairs, cfg):
-    """The scores of Eq. 1, the candidate's letter first -> (4, n): ww, lw, wl, ll.
-
-    R_P reads no reference: its scores are w, l after both, and its gap is R_P(y) - R_P(y_ref).
-    """
-    if role == "reward_policy":
-        return np.tile(score_pairs(lm, role, answer_contexts, pairs, cfg), (2, 1))
-    return score_pairs(lm, role, gap_contexts, pairs, cfg).numpy()
 
 
 # ---- for other judges --------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def test_figure_2_labels_its_distributions(drawn, monkeypatch):
         seen.append(scores)
 
     monkeypatch.setattr(report.plt.Axes, "violinplot", violinplot)
-    four = {"ww": [1], "lw": [2], "wl": [3], "ll": [4]}  # the order of evaluate.eq1_scores
+    four = {"ww": [1], "lw": [2], "wl": [3], "ll": [4]}  # the order of reward.score_batch
     report.plot_fig2(Run(drawn), {"fig2": four})
     assert seen == [[[2], [4], [1], [3]]]  # worst first, from the bottom to the top
 
