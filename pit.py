@@ -232,11 +232,13 @@ def improver(cfg):
 # ---- the stages --------------------------------------------------------------------------------
 
 
-def load_base(cfg, bits=None):
-    """The base of a run, with its kind of adapters -> LM."""
+def load_base(run, roles=(), bits=None):
+    """The base of a run, with its kind of adapters, and with these trained roles -> LM."""
     from models import load_model
 
-    return load_model(
+    run.check(roles)  # before the base takes its time
+    cfg = run.config
+    lm = load_model(
         name=cfg.model,
         bits=bits or cfg.bits,
         lora_r=cfg.lora_r,
@@ -244,10 +246,13 @@ def load_base(cfg, bits=None):
         target_modules=cfg.target_modules,
         seed=cfg.seed,
     )
+    for role in roles:
+        run.load(lm, role)
+    return lm
 
 
-def prepare(run):
-    """What the stages share -> the base, loaded once; the run; the pairs, dealt out."""
+def prepare(run, roles=()):
+    """What the stages share -> the base, loaded once, with roles; the run; the pairs, dealt out."""
     import curriculum
     import data
     import plan
@@ -256,7 +261,7 @@ def prepare(run):
     pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
     run.pin("data fingerprint", data.fingerprint(pairs))
     curriculum.check_given(cfg.rounds.split(","), pairs)
-    lm = load_base(cfg)
+    lm = load_base(run, roles)
     print(f"{cfg.model}: {lm.describe()}")
     if cfg.model != "tiny":
         plan.plan_memory(lm, cfg)
@@ -294,7 +299,6 @@ def reward_stage(lm, run, parts):
 def rl_stage(lm, run, parts):
     import curriculum
 
-    run.need(lm, ["policy_sft", "pit_sft", "reward_policy", "reward_gap"])
     curriculum.train_policy_rl(lm, run, parts["rl"])
     show(lm, run, parts, "policy_rl")
     train_rounds(lm, run, parts, run.config.rounds, "pit_rl")
@@ -373,7 +377,8 @@ def rl_command(run: StageRun):
 
     Example: python pit.py rl --run runs/tiny
     """
-    rl_stage(*prepare(open_run(run)))
+    roles = ["policy_sft", "pit_sft", "reward_policy", "reward_gap"]
+    rl_stage(*prepare(open_run(run), roles))
 
 
 def open_to_judge(path, names):
@@ -383,11 +388,10 @@ def open_to_judge(path, names):
     run = open_run(path)
     names = names or default_judges(run.config)
     check_names(names, run.config)  # misspelt ones are refused at once
-    lm, run, parts = prepare(run)
     roles = run.trained_by()
     if "judge" not in names:  # the run's own judge may be missing where it has no say
         del roles["judge"]
-    run.need(lm, roles)
+    lm, run, parts = prepare(run, roles)
     return lm, run, parts, judges_by_name(names, lm, run.config)
 
 
@@ -523,16 +527,14 @@ def infer_command(
         stop=stop,
         seed=seed,
     )
-    roles = ["reward_gap", infer.POLICY, settings.pit]  # in the order in which they are trained
-    opened.check(roles)  # before the base takes its time to load
     rows = read_rows(input) if input else []
     if response == "-":
         response = sys.stdin.read().strip()
         if not response:
             raise UserError("--response -: nothing came through the pipe.")
 
-    lm = load_base(cfg)
-    opened.need(lm, roles)
+    # in the order in which they are trained
+    lm = load_base(opened, ["reward_gap", infer.POLICY, settings.pit])
     if output:
         chat.improve_file(lm, cfg, settings, rows, output)
     elif prompt:
@@ -572,7 +574,6 @@ def export_command(
     roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
-    opened.check([adapter])
     if to.exists():
         raise UserError(f"--to {to} is there already. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():
@@ -581,8 +582,7 @@ def export_command(
     from models import export
 
     # merging into 4-bit weights would move the logits; an adapter needs none
-    lm = load_base(opened.config, bits=16 if merge else None)
-    opened.need(lm, [adapter])
+    lm = load_base(opened, [adapter], bits=16 if merge else None)
     with new_folder(to) as folder:
         export(lm, adapter, folder, merge)
         (folder / "README.md").write_text(card(lm, opened, adapter, merge), encoding="utf-8")

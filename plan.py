@@ -73,10 +73,10 @@ def estimate_memory(lm, cfg):
     length = max_length(cfg)
     rows = rows_at_a_time(cfg)
 
-    # "blank" is the only adapter so far. To come: two of SFT, three reward models, policy_rl, and
-    # PIT's rounds
+    # with "blank", some adapters are there already. In the end there are two more of SFT, three
+    # reward models, policy_rl, and PIT's rounds
     lora = sum(4 * matrix.numel() for matrix in lm.weights("blank").values())
-    weights = base.get_memory_footprint(return_buffers=False) - lora
+    weights = base.get_memory_footprint(return_buffers=False) - len(lm.roles) * lora
     roles = 7 + len(cfg.rounds.split(","))
     always = {"weights": weights, "adapters": roles * lora, "optimiser, gradients": 3 * lora}
 
@@ -114,8 +114,9 @@ def totals(work):
 def plan_memory(lm, cfg):
     """Say what training will take, and recompute layers in the backward pass if memory is short."""
     work = estimate_memory(lm, cfg)
-    # what is free, and the weights, which are there already; --vram may allow less
-    room = min(free_memory() + work["sampling"]["weights"], cfg.vram or math.inf)
+    # what is free, and what is there already: the weights, some adapters; --vram may allow less
+    there = lm.base.get_memory_footprint(return_buffers=False) / GIB
+    room = min(free_memory() + there, cfg.vram or math.inf)
     if max(totals(work).values()) > room - DESKTOP:
         lm.checkpoint_layers()
         work = estimate_memory(lm, cfg)

@@ -234,13 +234,6 @@ class Run:
                     f"python pit.py {command} --run {self.path}"
                 )
 
-    def need(self, lm, roles):
-        """Load these trained roles into `lm`; UserError where one is missing."""
-        missing = [role for role in roles if role not in lm.roles]
-        self.check(missing)
-        for role in missing:
-            self.load(lm, role)
-
     def load_trained(self, lm, role):
         """Whether `lm` has the trained `role` now; loads it if need be."""
         if role not in lm.roles and self.done(role):

@@ -27,17 +27,14 @@ from run import new_folder
 state = PartialState(cpu=not torch.cuda.is_available())
 run = pit.open_run(Path(sys.argv[1]))
 cfg, out = run.config, run.path.with_name(run.path.name + "-grpo")
-lm = pit.load_base(cfg)
-for role in ("policy_rl", "pit_sft", "pit_rl0", "reward_gap"):
-    run.load_trained(lm, role)
+lm = pit.load_base(run, ["policy_rl", "pit_sft", "pit_rl0", "reward_gap"])
 parts = load_parts(cfg, lm, load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns))
 
 # round 0 starts as M_PIT^SFT; the first process writes that as a whole model
 start = out / "pit_sft"
 with state.local_main_process_first():
     if not start.exists():
-        unquantised = pit.load_base(cfg, bits=16)
-        run.load(unquantised, "pit_sft")
+        unquantised = pit.load_base(run, ["pit_sft"], bits=16)
         with new_folder(start) as folder:
             export(unquantised, "pit_sft", folder, merge=True)
 
@@ -72,7 +69,7 @@ trainer.save_model()
 # judge as `python pit.py eval` does: who beats the policy's answers to held-out prompts?
 if state.is_main_process:
     cfg.model = str(start)  # to load the base that GRPO has trained on
-    grpo = pit.load_base(cfg, bits=16)
+    grpo = pit.load_base(run, bits=16)
     grpo.load("grpo", out)
     judge = next(iter(judges_by_name(default_judges(cfg), lm, cfg).values()))
     prompts = [pair.prompt for pair in one_per_prompt(parts["held_out"])[: cfg.eval_n]]

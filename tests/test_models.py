@@ -536,6 +536,8 @@ def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
         p.numel() * p.element_size() for name, p in base.named_parameters() if "lora" not in name
     )
     lora = sum(p.numel() * 4 for p in lm.parameters("blank"))
+    lm.add("policy_sft")  # as where `rl` goes on
+    assert plan.estimate_memory(lm, cfg) == before
     lm.checkpoint_layers()
     after = plan.estimate_memory(lm, cfg)
     for work in ("SFT, PPO update", "reward models"):

@@ -288,7 +288,7 @@ def test_an_evaluation_that_was_cut_short_is_told_before_any_vote(mini, tmp_path
 
 def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeypatch):
     """And said before the base takes its time to load."""
-    monkeypatch.setattr("pit.load_base", None)
+    monkeypatch.setattr("models.load_model", None)
     shutil.copytree(mini[0], tmp_path / "run")
     trained_by = {"pit_sft": "sft", "reward_gap": "reward", "pit_rl1": "rl"}
     for role, command in trained_by.items():
@@ -296,7 +296,8 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         words = "--adapter", role, "--to", tmp_path / "whole"
         err = pit("export", "--run", tmp_path / "run", *words)[2]
         assert f"First run: python pit.py {command} --run" in err
-    assert "First run: " in pit("infer", "--run", tmp_path / "run", "map")[2]
+    for words in (["infer", "map"], ["rl"], ["eval"]):
+        assert "First run: " in pit(*words, "--run", tmp_path / "run")[2]
 
 
 # ---- what people are told ----------------------------------------------------------------------

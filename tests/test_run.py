@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,7 +320,7 @@ def test_damaged_adapters_are_named_and_trained_again(whole, tmp_path, capsys):
             file.write_bytes(content)
     hurt(run.adapter("reward_gap") / "head.safetensors", rng)
     with pytest.raises(UserError, match="reward_gap is missing or damaged.*python pit.py reward"):
-        run.need(SimpleNamespace(roles=[]), ["reward_gap"])
+        pit.load_base(run, ["reward_gap"])
     train(tmp_path / "run", stages=(pit.sft_stage, pit.reward_stage))
     mine, other = outcome(tmp_path / "run"), outcome(whole)
     for found in (mine, other):  # lines are in another order
@@ -345,9 +344,9 @@ def test_an_adapter_under_another_name_or_of_another_shape_is_refused(whole, lm,
     with pytest.raises(
         UserError, match="does not fit tiny, rank 2: its weights belong to other layers"
     ):
-        run.load(pit.load_base(run.config), "pit_sft")
+        pit.load_base(run, ["pit_sft"])
     run.config.target_modules = MINI["target_modules"]
-    own = pit.load_base(run.config)
+    own = pit.load_base(run)
     run.load(own, "reward_gap")
     (run.adapter("pit_rl0") / "adapter_model.safetensors").unlink()
     (run.adapter("policy_rl") / "adapter_model.safetensors").write_text("rubbish")

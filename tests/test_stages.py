@@ -30,7 +30,8 @@ def test_the_base_gets_the_options_of_the_run(monkeypatch):
     seen = {}
     monkeypatch.setattr(models, "load_model", lambda **options: seen.update(options))
     cfg = dict(bits=16, lora_r=4, lora_alpha=5, target_modules="x", seed=6)
-    pit.load_base(SimpleNamespace(model="m", **cfg))
+    run = SimpleNamespace(config=SimpleNamespace(model="m", **cfg), check=lambda roles: None)
+    pit.load_base(run)
     assert seen == cfg | {"name": "m"}
 
 
@@ -87,9 +88,9 @@ def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
 def test_infer_does_as_it_is_told(monkeypatch, stop):
     seen = []
     cfg = SimpleNamespace(rounds="annotated,policy", temperature=1.0, seed=0)
-    run = SimpleNamespace(config=cfg, check=lambda *_: None, need=lambda *_: None)
+    run = SimpleNamespace(config=cfg)
     monkeypatch.setattr(pit, "open_run", lambda path: run)
-    monkeypatch.setattr(pit, "load_base", lambda cfg: None)
+    monkeypatch.setattr(pit, "load_base", lambda run, roles: None)
     monkeypatch.setattr(chat, "converse", lambda lm, cfg, settings: seen.append(settings))
     pit.infer_command("run", rounds=2, temperature=0.3, seed=7, stop=stop)
     assert seen == [infer.Settings("pit_rl1", 2, 0.3, stop, 7)]
