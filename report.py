@@ -128,30 +128,56 @@ def print_tables(run, results, judge):
 # ---- scorecard ---------------------------------------------------------------------------------
 
 
-CLAIMS = [  # that are one comparison of Table 1: the claim, the paper's number, whom PIT beats
-    ("PIT beats the original", "7 to 34", "original"),
-    ("PIT beats Self-Refine", "-4 to 24", "self_refine"),
-    ("PIT beats y_w", "not said", "y_w"),
-    ("PIT beats PIT after SFT only", "not said", "pit_sft"),
-    ("PIT beats best of 2, same cost", "not said", "best_of_2"),
-    ("PIT beats a second sample", "not said", "second_sample"),
-]
+# By table of results.json: a claim, the paper's number, the rows that decide it, and which of their
+# columns holds a comparison (None: the row is one)
+CLAIMS = {
+    "table1": [
+        ("PIT beats the original", "7 to 34", dict(a="pit", b="original"), None),
+        ("PIT beats Self-Refine", "-4 to 24", dict(a="pit", b="self_refine"), None),
+        ("PIT beats y_w", "not said", dict(a="pit", b="y_w"), None),
+        ("PIT beats PIT after SFT only", "not said", dict(a="pit", b="pit_sft"), None),
+        ("PIT beats best of 2, same cost", "not said", dict(a="pit", b="best_of_2"), None),
+        ("PIT beats a second sample", "not said", dict(a="pit", b="second_sample"), None),
+    ],
+    "fig3": [
+        ("temperature 0.4 beats 1", "yes", dict(method="pit", temperature=1.0), "04_over_it"),
+        ("0.4 is the best temperature", "0.4-0.6", dict(method="pit"), "04_over_it"),
+    ],
+    "table3": [
+        ("each round beats the original", "yes", dict(method="pit"), "over_original"),
+        ("... and Self-Refine", "yes", dict(method="pit"), "over_self_refine"),
+        ("round 2 beats round 1", "not said", dict(method="pit", round=2), "over_previous"),
+    ],
+    "table2": [
+        ("two rounds beat round 0 alone", "13 vs 0", dict(curriculum="annotated"), "both_over_it"),
+        ("two rounds beat round 1 alone", "13 vs 2", dict(curriculum="policy"), "both_over_it"),
+    ],
+    "eq2": [  # how often the gap is right, less how often it is wrong
+        ("R_PIT ranks: annotated", "yes", dict(model="reward_gap", pairs="annotated"), None),
+        (
+            "R_PIT ranks: written by models",
+            "not said",
+            dict(model="reward_gap", pairs="written by models"),
+            None,
+        ),
+    ],
+}
 
 
 def scorecard(results, judge):
     """The paper's claims, and what its readers asked, by one judge -> a list of dicts.
 
-    What was not measured is left out. The tables after Table 1 are by the main judge alone.
+    What was not measured is left out. Rows that name no judge are by the main one.
     """
-    pit_over = {row["b"]: row for row in judged_by(results, judge) if row["a"] == "pit"}
-    claims = [(text, paper, [pit_over.get(b)]) for text, paper, b in CLAIMS]
-    if judge == results["main"]:
-        claims += other_claims(results)
     card = []
-    for text, paper, rows in claims:
-        measured = [row for row in rows if row]
-        if measured:
-            card.append({"claim": text, "paper": paper} | verdict(measured))
+    for table, claims in CLAIMS.items():
+        by_judge = [r for r in results.get(table, []) if r.get("judge", results["main"]) == judge]
+        for text, paper, where, column in claims:
+            rows = [row for row in by_judge if where.items() <= row.items()]
+            if column:
+                rows = [row[column] for row in rows if column in row]
+            if rows:
+                card.append({"claim": text, "paper": paper} | verdict(rows))
     return card
 
 
@@ -168,33 +194,6 @@ def verdict(rows):
     elif high < 0:
         said = "does not hold"
     return {"ours": points({"delta": delta, "ci95": [low, high]}, "+.0f"), "verdict": said}
-
-
-def other_claims(results):
-    """The claims that Table 1 does not decide: (claim, the paper's number, comparisons)."""
-    # 1. what was compared, by the main judge
-    rounds = grouped(results["table3"], "method")["pit"]
-    temperatures = grouped(results["fig3"], "method")["pit"]
-    cooler = {row["temperature"]: row.get("04_over_it") for row in temperatures}
-    both = {}
-    for row in results.get("table2", []):
-        if row.get("judge") == results["main"]:
-            both[row["curriculum"]] = row["both_over_it"]
-    # 2. deltas
-    claims = [
-        ("temperature 0.4 beats 1", "yes", [cooler[1.0]]),
-        ("0.4 is the best temperature", "0.4-0.6", cooler.values()),
-        ("each round beats the original", "yes", [row["over_original"] for row in rounds]),
-        ("... and Self-Refine", "yes", [row.get("over_self_refine") for row in rounds]),
-        ("round 2 beats round 1", "not said", [rounds[1]["over_previous"]]),
-        ("two rounds beat round 0 alone", "13 vs 0", [both.get("annotated")]),
-        ("two rounds beat round 1 alone", "13 vs 2", [both.get("policy")]),
-    ]
-    # 3. how often the gap is right, less how often it is wrong
-    for row in grouped(results["eq2"], "model")["reward_gap"]:
-        paper = "yes" if row["pairs"] == "annotated" else "not said"
-        claims.append((f"R_PIT ranks: {row['pairs']}", paper, [row]))
-    return claims
 
 
 # ---- figures -----------------------------------------------------------------------------------
