@@ -61,16 +61,19 @@ def test_a_name_that_no_judge_can_have_is_refused(tmp_path):
 
 def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
     needed = []
+
+    def prepare(run, roles):
+        needed[:] = roles
+        return None, run, {}
+
     run = SimpleNamespace(
         config=SimpleNamespace(data="synthetic", rounds="annotated"),
-        need=lambda lm, roles: needed.extend(roles),
         trained_by=lambda: Run.trained_by(run),
     )
     monkeypatch.setattr(pit, "open_run", lambda path: run)
-    monkeypatch.setattr(pit, "prepare", lambda run: (None, run, {}))
+    monkeypatch.setattr(pit, "prepare", prepare)
     (tmp_path / "rule.py").write_text("def quality(prompt, answer): return 1")
     for names, needs_judge in ((None, True), (["judge"], True), ([f"{tmp_path}/rule.py"], False)):
-        needed.clear()
         pit.open_to_judge("runs/tiny", names)
         assert ("judge" in needed) == needs_judge and "reward_gap" in needed
 
