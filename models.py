@@ -94,9 +94,10 @@ class LM:
         self.base = base
         tokenizer.chat_template = STEADY + chat_template(tokenizer)
         self.control = control_tokens(tokenizer)
-        self.lm_head = base.get_output_embeddings()
         self.eos = end_of_turn(tokenizer)
-        if is_unlearned(self.eos, self.lm_head.weight):
+        rows = base.get_output_embeddings().weight  # (V, D)
+        # one that is missing, or has no row, is left to `check_base`
+        if self.eos in range(len(rows)) and is_unlearned(self.eos, rows):
             self.eos = tokenizer.eos_token_id
         # Masks hide padding, so any token will do but EOS: with that, padding would look like the
         # end of an answer, and a mask made by `ids != pad` would hide the EOS. The model would
@@ -110,7 +111,7 @@ class LM:
         self.hidden_size = base.get_input_embeddings().embedding_dim
         # "blank" is the base itself: the B of a new LoRA is zero
         self.peft = get_peft_model(base, lora, adapter_name="blank")
-        self.lm_head = base.get_output_embeddings()  # again: an adapter may wrap it
+        self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
         self.roles = {"blank"}
         self.active = "blank"
@@ -427,12 +428,14 @@ def end_of_turn(tokenizer):
 def is_unlearned(token, rows):
     """Whether a base has never seen `token`, by the rows of its LM head (V, D).
 
-    The template of a base model may use tokens that no text it learned from had. The rows of such
-    tokens stay equal: in SmolLM2 within 0.3%, where that of <|im_end|> is 13% away. And of k equal
-    rows none can become likelier than 1/k by LoRA, which leaves them as they are.
+    The chat template of a base model may use tokens that never occurred in its training. Their rows
+    stay together: in SmolLM2 they are within 0.3% of each other, while that of <|im_end|>, which it
+    knows, is 13% away. No token of k with equal rows can get a probability above 1/k, and LoRA does
+    not train the rows.
     """
     distances = (rows - rows[token]).norm(dim=1)  # (V,)
-    return (distances < 0.02 * rows[token].norm()).sum() > 8
+    alike = distances < 0.02 * rows[token].norm()
+    return alike.sum() > 8  # the token itself, and at least eight others
 
 
 def control_tokens(tokenizer):
