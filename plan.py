@@ -258,7 +258,7 @@ class Plan:
     def table(self):
         """The plan for people; with times as soon as something has been measured."""
         lines = [
-            "  passes over its pairs; tokens trained, read, written; memory without the libraries",
+            "  (passes over the pairs; tokens; memory without that of the libraries)",
             "  stage          passes  trained     read  written   memory     time",
         ]
         row = "  {name:14}{passes:7.1f}{:8,.0f}k{:8,.0f}k{:8,.0f}k{memory:5.1f} GiB"

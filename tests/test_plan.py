@@ -68,6 +68,7 @@ def test_a_plan_learns_from_steps_and_from_stages(capsys, monkeypatch):
     made = plan.Plan(stages())
     assert made.begin("pit_sft") == "[2 of 9] "
     assert "00:" not in made.table()  # no time before something was measured
+    assert max(map(len, made.table().splitlines())) <= 80
     made.begin("policy_sft")
     now = 99.0
     assert made.end_step(1, 60) == ""  # a first step is no measure
