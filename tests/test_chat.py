@@ -251,6 +251,14 @@ def test_samples_that_do_not_end_are_a_warning(able, pairs, tmp_path, monkeypatc
         (tmp_path / "samples.md").unlink()
 
 
+@pytest.mark.parametrize("stop, why", [("gap", "was no better"), ("same", "changed nothing")])
+def test_why_the_rounds_ended_is_said(able, monkeypatch, capsys, stop, why):
+    monkeypatch.setattr(chat, "iterate", lambda *_: iter([("tea", None), ("tea please", 0.5)]))
+    said = chat.answer(able, CFG, settings(3, stop), [{"role": "user", "content": "Hello."}])
+    assert said == "tea please"
+    assert f"Round 2 {why}, so round 1 is the answer" in capsys.readouterr().out
+
+
 def test_the_same_question_gets_the_same_answer(able, capsys):
     said = []
     for _ in range(2):

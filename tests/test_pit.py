@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -169,8 +170,11 @@ def test_ablate_compares_curricula_and_eval_keeps_them(mini, monkeypatch):
 
 def test_runs_are_listed(mini, monkeypatch):
     monkeypatch.chdir(mini[0].parent.parent)
+    monkeypatch.setenv("COLUMNS", "200")  # nothing is folded
     out = works("runs", mini[0].parent.name)
     assert f"{mini[0].parent.name}/mini" in out and "synthetic" in out and "(smoke)" in out
+    # whose delta that is: other tests may have had it judged again
+    assert re.search(r"[+-]\d+\.\d \((quality|judge)\)", out)
 
 
 # ---- using a run -------------------------------------------------------------------------------
@@ -205,6 +209,19 @@ def test_a_file_is_improved(mini, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "List."}')
     code, _, err = pit("infer", "--run", folder, *words[:2], "--output", tmp_path / "other.jsonl")
     assert code == 2 and "in.jsonl, row 1: This run knows" in err
+
+
+def test_only_to_merge_an_export_needs_the_base_unquantised(mini, tmp_path, monkeypatch):
+    asked = []
+
+    def load_base(run, roles, bits):
+        asked.append(bits)
+        raise UserError("enough")
+
+    monkeypatch.setattr("pit.load_base", load_base)
+    words = "export", "--run", mini[0], "--adapter", "pit_rl1", "--to", tmp_path / "out"
+    assert pit(*words)[0] == pit(*words, "--merge")[0] == 2
+    assert asked == [None, 16]
 
 
 def test_other_data_with_the_built_in_base_is_a_warning(tmp_path):

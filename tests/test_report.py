@@ -288,6 +288,9 @@ def test_no_stop_rule_is_left_out_and_both_rounds_share_a_scale(drawn, monkeypat
     _, labels = stops.axes[0].get_legend_handles_labels()
     rules = ["after a number of rounds", "when the gap is not above 0", "a rule of yours"]
     assert labels == ["the original", *rules]
+    # from the bottom to the top, in the order of LABELS from the last to the first
+    sides = [text.get_text() for text in result.axes[0].get_yticklabels()]
+    assert sides == [name for name in reversed(report.LABELS.values()) if name in sides] != []
     _, labels = result.axes[1].get_legend_handles_labels()
     assert labels == ["round 0, over annotated answers", "round 1, over policy answers"]
 
