@@ -54,7 +54,7 @@ def interval(values, bounds=None):
     Where all values are the same, resampling sees no doubt at all: [1, 1] for 5 wins of 5. With
     `bounds`, the lowest and the highest possible value, the interval is then Wilson's for what has
     not happened in N trials: a share of z^2 / (N + z^2) may lie at either bound. (Where only one or
-    two values differ from the rest, it is still narrow.)
+    two values differ from the rest, the bootstrap's is still too narrow.)
     """
     values, n = np.array(values), len(values)
     if bounds is not None and np.ptp(values) == 0:

@@ -110,9 +110,9 @@ class Form:
 
 
 FORMS = [Form(*line.split()) for line in (TABLE.strip() + UNPAIRED).splitlines()[1:]]
-FORMS_HELP = f"""Known forms:{TABLE}
-For other columns: --columns prompt=...,chosen=...,rejected=..., and where a label says which is
-better, label=...,low=0,high=1: what it is where the first is better, and where the second is."""
+FORMS_HELP = f"""Known forms:{TABLE}For other columns: --columns prompt=...,chosen=...,rejected=...
+If a label says which answer is better, add label=...,low=0,high=1 (its value when the first is
+better, and when the second is)."""
 
 
 # From a source to its rows

@@ -38,8 +38,14 @@ plt.rcParams.update(
         "errorbar.capsize": 3,
     }
 )
-# of curves: one color for a role in all panels
-COLOR_OF = {"pit_sft": "C1", "reward_gap": "C1", "judge": "C2", "pit_rl0": "C1", "pit_rl1": "C2"}
+COLOR_OF = {  # of curves: a role has the same color in all panels
+    "pit_sft": "C1",
+    "reward_gap": "C1",
+    "judge": "C2",
+    "pit_rl0": "C1",
+    "pit_rl1": "C2",
+    "pit_rl2": "C3",
+}
 MUCH = 0.1  # ten points of delta: what a word wins has to be more, to be worth a warning
 LABELS = {
     "base": "the base, asked to improve",
@@ -260,6 +266,7 @@ def plot_curves(run, metrics):
             for stage, lines in grouped(metrics, "stage").items():
                 if re.match(stages, stage):
                     color = COLOR_OF.get(stage, "C0")
+                    # alpha: curves that agree stay visible
                     curve(ax, lines, name, label=stage, color=color, alpha=0.7)
             if name == "length":
                 ax.axhline(run.config.max_response, color="black", linestyle="--", label="limit")

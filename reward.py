@@ -156,9 +156,9 @@ def measure(scores):
 def finish(lm, run, role, contexts_of, held_out):
     """Measure on held-out pairs, print, store and save."""
     measured = measure(score_pairs(lm, role, contexts_of, held_out, run.config))
-    two_standard_errors = len(held_out) ** -0.5
+    n = len(held_out)
+    two_standard_errors = n**-0.5
     if measured["accuracy"] < 0.5 + two_standard_errors:
-        n = len(held_out)
         run.warn(f"{role} may be no better than chance on {n} pairs. More --rm-steps, or --pairs?")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})
     print(f"  held out: right on {measured['accuracy']:.0%}")

@@ -2,7 +2,8 @@
 
     Write about a pet shop. Use the words fish and cage. Begin with "Title:" and your last word. ...
 
-Of two drafts, the better meets more requirements. No stage calls `quality`. A run: docs/results.md
+Of two drafts, the one that meets more requirements is preferred. No stage calls `quality`.
+docs/results.md has a run, with its options.
 
     python -m examples.instructions SmolLM2-135M-Instruct task
     python pit.py all --model SmolLM2-135M-Instruct --data task/pairs.jsonl --run runs/mine
