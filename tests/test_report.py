@@ -295,6 +295,17 @@ def test_no_stop_rule_is_left_out_and_both_rounds_share_a_scale(drawn, monkeypat
     assert labels == ["round 0, over annotated answers", "round 1, over policy answers"]
 
 
+def test_a_role_has_one_color_in_all_panels(drawn, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    report.plot_curves(Run(drawn), metrics())
+    for role in ("policy_rl", "pit_rl0", "pit_rl1"):
+        colors = set()
+        for ax in figures[0].axes:
+            colors |= {line.get_color() for line in ax.lines if line.get_label() == role}
+        assert colors == {report.COLOR_OF.get(role, "C0")}
+
+
 def test_tables_and_samples_fit_80_columns(drawn, capsys):
     page = (drawn / "report.md").read_text().splitlines()
     assert [line for line in page if len(line) > 80 and not line.startswith("![")] == []
