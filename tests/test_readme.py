@@ -7,6 +7,7 @@ defined in that file. There are no line numbers, so an inserted line breaks noth
 import ast
 import re
 import shlex
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -165,3 +166,19 @@ def test_the_requirements_are_those_of_the_project():
     pinned_dev = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
     assert names(pinned) == names(project["project"]["dependencies"])
     assert names(pinned_dev) == names(project["dependency-groups"]["dev"])
+
+
+def test_every_import_is_of_a_requirement():
+    pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    scripts = list(ROOT.glob("*.py"))
+    known = sys.stdlib_module_names | {script.stem for script in scripts}
+    for script in scripts:
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            imported = []
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [node.module]
+            for name in imported:
+                package = name.split(".")[0]
+                assert package in known or f"\n{package}==" in pinned, f"{script.name}: {name}"
