@@ -84,7 +84,10 @@ class FakeRun:
 
     def __init__(self, **options):
         self.config = SimpleNamespace(**dict(seed=0, micro_batch=64) | options)
-        self.lines, self.kept, self.warnings, self.measured = [], [], [], {}
+        self.lines = []
+        self.kept = []
+        self.warnings = []
+        self.measured = {}
 
     def load_trained(self, lm, role):
         return False

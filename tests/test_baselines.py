@@ -194,7 +194,8 @@ def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path)
             candidates = [texts[i] for texts in samples[:n]]
             scores = []
             for text in candidates:
-                prompt, response = lm.encode_prompt(pair.prompt), lm.encode_response(text)
+                prompt = lm.encode_prompt(pair.prompt)
+                response = lm.encode_response(text)
                 scores.append(lm.scores(lm.collate([prompt], [response])).item())
             best = candidates[int(np.argmax(scores))]
             taken.add(int(np.argmax(scores)))

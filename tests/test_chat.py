@@ -49,7 +49,8 @@ def test_changed_words_are_marked():
 
 def converse(lm, cfg, monkeypatch, typed):
     """Let the lines `typed` be asked -> the prompts that the policy answered."""
-    prompts, answer = [], lm.answer
+    prompts = []
+    answer = lm.answer
 
     def remember(role, chats, *more):
         if role == infer.POLICY:

@@ -43,7 +43,8 @@ def test_the_policy_answers_prompts_for_r_p_and_is_held_to_sft(lm, pairs, calls)
     assert options == dict(reference="policy_sft", reward_role="reward_policy")
     assert equal(weights(lm, "policy_rl"), weights(lm, "policy_sft"))
     problem = args[3]
-    (first, _), (second, score) = problem(0), problem(1)
+    first, _ = problem(0)
+    second, score = problem(1)
     # x after x of D_RL, in the order of the pass; a prompt may be asked for several answers
     asked = list(dict.fromkeys(map(tuple, first + second)))
     chosen = triples_of(pairs, len(asked), step=0)
@@ -104,9 +105,11 @@ def test_given_answers_are_improved_where_every_pair_has_one(lm, pairs, calls):
 def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, monkeypatch):
     cfg = FakeRun(**OPTIONS).config
     triples = triples_of(pairs, 4)
-    better, worse = [pair.chosen for pair in triples], [pair.rejected for pair in triples]
+    better = [pair.chosen for pair in triples]
+    worse = [pair.rejected for pair in triples]
     chats = [pair.prompt for pair in triples] * 2
-    y_ref, y = worse + better, better + worse
+    y_ref = worse + better
+    y = better + worse
 
     def read(texts):
         prompts = [lm.encode_prompt(improve_prompt(x, ref)) for x, ref in zip(chats, y_ref)]
@@ -119,7 +122,8 @@ def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, mo
     # by definition: r(x, y, y_ref) - r(x, y_ref, y_ref)
     lm.activate("reward_gap")
     with torch.no_grad():
-        changed, copied = read(y), read(y_ref)
+        changed = read(y)
+        copied = read(y_ref)
         of_changed, of_copied = (lm.scores_from_states(*both) for both in (changed, copied))
     expected = of_changed - of_copied
     assert expected.abs().max() > 0.01

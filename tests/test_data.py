@@ -14,7 +14,8 @@ import task
 from errors import UserError
 
 PROMPT = "Where does each look in the end? Ann north: left left back. Ben west: right left right."
-ANN, BEN = "Ann north: west south north.", "Ben north: north west north."
+ANN = "Ann north: west south north."
+BEN = "Ben north: north west north."
 
 
 @pytest.mark.parametrize(
@@ -103,8 +104,11 @@ def limits(prompt, response):
 
 
 def test_long_prompts_lose_their_oldest_turns_then_words_and_never_their_end():
-    system, yes = {"role": "system", "content": "s"}, {"role": "assistant", "content": "yes"}
-    first, middle, last = (*user("hi"), yes), (*user("hey"), yes), user("a b c d e f g")
+    system = {"role": "system", "content": "s"}
+    yes = {"role": "assistant", "content": "yes"}
+    first = (*user("hi"), yes)
+    middle = (*user("hey"), yes)
+    last = user("a b c d e f g")
     prompt = [system, *first, *middle, *last]
 
     def cut(longest):

@@ -39,7 +39,8 @@ def test_the_interval_is_a_paired_bootstrap_over_prompts():
     a, b = rng.normal(size=(2, 40))
     a += b  # far closer to each other than two prompts are
     row = evaluate.compare(a, b)
-    draws, deltas = np.random.default_rng(1).integers(40, size=(2000, 40)), []
+    draws = np.random.default_rng(1).integers(40, size=(2000, 40))
+    deltas = []
     for draw in draws:
         wins = sum(a[i] > b[i] for i in draw)
         losses = sum(a[i] < b[i] for i in draw)
@@ -49,7 +50,9 @@ def test_the_interval_is_a_paired_bootstrap_over_prompts():
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng, truth, covered = np.random.default_rng(0), 0.2, 0
+    rng = np.random.default_rng(0)
+    truth = 0.2
+    covered = 0
     for _ in range(300):
         outcome = rng.choice([1, 0, -1], p=[0.4, 0.4, 0.2], size=100)
         low, high = evaluate.compare(outcome, np.zeros(100))["ci95"]
@@ -121,7 +124,8 @@ def test_elo_is_the_likeliest_fit_however_slowly_it_converges(scores):
 
 
 def test_elo_recovers_known_strengths_whatever_the_order():
-    rng, truth = np.random.default_rng(0), np.array([1000.0, 1100.0, 950.0, 1250.0])
+    rng = np.random.default_rng(0)
+    truth = np.array([1000.0, 1100.0, 950.0, 1250.0])
     # Gumbel noise makes P(i beats j) the logistic function of the difference: Bradley-Terry exactly
     scores = (truth * np.log(10) / 400)[:, None] + rng.gumbel(size=(4, 4000))
     ratings = evaluate.elo(scores)
@@ -284,7 +288,8 @@ def stored_texts(run, pairs):
     """The texts of every side by its name in answers.json, y_w and y_l, and the best of samples."""
     kept = json.loads((run.path / "answers.json").read_text())
     texts = {name: entry["texts"] for name, entry in kept.items()}
-    texts["y_w"], texts["y_l"] = [p.chosen for p in pairs], [p.rejected for p in pairs]
+    texts["y_w"] = [p.chosen for p in pairs]
+    texts["y_l"] = [p.rejected for p in pairs]
     for line in (run.path / "answers.jsonl").read_text().splitlines():
         for name in ("best_of_2", "best_of_3"):
             texts.setdefault(name, []).append(json.loads(line)["answers"][name])
@@ -323,13 +328,15 @@ def test_answers_jsonl_holds_the_texts_and_scores_of_table_1(measured):
 
 def test_table_1_from_texts(measured):
     run, lm, pairs, _ = measured
-    results, texts = run.results(), stored_texts(run, pairs)
+    results = run.results()
+    texts = stored_texts(run, pairs)
     prompts = [pair.prompt for pair in pairs]
     rows = {(r["judge"], r["a"], r["b"]): r for r in results["table1"]}
     # the built-in base cannot follow Self-Refine's prompts
     possible = {sides for sides in evaluate.COMPARISONS if "self_refine" not in "".join(sides)}
     assert {(a, b) for _, a, b in rows} == possible
-    scores, margins = {}, {"quality": 1e-4, "judge": 0.1}
+    scores = {}
+    margins = {"quality": 1e-4, "judge": 0.1}
     for side in {side for sides in evaluate.COMPARISONS for side in sides if side in texts}:
         scores["quality", side] = exact_scores(pairs, texts[side])
         learned = reward.rewards(lm, "judge", prompts, texts[side], run.config)
@@ -352,7 +359,8 @@ def test_table_1_from_texts(measured):
 def test_cool_sides_from_texts(measured):
     """Every side at 0.4, its drafts as well: the same comparisons, of other texts."""
     run, lm, pairs, _ = measured
-    found, texts = run.results()["cool"], stored_texts(run, pairs)
+    found = run.results()["cool"]
+    texts = stored_texts(run, pairs)
     names = ["original", "second_sample", "pit_sft", "pit_rl0", "pit"]
     of = {name: texts[f"{name}@0.4, drafts@0.4"] for name in names}
     assert of["original"] != texts["original"] and of["pit"] != texts["pit@0.4"]
@@ -382,7 +390,8 @@ def test_accuracies_from_texts(measured):
 
 def test_figure_3_and_table_3_from_texts(measured):
     run, lm, pairs, _ = measured
-    results, texts = run.results(), stored_texts(run, pairs)
+    results = run.results()
+    texts = stored_texts(run, pairs)
     scores = {name: exact_scores(pairs, column) for name, column in texts.items()}
     best = scores["pit@0.4"]
     for row in results["fig3"]:
@@ -404,7 +413,8 @@ def test_figure_3_and_table_3_from_texts(measured):
 
 def test_what_rl_did_to_its_own_rewards_from_texts(measured):
     run, lm, pairs, _ = measured
-    texts, prompts = stored_texts(run, pairs), [pair.prompt for pair in pairs]
+    texts = stored_texts(run, pairs)
+    prompts = [pair.prompt for pair in pairs]
     for name, side in run.results()["sides"].items():
         scores = reward.rewards(lm, "reward_policy", prompts, texts[name], run.config)
         assert side["scores"]["R_P"] == pytest.approx(scores.mean().item(), abs=1e-4)
@@ -414,7 +424,8 @@ def test_what_rl_did_to_its_own_rewards_from_texts(measured):
 
 def test_stop_rules_from_texts(measured):
     run, lm, pairs, _ = measured
-    texts, prompts = stored_texts(run, pairs), [pair.prompt for pair in pairs]
+    texts = stored_texts(run, pairs)
+    prompts = [pair.prompt for pair in pairs]
     names = ["original", "pit", "pit#2", "pit#3", "pit#4", "pit#5"]
     scores = np.array([exact_scores(pairs, texts[name]) for name in names])
     tokens = np.array([[len(lm.encode_response(y)) for y in texts[name]] for name in names])
@@ -424,7 +435,8 @@ def test_stop_rules_from_texts(measured):
     rows = {(row["stop"], row["limit"]): row for row in run.results()["stops"]}
     assert {stop for stop, _ in rows} == set(infer.STOPS)
     for stop, limit in rows:
-        final, spent = [], []
+        final = []
+        spent = []
         for i in range(len(pairs)):
             answer = done = 0
             while done < limit:
@@ -443,7 +455,8 @@ def test_stop_rules_from_texts(measured):
 
 def test_figure_2_and_gap_models_from_texts(measured):
     run, lm, pairs, _ = measured
-    results, cfg = run.results(), run.config
+    results = run.results()
+    cfg = run.config
     four = results["fig2"]
     for i, pair in enumerate(pairs[:4]):
         sides = {"w": pair.chosen, "l": pair.rejected}
@@ -451,7 +464,8 @@ def test_figure_2_and_gap_models_from_texts(measured):
             context = data.improve_prompt(pair.prompt, sides[name[1]])
             score = reward.rewards(lm, "reward_gap", [context], [sides[name[0]]], cfg).item()
             assert four[name][i] == pytest.approx(score, abs=2e-3)
-    texts, prompts = stored_texts(run, pairs), [pair.prompt for pair in pairs]
+    texts = stored_texts(run, pairs)
+    prompts = [pair.prompt for pair in pairs]
     rows = {(row["model"], row["pairs"]): row for row in results["eq2"]}
     chosen = reward.rewards(lm, "reward_policy", prompts, texts["y_w"], cfg)
     rejected = reward.rewards(lm, "reward_policy", prompts, texts["y_l"], cfg)
@@ -461,7 +475,8 @@ def test_figure_2_and_gap_models_from_texts(measured):
     above = exact_scores(pairs, texts["second_sample"]) - exact_scores(pairs, texts["original"])
     right = []
     for i in np.flatnonzero(above):
-        better, worse = texts["second_sample"][i], texts["original"][i]
+        better = texts["second_sample"][i]
+        worse = texts["original"][i]
         if above[i] < 0:
             better, worse = worse, better
         over = reward.gaps(lm, [prompts[i]], [better], [worse], cfg).item()

@@ -20,7 +20,8 @@ def test_stop_rules(monkeypatch, stop, texts):
     """The rule ends a prompt as it goes (iterate) where it ends one whose rounds are all there."""
     gaps = [0.5, 0.0, -0.5, 0.5]
     assert infer.end_of(stop, "abbcd", gaps) == len(texts) - 1
-    drafts, gap_of = iter("bbcd"), iter(gaps)
+    drafts = iter("bbcd")
+    gap_of = iter(gaps)
     monkeypatch.setattr(infer, "improve", lambda *_: [next(drafts)])
     monkeypatch.setattr(infer, "gaps", lambda *_: torch.tensor([next(gap_of)]))
     lm = SimpleNamespace(answer=lambda *_: [])
@@ -34,7 +35,8 @@ def test_the_gap_rule_ends_at_a_text_that_is_no_better_or_the_same():
 
 
 def test_each_round_improves_and_is_measured_against_the_text_before_it(monkeypatch):
-    asked, measured = [], []
+    asked = []
+    measured = []
 
     def answer(role, chats, cfg, temperature):
         asked.append((role, chats, temperature))
@@ -45,7 +47,8 @@ def test_each_round_improves_and_is_measured_against_the_text_before_it(monkeypa
         return torch.ones(len(answers))
 
     monkeypatch.setattr(infer, "gaps", gaps)
-    lm, x = SimpleNamespace(answer=answer), [{"role": "user", "content": "x"}]
+    lm = SimpleNamespace(answer=answer)
+    x = [{"role": "user", "content": "x"}]
     how = settings(2, temperature=0.7)
     rounds = list(infer.improve_rounds(lm, CFG, how, [x, x], [None, "z"]))
     texts = [["y", "z"], ["y+", "z+"], ["y++", "z++"]]

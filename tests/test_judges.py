@@ -90,7 +90,8 @@ def test_names_are_checked_before_torch_is_imported():
 def test_each_role_is_scored_by_its_own_head(lm, pairs):
     lm.add("judge", head=True)
     lm.add("reward_policy", head=True)
-    prompts, texts = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    prompts = [pair.prompt for pair in pairs]
+    texts = [pair.chosen for pair in pairs]
     by_judge, by_reward = (
         judges.adapter_judge(lm, role, BUILT_IN).score(prompts, texts)
         for role in ("judge", "reward_policy")
@@ -143,7 +144,8 @@ def reward_model(tmp_path_factory):
 def test_a_reward_model_from_a_folder_judges(reward_model, lm, pairs):
     lm.tokenizer.save_pretrained(reward_model)
     judge = judges.hub_judge(str(reward_model), "cpu")
-    prompt, text = pairs[0].prompt, pairs[0].chosen
+    prompt = pairs[0].prompt
+    text = pairs[0].chosen
     model = Qwen2ForSequenceClassification.from_pretrained(reward_model)
     chat = [*prompt, {"role": "assistant", "content": text}]
     ids = lm.tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]

@@ -122,7 +122,8 @@ def test_save_and_load_give_identical_outputs(lm4, pairs, tmp_path):
     lm4.activate("role")
     tokens = batch(lm4, pairs)
     with torch.no_grad():
-        logprobs, scores = lm4.logprobs(tokens), lm4.scores(tokens)
+        logprobs = lm4.logprobs(tokens)
+        scores = lm4.scores(tokens)
         lm4.save("role", tmp_path)
         lm4.load("again", tmp_path)
         lm4.activate("again")
@@ -167,7 +168,9 @@ def test_scores_are_read_at_the_last_real_token(lm, pairs):
 def test_generate_at_temperature_0_is_the_argmax_and_stops_at_eos(lm, pairs):
     prompts = [lm.encode_prompt(pair.prompt) for pair in pairs]
     tokens = lm.generate("blank", prompts, 40, temperature=0)
-    ids, mask, response_mask = tokens.ids, tokens.mask, tokens.response_mask
+    ids = tokens.ids
+    mask = tokens.mask
+    response_mask = tokens.response_mask
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = lm.peft(input_ids=ids, attention_mask=mask, position_ids=positions).logits
@@ -238,7 +241,10 @@ def test_generation_is_by_the_role_that_is_asked_for(lm, pairs):
 def test_samples_follow_the_exact_softmax(lm):
     """Chi-squared: no token is cut from the distribution, and the temperature is in effect."""
     # a longer prompt puts padding before the one that is sampled from
-    prompt, longer, n, temperature = [20, 30, 40], [9, 9, 20, 30, 40], 1500, 3.0
+    prompt = [20, 30, 40]
+    longer = [9, 9, 20, 30, 40]
+    n = 1500
+    temperature = 3.0
     torch.manual_seed(0)
     drawn = lm.generate("blank", [prompt] * n + [longer], 1, temperature).responses[:n, 0]
     with torch.no_grad():
@@ -310,7 +316,8 @@ def test_padding_changes_nothing_where_positions_are_absolute(lm, tmp_path):
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     gpt = models.load_model(str(tmp_path), bits=16)
-    prompts, responses = [[5, 6, 7, 8, 9, 10], [11, 12]], [[20, 21], [22, 23, 24]]
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12]]
+    responses = [[20, 21], [22, 23, 24]]
     with torch.no_grad():
         together = gpt.logprobs(gpt.collate(prompts, responses))
         for row, prompt, response in zip(together, prompts, responses):
@@ -349,10 +356,8 @@ def test_candidates_share_a_row_only_where_that_changes_nothing(lm, tmp_path, mo
     other = random_model(lm, tmp_path, model_type, **WINDOW.get(model_type, {}))
     other.add("role", head=True)
     shake(other, "role")
-    prompts, candidates = (
-        [[*range(5, 30)], [*range(8, 15)]],
-        [[[20, 21, 22], [30, 31]], [[40], [41, 42, 43, 44]]],
-    )
+    prompts = [[*range(5, 30)], [*range(8, 15)]]
+    candidates = [[[20, 21, 22], [30, 31]], [[40], [41, 42, 43, 44]]]
     with torch.no_grad():
         scores = other.scores_of_candidates(prompts, candidates)
         alone = torch.stack(
@@ -496,7 +501,8 @@ def test_a_template_without_system_messages_gets_them_in_the_users_turn(lm, then
 def test_a_model_without_a_template_gets_a_plain_dialogue_with_the_bos_that_it_has(lm):
     messages = [as_user("map"), {"role": "assistant", "content": "a"}, as_user("b")]
     for bos in (None, "<|user|>"):
-        lm.tokenizer.chat_template, lm.tokenizer.bos_token = None, bos
+        lm.tokenizer.chat_template = None
+        lm.tokenizer.bos_token = bos
         plain = models.LM(lm.peft.unload(), lm.tokenizer, lm.lora)
         text = "User:\nmap\n\nAssistant:\na\n\nUser:\nb\n\nAssistant:\n"
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -510,11 +516,14 @@ def test_checkpointed_layers_change_no_gradient_and_no_sample(lm, lm4, pairs, bi
     model = {4: lm4, 16: lm}[bits]
     model.add("role")
     shake(model, "role")
-    tokens, prompt = batch(model, pairs), [model.encode_prompt(pairs[0].prompt)]
+    tokens = batch(model, pairs)
+    prompt = [model.encode_prompt(pairs[0].prompt)]
     torch.manual_seed(0)
-    before, sampled = gradients(model, tokens), model.generate("role", prompt, 12).ids
+    before = gradients(model, tokens)
+    sampled = model.generate("role", prompt, 12).ids
     model.checkpoint_layers()
-    calls, layer = [], model.peft.get_base_model().get_decoder().layers[0]
+    calls = []
+    layer = model.peft.get_base_model().get_decoder().layers[0]
     layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(0)
     after = gradients(model, tokens)
@@ -590,7 +599,8 @@ def test_an_end_that_only_the_added_tokens_call_special_is_found(tmp_path):
 @pytest.mark.parametrize("equal_rows, is_used", [(8, True), (9, False)])
 def test_an_end_that_the_base_has_never_seen_is_not_used(lm, equal_rows, is_used):
     """A base model's template may have tokens that no text of its training had, like its spares."""
-    end, own = lm.eos, lm.tokenizer.convert_tokens_to_ids("<|pad|>")
+    end = lm.eos
+    own = lm.tokenizer.convert_tokens_to_ids("<|pad|>")
     lm.tokenizer.eos_token = "<|pad|>"
     base = lm.peft.unload()
     rows = base.get_output_embeddings().weight

@@ -36,7 +36,8 @@ def pit(*words, stdin=""):
     """What `python pit.py WORDS` does, in this process -> (exit code, stdout, stderr)."""
     streams = {name: io.TextIOWrapper(io.BytesIO()) for name in ("stdout", "stderr")}
     streams["stdin"] = io.TextIOWrapper(io.BytesIO(stdin.encode()))
-    runs, init = [], Run.__init__
+    runs = []
+    init = Run.__init__
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -467,7 +468,8 @@ def test_with_little_memory_texts_are_shorter(monkeypatch):
         monkeypatch.setattr(plan, "free_memory", lambda: free)
         return command_line.fill_in(options(model="Qwen2-0.5B", vram=vram), False)
 
-    small, large = filled(free=4.04), filled(free=8)
+    small = filled(free=4.04)
+    large = filled(free=8)
     assert small["max_prompt"] < large["max_prompt"] and small["micro_batch"] < large["micro_batch"]
     assert small["vram"] == 4.0 and filled(free=8, vram=4) == small
 

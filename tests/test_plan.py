@@ -45,7 +45,8 @@ def stages(**changes):
 def test_tokens_and_passes_are_those_of_the_options():
     by_name = {stage.name: stage for stage in stages()}
     assert list(by_name) == [*MEASURED, "eval"]
-    sft, rl = by_name["policy_sft"], by_name["pit_rl1"]
+    sft = by_name["policy_sft"]
+    rl = by_name["pit_rl1"]
     assert sft.rows * sft.trained == 60 * 32 * (33 + 24) and sft.passes == 60 * 32 / 3000
     assert rl.rows * rl.written == 2 * 16 * 64 * 30  # y_ref is written too
     assert rl.passes == 2 * by_name["pit_rl0"].passes  # there, each pair serves twice

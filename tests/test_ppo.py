@@ -71,7 +71,8 @@ def test_gae_is_invariant_to_padding():
 
 def test_k1_and_k3_average_to_the_exactly_enumerated_kl():
     torch.manual_seed(0)
-    log_pi, log_ref = torch.randn(9).double().log_softmax(0), torch.randn(9).double().log_softmax(0)
+    log_pi = torch.randn(9).double().log_softmax(0)
+    log_ref = torch.randn(9).double().log_softmax(0)
     exact = (log_pi.exp() * (log_pi - log_ref)).sum()  # KL(pi || ref)
     for estimate in (ppo.k1, ppo.k3):
         # over all nine outcomes, weighted by pi
@@ -82,7 +83,9 @@ def test_k1_and_k3_average_to_the_exactly_enumerated_kl():
 
 def test_score_lands_on_eos_and_penalty_on_every_real_token():
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
-    logprobs, ref = torch.full((2, 4), -1.0), torch.full((2, 4), -3.0)  # k1 = 2 on each token
+    # k1 = 2 on each token
+    logprobs = torch.full((2, 4), -1.0)
+    ref = torch.full((2, 4), -3.0)
     rewards = ppo.token_rewards(torch.tensor([10.0, 20.0]), logprobs, ref, mask, beta=0.1)
     torch.testing.assert_close(
         rewards, torch.tensor([[-0.2, -0.2, 9.8, 0.0], [19.8, 0.0, 0.0, 0.0]])
@@ -177,7 +180,8 @@ def test_what_is_logged_of_a_rollout_by_hand():
 
 
 def test_bad_signs_are_told():
-    eos, mask = 2, torch.ones(2, 2).long()
+    eos = 2
+    mask = torch.ones(2, 2).long()
 
     def check(responses, drift=0.0):
         run = FakeRun()
@@ -232,7 +236,8 @@ def test_each_adapter_has_its_part_in_a_rating(lm, pairs):
         return lm.scores_from_states(tokens, states)
 
     sample = sample_and_rate(lm, pairs[:5], cfg, score)
-    tokens, critic = sample.tokens, random_critic(lm)
+    tokens = sample.tokens
+    critic = random_critic(lm)
     real = tokens.response_mask.bool()
     with torch.no_grad():
         for role, rated in (("policy", sample.logprobs), ("reference", sample.ref_logprobs)):
@@ -240,7 +245,8 @@ def test_each_adapter_has_its_part_in_a_rating(lm, pairs):
             expected = lm.logprobs(tokens, 1.5)
             torch.testing.assert_close(rated[real], expected[real], atol=1e-4, rtol=1e-4)
         lm.activate("reward")
-        scores, values = lm.scores(tokens), critic(lm.hidden(tokens))[:, :-1, 0]
+        scores = lm.scores(tokens)
+        values = critic(lm.hidden(tokens))[:, :-1, 0]
         torch.testing.assert_close(sample.scores, scores, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sample.values[real], values[real], atol=1e-4, rtol=1e-4)
 
@@ -250,7 +256,8 @@ def test_a_value_has_not_seen_its_token(lm, pairs):
     cfg = SimpleNamespace(**CFG)
     sample = sample_and_rate(lm, pairs[:3], cfg)
     # the same answers with another token t
-    t, R = 4, sample.values.shape[1]
+    t = 4
+    R = sample.values.shape[1]
     tokens = sample.tokens
     ids = tokens.ids.clone()
     ids[:, t - R] = 77
@@ -319,8 +326,12 @@ def test_two_iterations_equal_a_plain_second_implementation(lm, pairs, monkeypat
     start = [p.detach().clone() for p in lm.parameters("policy")]
     prompts = [lm.encode_prompt(pair.prompt)[-20 - i :] for i, pair in enumerate(pairs[:6])]
 
-    samples, orders, asked = [], [], []
-    rate, randperm, generate = ppo.rate, torch.randperm, lm.generate
+    samples = []
+    orders = []
+    asked = []
+    rate = ppo.rate
+    randperm = torch.randperm
+    generate = lm.generate
 
     def spy_rate(*args, **kwargs):
         models = [kwargs[name] for name in ("policy", "reference", "reward_role")]
@@ -366,7 +377,8 @@ def test_two_iterations_equal_a_plain_second_implementation(lm, pairs, monkeypat
 
 def plain_ppo(lm, cfg, samples, orders):
     """PPO on given samples, in given orders -> the policy's parameters, a dict per iteration."""
-    policy, critic = lm.parameters("policy"), torch.nn.Linear(lm.hidden_size, 1)
+    policy = lm.parameters("policy")
+    critic = torch.nn.Linear(lm.hidden_size, 1)
     with torch.no_grad():
         critic.weight.zero_()
         critic.bias.zero_()
@@ -384,7 +396,8 @@ def plain_ppo(lm, cfg, samples, orders):
         answers = []
         for i, n in enumerate(sample.tokens.response_mask.sum(1).tolist()):
             score = scores[i] - sum(scores) / len(scores)
-            old, ref = sample.logprobs[i, :n].tolist(), sample.ref_logprobs[i, :n].tolist()
+            old = sample.logprobs[i, :n].tolist()
+            ref = sample.ref_logprobs[i, :n].tolist()
             rewards = [-cfg.kl * (a - b) for a, b in zip(old, ref)]
             rewards[-1] += score
             states = sample.states[i, :n]
@@ -392,7 +405,8 @@ def plain_ppo(lm, cfg, samples, orders):
             credit = torch.tensor(brute_force_gae(rewards, values.tolist(), 1.0, ppo.LAMBDA))
             answers.append((states, torch.tensor(old), values, credit, credit + values))
         everything = torch.cat([credit for _, _, _, credit, _ in answers])
-        mean, std = everything.mean(), everything.std(unbiased=False)
+        mean = everything.mean()
+        std = everything.std(unbiased=False)
 
         losses = []
         for order in orders[2 * step : 2 * step + 2]:

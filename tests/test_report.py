@@ -14,7 +14,8 @@ CURRICULA = ["annotated", "policy", "annotated,policy"]
 
 def compared(delta, half=0.05, **names):
     """A comparison of 100 prompts, with an interval of delta +- half."""
-    win, lose = max(delta, 0), max(-delta, 0)
+    win = max(delta, 0)
+    lose = max(-delta, 0)
     numbers = {"n": 100, "win": win, "lose": lose, "tie": 1 - win - lose, "delta": delta}
     return names | numbers | {"ci95": [delta - half, delta + half]}
 
@@ -165,7 +166,9 @@ def test_a_claim_holds_where_the_whole_interval_is_above_0(ends, expected):
 
 
 def test_a_claim_of_several_comparisons_stands_with_the_lowest_numbers():
-    sure, unsure, wrong = compared(0.5), compared(0.01, 0.2), compared(-0.1)
+    sure = compared(0.5)
+    unsure = compared(0.01, 0.2)
+    wrong = compared(-0.1)
     assert report.verdict([sure, sure])["verdict"] == "holds"
     assert report.verdict([unsure, sure])["verdict"] == "cannot tell"
     # one that fails decides, whatever the others leave open
@@ -231,7 +234,8 @@ def test_table_1_by_hand(drawn):
 
 
 def test_an_answer_that_ends_in_a_bar_breaks_no_table(drawn):
-    run, found = Run(drawn), results()
+    run = Run(drawn)
+    found = results()
     found["words"]["rows"][1]["feature"] = "ends with |"
     assert "| ends with \\| | 2.5 | 63 | 35 | 113 | 0 | - |" in page_of(run, found)
 
@@ -246,10 +250,13 @@ def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
     assert report.alarms({"words": words}) == [row]
     row["without"] = compared(0.27)  # 0.39 - 0.12: less than a third is gone
     assert report.alarms({"words": words}) == []
-    words["delta"], row["without"] = compared(0.04), compared(0.0)  # hardly anything was won
+    # hardly anything was won
+    words["delta"] = compared(0.04)
+    row["without"] = compared(0.0)
     assert report.alarms({"words": words}) == []
     # SmolLM2's "I'd": a gain whose interval holds 0, and a loss without the word
-    words["delta"], row["without"] = compared(0.165), compared(-0.144)
+    words["delta"] = compared(0.165)
+    row["without"] = compared(-0.144)
     assert report.alarms({"words": words}) == [row]
 
 
@@ -280,7 +287,8 @@ def test_the_page_has_all_that_it_must(drawn):
 def test_no_stop_rule_is_left_out_and_both_rounds_share_a_scale(drawn, monkeypatch):
     figures = []
     monkeypatch.setattr(report.plt, "close", figures.append)
-    run, found = Run(drawn), results()
+    run = Run(drawn)
+    found = results()
     found["stops"] += [row | {"stop": "a rule of yours"} for row in found["stops"][:2]]
     report.plot_stops(run, found)
     report.plot_result(run, found, metrics())

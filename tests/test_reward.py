@@ -122,7 +122,8 @@ def test_one_step_by_hand(lm, pairs, monkeypatch, contexts_of):
         loss_of = reward.centred_gap_loss
     reward.train(lm, run, "role", contexts_of, loss_of, pairs)
 
-    losses, right = [], []
+    losses = []
+    right = []
     for pair in pairs:
         prompts = [pair.prompt]
         if contexts_of == reward.gap_contexts:
@@ -146,7 +147,8 @@ def test_trained_on_pairs_both_models_know_which_text_is_better(lm, pairs, rates
     """Through the functions that RL, evaluation and `infer` use."""
     run = FakeRun(**OPTIONS)
     chats = [pair.prompt for pair in pairs]
-    better, worse = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    better = [pair.chosen for pair in pairs]
+    worse = [pair.rejected for pair in pairs]
 
     reward.train_policy_reward(lm, run, pairs, pairs)
     scores = [
@@ -176,8 +178,10 @@ def test_trained_on_pairs_both_models_know_which_text_is_better(lm, pairs, rates
 
 
 def test_held_out_measures_by_hand():
-    ww, lw = torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 1.0])
-    wl, ll = torch.tensor([3.0, 2.0]), torch.tensor([0.0, -1.0])
+    ww = torch.tensor([1.0, 0.0])
+    lw = torch.tensor([-2.0, 1.0])
+    wl = torch.tensor([3.0, 2.0])
+    ll = torch.tensor([0.0, -1.0])
     measured = reward.measure(torch.stack([ww, lw, wl, ll]))
     # the first pair is in order, of the second y_l after y_w is not
     assert measured["accuracy"] == 0.75 and measured["order"] == 0.5
@@ -199,7 +203,8 @@ def test_a_judge_scores_by_its_own_adapter(lm, pairs):
     for role in ("reward_policy", "judge"):
         lm.add(role, head=True)
         shake(lm, role)
-    chats, texts = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    chats = [pair.prompt for pair in pairs]
+    texts = [pair.chosen for pair in pairs]
     prompts = [lm.encode_prompt(chat) for chat in chats]
     tokens = lm.collate(prompts, [lm.encode_response(text) for text in texts])
     lm.activate("judge")

@@ -108,7 +108,8 @@ def outcome(folder):
 
 
 def check_same(folder, whole):
-    mine, other = outcome(folder), outcome(whole)
+    mine = outcome(folder)
+    other = outcome(whole)
     assert mine.keys() == other.keys()
     assert [name for name in mine if mine[name] != other[name]] == []
 
@@ -145,7 +146,9 @@ def kill_at_random(monkeypatch, rng):
 def test_killed_at_any_moment_a_run_ends_in_the_same_bytes(whole, tmp_path, monkeypatch):
     seed = 0
     print(f"kills of seed {seed}")
-    rng, kills, stages = random.Random(seed), 0, set()
+    rng = random.Random(seed)
+    kills = 0
+    stages = set()
     while True:
         with monkeypatch.context() as patch:
             kill_at_random(patch, rng)
@@ -217,7 +220,8 @@ def toy(folder, stop=None, error=Killed, loss_at=lambda step: 1.0, overwrite=Fal
     run = Run.start(folder, TOY | options, overwrite)
     run.begin()
     p = torch.nn.Parameter(torch.zeros(3))
-    optimizer, numbers = adamw([p], 0.1), {"sum": 0.0}
+    optimizer = adamw([p], 0.1)
+    numbers = {"sum": 0.0}
     with run.stage("toy", "go where the noise goes"):
         for step in run.steps(7, [optimizer], numbers):
             if step == stop:
@@ -284,14 +288,16 @@ def test_the_first_signal_ends_the_step_the_second_ends_all(tmp_path, monkeypatc
 
 def hurt(file, rng):
     """Damage a file in one of four ways."""
-    content, at = file.read_bytes(), rng.randrange(file.stat().st_size)
+    content = file.read_bytes()
+    at = rng.randrange(file.stat().st_size)
     flipped = content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
     file.write_bytes(rng.choice([content[:at], b"", flipped, rng.randbytes(len(content))]))
 
 
 @pytest.mark.parametrize("how_many", [1, 2])
 def test_damaged_checkpoints_are_named_and_passed_over(tmp_path, capsys, how_many):
-    expected, rng = toy(tmp_path / "whole"), random.Random(how_many)
+    expected = toy(tmp_path / "whole")
+    rng = random.Random(how_many)
     with pytest.raises(Killed):
         toy(tmp_path / "stopped", stop=5)
     for case in range(6):
@@ -309,7 +315,8 @@ def test_damaged_checkpoints_are_named_and_passed_over(tmp_path, capsys, how_man
 
 def test_damaged_adapters_are_named_and_trained_again(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
-    run, rng = Run(tmp_path / "run"), random.Random(0)
+    run = Run(tmp_path / "run")
+    rng = random.Random(0)
     for role in ("pit_sft", "judge"):
         (run.adapter(role) / ".DS_Store").write_text("left by a file browser, and no damage")
         assert run.done(role)
@@ -322,7 +329,8 @@ def test_damaged_adapters_are_named_and_trained_again(whole, tmp_path, capsys):
     with pytest.raises(UserError, match="reward_gap is missing or damaged.*python pit.py reward"):
         pit.load_base(run, ["reward_gap"])
     train(tmp_path / "run", stages=(pit.sft_stage, pit.reward_stage))
-    mine, other = outcome(tmp_path / "run"), outcome(whole)
+    mine = outcome(tmp_path / "run")
+    other = outcome(whole)
     for found in (mine, other):  # lines are in another order
         found["metrics.jsonl"] = sorted(found["metrics.jsonl"].split(b"\n"))
     assert mine == other
@@ -357,7 +365,8 @@ def test_an_adapter_under_another_name_or_of_another_shape_is_refused(whole, lm,
 
 def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
     toy(tmp_path)
-    run, metrics = Run(tmp_path), tmp_path / "metrics.jsonl"
+    run = Run(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines) + '{"stage": "toy", "st')  # cut off by a kill: no damage
     assert len(run.metrics()) == len(lines) == 7
@@ -418,7 +427,8 @@ def test_options_are_checked_again_under_the_lock(tmp_path):
 
 
 def test_an_overwritten_run_stays_until_there_is_a_new_adapter(tmp_path):
-    folder, aside = tmp_path / "run", tmp_path / "run" / ".replaced"
+    folder = tmp_path / "run"
+    aside = tmp_path / "run" / ".replaced"
     expected = toy(folder)
     (folder / "mine.txt").write_text("not of the run")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -61,7 +61,9 @@ def test_the_evaluation_asks_held_out_prompts_of_the_last_round(monkeypatch):
 
 
 def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
-    trained, steps, evaluated = [], Counter(), []
+    trained = []
+    steps = Counter()
+    evaluated = []
 
     def train_pit_round(lm, run, pairs, role, source, start, n):
         curriculum_of = role.rpartition("_")[0]

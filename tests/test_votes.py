@@ -23,7 +23,8 @@ N = 6  # prompts
 def run(tmp_path, monkeypatch):
     """A run with answers: `pit` is longer than `original`, and `best_of_2` is `original` itself."""
     monkeypatch.setattr(evaluate, "ENOUGH", N)
-    lines, rows = [], []
+    lines = []
+    rows = []
     for i in range(N):
         answers = {"original": f"short {i}", "pit": f"a longer text {i}", "best_of_2": f"short {i}"}
         answers["y_w"] = f"a text of the annotators, which is the longest {i}"
@@ -48,7 +49,9 @@ class Server:
     """
 
     def __init__(self, think):
-        self.think, self.requests, self.keys = think, [], set()
+        self.think = think
+        self.requests = []
+        self.keys = set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,7 +64,8 @@ class Server:
                 body = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
                 status = 200
                 if isinstance(reply, int):
-                    status, body = reply, {"error": {"message": f"error number {reply}"}}
+                    status = reply
+                    body = {"error": {"message": f"error number {reply}"}}
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(json.dumps(body).encode())
@@ -342,7 +346,8 @@ def test_a_person_in_a_terminal(run):
     (run.path / "answers.jsonl").write_text(json.dumps(line) + "\n")
     child, terminal = pty.fork()
     if child == 0:
-        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w", buffering=1)
+        sys.stdin = os.fdopen(0)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
         votes.ask_person(run, n=1)
         sys.stdout.flush()
         os._exit(0)

@@ -96,7 +96,8 @@ def test_log_odds_against_a_plain_second_computation():
 
 
 def test_the_same_shares_have_a_z_of_0_and_chance_rarely_exceeds_2():
-    a, rng = Counter(x=30, y=70), np.random.default_rng(0)
+    a = Counter(x=30, y=70)
+    rng = np.random.default_rng(0)
     assert words.log_odds(a, Counter(x=60, y=140), a) == pytest.approx({"x": 0, "y": 0})
     high = 0
     for _ in range(500):
