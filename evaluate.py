@@ -16,7 +16,7 @@ import numpy as np
 import infer
 from baselines import ORIGINAL, TEMPERATURES, Answers, Key, all_keys, round_keys
 from data import Pair
-from judges import SAME, Judge, adapter_judge
+from judges import GAP_MODELS, SAME, Judge, adapter_judge
 from reward import answer_contexts, gap_contexts, ranked_right, score_pairs
 from run import progress, write_lines
 from votes import ROWS, questions_about, read_answers, read_votes
@@ -35,12 +35,6 @@ COMPARISONS = [
     ("pit", "pit_sft"),
     ("pit", "pit_rl0"),
 ]
-GAP_MODELS = {
-    "reward_gap": "R_PIT, Eq. 2 centred",
-    "reward_policy": "R_P(y) - R_P(y_ref)",
-    "reward_gap2": "Eq. 2 as published",
-    "reward_gap3": "Eq. 2, first three terms",
-}
 ENOUGH = 20  # votes: evenly split, the 95% interval of delta is 44 points to either side
 Z = 1.96  # standard deviations on either side in a 95% interval
 

@@ -26,6 +26,12 @@ SAME = 1e-4  # exact scores closer than this are a tie
 # Scores of a Bradley-Terry model closer than this are a tie: sigmoid(0.1) is 52.5%. Models from the
 # hub may have other units.
 NEAR = 0.1
+GAP_MODELS = {  # adapters that say how much better one answer is than another
+    "reward_gap": "R_PIT, Eq. 2 centred",
+    "reward_policy": "R_P(y) - R_P(y_ref)",
+    "reward_gap2": "Eq. 2 as published",
+    "reward_gap3": "Eq. 2, first three terms",
+}
 CHOICES = (
     "Give quality (built-in task only), judge, a FILE.py with a rule of yours, or a reward model: "
     "its folder, or its hub id, OWNER/NAME."

@@ -322,9 +322,9 @@ def eval_stage(lm, run, parts, judges=None, lasts=None):
     import report
     import votes
     import words
-    from judges import default_judges, judges_by_name
+    from judges import GAP_MODELS, default_judges, judges_by_name
 
-    for role in evaluate.GAP_MODELS:
+    for role in GAP_MODELS:
         run.load_trained(lm, role)  # `ablate` may have trained more of them
     judges = judges or judges_by_name(default_judges(run.config), lm, run.config)
     with run.stage("eval", "who beats whom, on held-out prompts"):

@@ -14,7 +14,6 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from curriculum import WRITERS
 from data import IMPROVE_TOKENS, max_length
 from errors import UserError
 from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
@@ -190,7 +189,7 @@ def plan_stages(cfg, x, y, pairs):
         stage = Stage(f"pit_rl{k}", "rl", over_rl, rl, epochs * improved, 4 * improved, R)
         if source == "annotated":  # each pair serves twice
             stage.passes = over_rl / 2
-        if source in WRITERS:  # of y_ref
+        elif source != "given":  # y_ref is written, too
             stage.written = 2 * R
         stages.append(stage)
     # judged by a model of answers, and by R_PIT

@@ -19,8 +19,7 @@ from rich.markdown import Markdown
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evaluate import GAP_MODELS
-from judges import NEAR
+from judges import GAP_MODELS, NEAR
 from run import is_smoke, write_text
 from votes import read_answers
 

@@ -190,8 +190,9 @@ def test_too_few_pairs_are_told_on_a_line_of_their_own(capsys):
     assert capsys.readouterr().out == "pairs.jsonl: 34 kept\n"
 
 
-def test_data_is_imported_without_torch_and_datasets():
-    code = "import data, sys; sys.exit(bool({'torch', 'datasets'} & sys.modules.keys()))"
+@pytest.mark.parametrize("module", ["data", "votes", "report"])
+def test_what_needs_no_model_is_imported_without_torch_and_datasets(module):
+    code = f"import {module}, sys; sys.exit(bool({{'torch', 'datasets'}} & sys.modules.keys()))"
     root = Path(data.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
