@@ -15,6 +15,8 @@ held-out prompts the mean R_P rises by 1.3 (its zero is arbitrary), and the mean
 policy's answers from 3.0 to 4.5 and 5.3.
 """
 
+from functools import partial
+
 from data import improve_prompt
 from errors import UserError
 from ppo import train
@@ -54,29 +56,35 @@ def rounds(sources, total, prefix):
         start = role
 
 
+# ---- the policy --------------------------------------------------------------------------------
+
+
+def policy_problem(lm, pairs, cfg, step):
+    """Eq. 3, one PPO iteration: answer x -> prompts, score (as `ppo.train` wants them)."""
+    batch = shuffled_batch(pairs, cfg.rl_batch, step, cfg.seed)
+    prompts = [lm.encode_prompt(pair.prompt) for pair in batch]
+    # R_P(x, y), from the states that the critic reads, too
+    return prompts, lm.scores_from_states
+
+
 def train_policy_rl(lm, run, pairs):
     """Eq. 3 -> adapter policy_rl."""
     if run.load_trained(lm, "policy_rl"):
         return
-    cfg = run.config
-
-    def problem(step):
-        # Eq. 3: the score is R_P(x, y), from the states that the critic reads, too
-        batch = shuffled_batch(pairs, cfg.rl_batch, step, cfg.seed)
-        prompts = [lm.encode_prompt(pair.prompt) for pair in batch]
-        return prompts, lm.scores_from_states
-
     with run.stage("policy_rl", "PPO: better answers by R_P (Eq. 3)"):
         lm.add("policy_rl", like="policy_sft")
         train(
             lm,
             run,
             "policy_rl",
-            problem,
-            cfg.rl_steps,
+            problem=partial(policy_problem, lm, pairs, run.config),
+            steps=run.config.rl_steps,
             reference="policy_sft",
             reward_role="reward_policy",
         )
+
+
+# ---- PIT ---------------------------------------------------------------------------------------
 
 
 def draw_references(lm, pairs, source, step, cfg):
@@ -97,28 +105,36 @@ def draw_references(lm, pairs, source, step, cfg):
     return chats, lm.answer(WRITERS[source], chats, cfg)
 
 
-def train_pit_round(lm, run, pairs, role, source, start, steps):
+def gap_problem(lm, pairs, source, cfg, step):
+    """Eqs. 4 and 5, one PPO iteration: improve y_ref -> prompts, score (see `ppo.train`)."""
+    xs, references = draw_references(lm, pairs, source, step, cfg)
+    chats = list(map(improve_prompt, xs, references))
+    # the same for all y: a baseline, good where y is often a copy of y_ref
+    unchanged = rewards(lm, "reward_gap", chats, references, cfg)  # (B,)
+
+    def score(tokens, states):
+        # the gap: r(x, y, y_ref) - r(x, y_ref, y_ref)
+        return lm.scores_from_states(tokens, states) - unchanged
+
+    return [lm.encode_prompt(chat) for chat in chats], score
+
+
+def train_pit_round(lm, run, pairs, *, role, source, start, steps):
     """One round of PIT (Eqs. 4 and 5) -> adapter `role`.
 
     `steps` iterations on references by `source`, from adapter `start` on.
     """
     if run.load_trained(lm, role):
         return
-    cfg = run.config
-
-    def problem(step):
-        xs, references = draw_references(lm, pairs, source, step, cfg)
-        chats = list(map(improve_prompt, xs, references))
-        # the same for all y: a baseline, good where y is often a copy of y_ref
-        unchanged = rewards(lm, "reward_gap", chats, references, cfg)  # (B,)
-
-        def score(tokens, states):
-            # the gap: r(x, y, y_ref) - r(x, y_ref, y_ref)
-            return lm.scores_from_states(tokens, states) - unchanged
-
-        return [lm.encode_prompt(chat) for chat in chats], score
-
     why = f"PPO: larger gaps by R_PIT over {source} answers{EQUATIONS.get(source, '')}"
     with run.stage(role, why):
         lm.add(role, like=start)
-        train(lm, run, role, problem, steps, reference="pit_sft", reward_role="reward_gap")
+        train(
+            lm,
+            run,
+            role,
+            problem=partial(gap_problem, lm, pairs, source, run.config),
+            steps=steps,
+            reference="pit_sft",
+            reward_role="reward_gap",
+        )

@@ -311,7 +311,9 @@ def train_rounds(lm, run, parts, sources, prefix):
     # as many iterations for every curriculum as for the rounds of this run
     total = run.config.rl_steps * len(run.config.rounds.split(","))
     for role, source, start, steps in curriculum.rounds(sources.split(","), total, prefix):
-        curriculum.train_pit_round(lm, run, parts["rl"], role, source, start, steps)
+        curriculum.train_pit_round(
+            lm, run, parts["rl"], role=role, source=source, start=start, steps=steps
+        )
         show(lm, run, parts, role)
     return role
 

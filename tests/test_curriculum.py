@@ -29,7 +29,13 @@ def calls(lm, monkeypatch):
 
 
 def train_round(lm, pairs, source, start="pit_sft", role="pit_rl1"):
-    curriculum.train_pit_round(lm, FakeRun(**OPTIONS), pairs, role, source, start, 4)
+    run = FakeRun(**OPTIONS)
+    curriculum.train_pit_round(lm, run, pairs, role=role, source=source, start=start, steps=4)
+
+
+def problem_of(calls):
+    (_, options), *_ = calls
+    return options["problem"]
 
 
 def triples_of(pairs, size, step=0):
@@ -39,10 +45,10 @@ def triples_of(pairs, size, step=0):
 def test_the_policy_answers_prompts_for_r_p_and_is_held_to_sft(lm, pairs, calls):
     curriculum.train_policy_rl(lm, FakeRun(**OPTIONS), pairs)
     (args, options), *_ = calls
-    assert args[2] == "policy_rl" and args[4] == 3
-    assert options == dict(reference="policy_sft", reward_role="reward_policy")
+    problem = options.pop("problem")
+    assert args[2] == "policy_rl"
+    assert options == dict(steps=3, reference="policy_sft", reward_role="reward_policy")
     assert equal(weights(lm, "policy_rl"), weights(lm, "policy_sft"))
-    problem = args[3]
     first, _ = problem(0)
     second, score = problem(1)
     # x after x of D_RL, in the order of the pass; a prompt may be asked for several answers
@@ -60,14 +66,15 @@ def test_the_policy_answers_prompts_for_r_p_and_is_held_to_sft(lm, pairs, calls)
 def test_a_round_starts_where_it_is_told_and_is_held_to_pit_sft(lm, pairs, calls, source, start):
     train_round(lm, pairs, source, start)
     (args, options), *_ = calls
-    assert args[2] == "pit_rl1" and args[4] == 4
+    del options["problem"]
+    assert args[2] == "pit_rl1"
     assert equal(weights(lm, "pit_rl1"), weights(lm, start))
-    assert options == dict(reference="pit_sft", reward_role="reward_gap")
+    assert options == dict(steps=4, reference="pit_sft", reward_role="reward_gap")
 
 
 def test_annotated_triples_are_improved_from_both_of_their_answers(lm, pairs, calls):
     train_round(lm, pairs, "annotated")
-    prompts, _ = calls[0][0][3](1)
+    prompts, _ = problem_of(calls)(1)
     triples = triples_of(pairs, 4, step=1)
     chats = [improve_prompt(pair.prompt, pair.rejected) for pair in triples]
     chats += [improve_prompt(pair.prompt, pair.chosen) for pair in triples]
@@ -84,7 +91,7 @@ def test_later_rounds_improve_what_a_policy_writes(lm, pairs, calls, monkeypatch
 
     monkeypatch.setattr(lm, "answer", answer)
     train_round(lm, pairs, source)
-    prompts, _ = calls[0][0][3](1)
+    prompts, _ = problem_of(calls)(1)
     chats = [pair.prompt for pair in triples_of(pairs, 8, step=1)]
     assert asked == [(writer, chats, 1.0)]
     expected = [improve_prompt(x, f"text {number}") for number, x in enumerate(chats)]
@@ -97,7 +104,7 @@ def test_given_answers_are_improved_where_every_pair_has_one(lm, pairs, calls):
     with pytest.raises(UserError, match="response"):
         curriculum.check_given(["given"], [*given, SimpleNamespace(given=None)])
     train_round(lm, given, "given")
-    prompts, _ = calls[0][0][3](1)
+    prompts, _ = problem_of(calls)(1)
     expected = [improve_prompt(pair.prompt, pair.given) for pair in triples_of(given, 8, step=1)]
     assert prompts == [lm.encode_prompt(chat) for chat in expected]
 
@@ -131,7 +138,7 @@ def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, mo
     near(reward.gaps(lm, chats, y, y_ref, cfg), expected)
     # training
     train_round(lm, pairs, "annotated")
-    _, score = calls[0][0][3](0)
+    _, score = problem_of(calls)(0)
     near(score(*changed), expected)
     near(score(*copied), torch.zeros(8))
     # infer

@@ -111,7 +111,8 @@ def train_all(lm, folder):
     reward.train_gap_reward(lm, run, pairs["rm"], pairs["held_out"])
     curriculum.train_policy_rl(lm, run, pairs["rl"])
     for role, source, start, steps in curriculum.rounds(["annotated", "policy"], 2, "pit_rl"):
-        curriculum.train_pit_round(lm, run, pairs["rl"], role, source, start, steps)
+        how = dict(role=role, source=source, start=start, steps=steps)
+        curriculum.train_pit_round(lm, run, pairs["rl"], **how)
     prompts = [pair.prompt for pair in pairs["held_out"]]
     answers = lm.answer("policy_rl", prompts, run.config)
     improved = improve(lm, "pit_rl1", prompts, answers, run.config)
@@ -147,7 +148,8 @@ def test_a_planted_mix_is_caught(on_accelerator, tmp_path, monkeypatch):
 
     def pit_round():
         run = begin(tmp_path / "pit")
-        curriculum.train_pit_round(lm, run, pairs, "pit_rl0", "annotated", "pit_sft", steps=1)
+        how = dict(role="pit_rl0", source="annotated", start="pit_sft", steps=1)
+        curriculum.train_pit_round(lm, run, pairs, **how)
 
     planted = [
         (ppo, "zero_head", lambda size, device: torch.nn.Linear(size, 1), policy_rl),

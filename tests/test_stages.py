@@ -62,12 +62,12 @@ def test_the_evaluation_asks_held_out_prompts_of_the_last_round(monkeypatch):
 
 def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
     trained = []
-    steps = Counter()
+    trained_for = Counter()
     evaluated = []
 
-    def train_pit_round(lm, run, pairs, role, source, start, n):
+    def train_pit_round(lm, run, pairs, role, source, start, steps):
         curriculum_of = role.rpartition("_")[0]
-        steps[curriculum_of] += n
+        trained_for[curriculum_of] += steps
 
     monkeypatch.setattr(pit, "open_to_judge", lambda run, judge: (*shared(rl_steps=3), {}))
     monkeypatch.setattr(pit, "eval_stage", lambda *shared: evaluated.append(shared[-1]))
@@ -80,7 +80,8 @@ def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
         (["rm"], ["held_out"], "reward_gap3", reward.three_terms),
     ]
     # every curriculum has as many iterations as the two rounds of the run
-    assert len(steps) == len(curriculum.CURRICULA) and set(steps.values()) == {6}
+    assert len(trained_for) == len(curriculum.CURRICULA)
+    assert set(trained_for.values()) == {6}
     (lasts,) = evaluated
     assert list(lasts) == curriculum.CURRICULA
     assert lasts["annotated,policy"] == "ablate_annotated-policy_1"

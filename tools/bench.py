@@ -308,7 +308,8 @@ def all_stages(lm, run, pairs):
     x, y = cfg.max_prompt, cfg.max_response
     improve = max_length(cfg) - y  # x, y_ref, "Please improve your answer."
     round_of = partial(curriculum.train_pit_round, lm, run, pairs)
-    steps = cfg.rl_steps
+    round_0 = dict(role="pit_rl0", source="annotated", start="pit_sft", steps=cfg.rl_steps)
+    round_1 = dict(role="pit_rl1", source="policy", start="pit_rl0", steps=cfg.rl_steps)
     return [
         ("policy_sft", cfg.sft_batch * (x + y), partial(sft.train_policy, lm, run, pairs)),
         ("pit_sft", cfg.sft_batch * (improve + y), partial(sft.train_pit, lm, run, pairs)),
@@ -324,9 +325,9 @@ def all_stages(lm, run, pairs):
             partial(reward.train_gap_reward, lm, run, pairs, held_out),
         ),
         ("policy_rl", cfg.rl_batch * y, partial(curriculum.train_policy_rl, lm, run, pairs)),
-        ("pit_rl0", cfg.rl_batch * y, partial(round_of, "pit_rl0", "annotated", "pit_sft", steps)),
+        ("pit_rl0", cfg.rl_batch * y, partial(round_of, **round_0)),
         # the policy writes y_ref first
-        ("pit_rl1", 2 * cfg.rl_batch * y, partial(round_of, "pit_rl1", "policy", "pit_rl0", steps)),
+        ("pit_rl1", 2 * cfg.rl_batch * y, partial(round_of, **round_1)),
     ]
 
 
