@@ -327,9 +327,10 @@ def gap_evidence(lm, annotated, written, cfg):
             continue
         # R_P reads no reference: its gap is R_P(y) - R_P(y_ref)
         contexts_of = answer_contexts if role == "reward_policy" else gap_contexts
-        scores = score_pairs(lm, role, contexts_of, pairs, cfg).numpy()  # (2c, n)
+        scores = score_pairs(lm, role, contexts_of, pairs, cfg).numpy()  # (c, 2, n)
         if (kind, role) == ("annotated", "reward_gap"):
-            fig2 = dict(zip(("ww", "lw", "wl", "ll"), scores.round(3).tolist()))
+            four = scores.reshape(4, -1).round(3)
+            fig2 = dict(zip(("ww", "lw", "wl", "ll"), four.tolist()))
         # Is the sign of the gap r(y, y_ref) - r(y_ref, y_ref) right? Of better over worse it is
         # where r^wl > r^ll, of worse over better where r^ww > r^lw. In one alone, that is a tie.
         right = ranked_right(scores).mean(0)  # (n,)

@@ -107,8 +107,9 @@ def train(lm, run, role, contexts_of, loss_of, pairs):
         lm.activate(role, train=True)
         total = right = 0.0
         for part in micro_batches(batch, cfg.micro_batch, pair_length):
-            scores = score_batch(lm, contexts_of, part, cfg)  # (2c, B)
-            loss = loss_of(*scores).sum() / len(batch)
+            scores = score_batch(lm, contexts_of, part, cfg)  # (c, 2, B)
+            # w, l for R_P; ww, lw, wl, ll for R_PIT, the candidate first
+            loss = loss_of(*scores.flatten(0, 1)).sum() / len(batch)
             loss.backward()
             total += loss.detach()
             right += ranked_right(scores).float().mean(0).sum()
@@ -125,12 +126,12 @@ def pair_length(pair):
 
 
 def ranked_right(scores):
-    """Is y_w above y_l, in each of the c contexts? Scores by `score_batch`, (2c, B) -> (c, B)."""
-    return scores[0::2] > scores[1::2]
+    """Is y_w above y_l, in each of the c contexts? Scores by `score_batch`, (c, 2, B) -> (c, B)."""
+    return scores[:, 0] > scores[:, 1]
 
 
-def measure(scores):
-    """Measure the scores of N held-out pairs, (2c, N) as in `score_batch` -> dict.
+def held_out_metrics(scores):
+    """What the scores of N held-out pairs show, (c, 2, N) as in `score_batch` -> dict.
 
     accuracy           share of comparisons with y_w above y_l
     and for R_PIT alone:
@@ -140,8 +141,8 @@ def measure(scores):
     no_change_std      their standard deviation
     """
     measured = {"accuracy": ranked_right(scores).float().mean()}
-    if len(scores) == 4:
-        ww, lw, wl, ll = scores
+    if len(scores) == 2:
+        (ww, lw), (wl, ll) = scores
         in_order = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)  # Eq. 1 in full
         no_change = torch.cat([ww, ll])
         measured |= dict(
@@ -155,7 +156,7 @@ def measure(scores):
 
 def finish(lm, run, role, contexts_of, held_out):
     """Measure on held-out pairs, print, store and save."""
-    measured = measure(score_pairs(lm, role, contexts_of, held_out, run.config))
+    measured = held_out_metrics(score_pairs(lm, role, contexts_of, held_out, run.config))
     n = len(held_out)
     two_standard_errors = n**-0.5
     if measured["accuracy"] < 0.5 + two_standard_errors:
@@ -185,10 +186,9 @@ def gap_contexts(lm, pair):
 
 
 def score_batch(lm, contexts_of, pairs, cfg):
-    """The active model's scores of y_w and y_l after each of the c contexts of a pair -> (2c, B).
+    """The active model's scores of y_w and y_l after each of the c contexts of a pair -> (c, 2, B).
 
-    One context, x: the rows are w, l. Two, (x, y_w) and (x, y_l): ww, lw, wl, ll, the candidate
-    first.
+    One context, x: [[w, l]]. Two, (x, y_w) and (x, y_l): [[ww, lw], [wl, ll]].
     """
     # both answers of a pair share a row with their context where the model allows it
     contexts = [contexts_of(lm, pair) for pair in pairs]
@@ -199,16 +199,16 @@ def score_batch(lm, contexts_of, pairs, cfg):
     scores = []
     for prompts in zip(*contexts):
         scores.append(lm.scores_of_candidates(prompts, candidates).T)  # (2, B)
-    return torch.cat(scores)
+    return torch.stack(scores)
 
 
 @torch.no_grad()
 def score_pairs(lm, role, contexts_of, pairs, cfg):
-    """`score_batch` of any number N of pairs, without gradients -> (2c, N) on the CPU."""
+    """`score_batch` of any number N of pairs, without gradients -> (c, 2, N) on the CPU."""
     lm.activate(role)
     parts = micro_batches(pairs, cfg.micro_batch)
     scores = [score_batch(lm, contexts_of, part, cfg) for part in parts]
-    return torch.cat(scores, 1).cpu()
+    return torch.cat(scores, dim=-1).cpu()
 
 
 # ---- scores of texts: what RL, evaluation and `infer` see --------------------------------------

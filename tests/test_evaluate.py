@@ -164,7 +164,7 @@ QUESTION = [{"role": "user", "content": "x"}]
 
 def test_gaps_of_pairs_are_measured_against_no_change_in_both_directions(monkeypatch):
     pair = data.Pair(QUESTION, "good", "bad")
-    four = torch.tensor([[0.5], [1.5], [3.0], [1.0]])  # ww, lw, wl, ll
+    four = torch.tensor([[[0.5], [1.5]], [[3.0], [1.0]]])  # ww, lw; wl, ll
     monkeypatch.setattr(evaluate, "score_pairs", lambda *args: four)
     found = evaluate.gap_evidence(SimpleNamespace(roles={"reward_gap"}), [pair], [], cfg=None)
     assert found["fig2"] == {"ww": [0.5], "lw": [1.5], "wl": [3.0], "ll": [1.0]}

@@ -182,7 +182,7 @@ def test_held_out_measures_by_hand():
     lw = torch.tensor([-2.0, 1.0])
     wl = torch.tensor([3.0, 2.0])
     ll = torch.tensor([0.0, -1.0])
-    measured = reward.measure(torch.stack([ww, lw, wl, ll]))
+    measured = reward.held_out_metrics(torch.stack([ww, lw, wl, ll]).unflatten(0, (2, 2)))
     # the first pair is in order, of the second y_l after y_w is not
     assert measured["accuracy"] == 0.75 and measured["order"] == 0.5
     assert measured["middle"] == pytest.approx(1.0 / 3.0)
@@ -220,7 +220,7 @@ def test_an_accuracy_within_two_standard_errors_of_chance_is_told(
     lm, monkeypatch, accuracy, is_told
 ):
     chosen = torch.arange(1000) < 1000 * accuracy
-    scores = torch.stack([chosen.float(), torch.full((1000,), 0.5)])
+    scores = torch.stack([chosen.float(), torch.full((1000,), 0.5)])[None]
     monkeypatch.setattr(reward, "score_pairs", lambda *_: scores)
     run = FakeRun()
     reward.finish(lm, run, "judge", reward.answer_contexts, [None] * 1000)
