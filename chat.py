@@ -19,8 +19,8 @@ from safetensors.torch import save
 import task
 from data import shorten
 from errors import UserError
-from files import is_prompt
-from infer import POLICY, end_of, improve, improve_rounds, iterate
+from files import Request, is_prompt
+from infer import POLICY, end_of, goes_on, improve, improve_rounds
 from run import crc_of, progress, read_text, seed_all, write_text
 
 OTHER_TASK = """This run knows the built-in task only, and the names in task.py. Try:
@@ -37,19 +37,22 @@ def answer(lm, cfg, settings, turns, response=None):
         # a prompt from samples.md may come with the line breaks that it has there
         question = " ".join(turns[-1]["content"].split())
         turns = [{"role": "user", "content": question}]
+    prompts = fit_prompts(lm, cfg, [Request({}, turns, response, "the prompt")])
     seed_all(settings.seed, "infer")
-    (prompt,) = fit_prompts(lm, cfg, [(None, turns, response, "the prompt")])
-    steps = iterate(lm, cfg, settings, prompt, response)
-    text, _ = next(steps)
+    rounds = improve_rounds(lm, cfg, settings, prompts, [response])
+    # y_0
+    (text,), _ = next(rounds)
     print(f"\noriginal\n{text}", flush=True)
-    k = 0
-    for k, (better, gap) in enumerate(steps, 1):
+    # y_k, until the stop rule ends the rounds
+    best = "the original"
+    for k, ((better,), (gap,)) in enumerate(rounds, 1):
+        if not goes_on(settings.stop, text, better, gap):
+            why = "changed nothing" if settings.stop == "same" else "was no better"
+            print(f"\nRound {k} {why}, so {best} is the answer (--stop {settings.stop}).")
+            break
         print(f"\nround {k}, gap {gap:+.2f}\n{mark_changes(text, better)}", flush=True)
         text = better
-    if k < settings.rounds:
-        best = f"round {k}" if k else "the original"
-        why = "changed nothing" if settings.stop == "same" else "was no better"
-        print(f"\nRound {k + 1} {why}, so {best} is the answer (--stop {settings.stop}).")
+        best = f"round {k}"
     return text
 
 
@@ -97,12 +100,13 @@ def converse(lm, cfg, settings):
 # ---- whole files -------------------------------------------------------------------------------
 
 
-def improve_file(lm, cfg, settings, rows, path):
+def improve_file(lm, cfg, settings, requests, path):
     """Append each row to the JSONL file `path` with its improved text, all versions and their gaps.
 
     A batch of rows goes through all rounds at once. Then the stop rule chooses each answer.
     """
-    originals, _, responses, _ = zip(*rows)
+    originals = [request.row for request in requests]
+    responses = [request.response for request in requests]
     weights = zlib.crc32(save(lm.weights(settings.pit)))
     stamp = crc_of((settings, weights, originals))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,11 +115,11 @@ def improve_file(lm, cfg, settings, rows, path):
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"--output {path} is being written by another process.") from None
-    done = rows_done(path, f'{{"made_with": {stamp}, '.encode(), len(rows), cfg.rl_batch)
-    prompts = fit_prompts(lm, cfg, rows)
+    done = rows_done(path, f'{{"made_with": {stamp}, '.encode(), len(requests), cfg.rl_batch)
+    prompts = fit_prompts(lm, cfg, requests)
     # backslashreplace: half a character (a lone surrogate) in a row goes out as it came in
     with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for start in progress(range(done, len(rows), cfg.rl_batch)):
+        for start in progress(range(done, len(requests), cfg.rl_batch)):
             batch = slice(start, start + cfg.rl_batch)
             seed_all(settings.seed, "infer", start)
             rounds = list(improve_rounds(lm, cfg, settings, prompts[batch], responses[batch]))
@@ -133,7 +137,7 @@ def improve_file(lm, cfg, settings, rows, path):
                 line = {"made_with": stamp, **row, **ours}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
-    print(f"{path}: {len(rows):,} rows, of which {done:,} were there already.")
+    print(f"{path}: {len(requests):,} rows, {done:,} of them from before.")
 
 
 def rows_done(path, begin, total, batch):
@@ -158,11 +162,11 @@ def rows_done(path, begin, total, batch):
     return done
 
 
-def fit_prompts(lm, cfg, rows):
-    """Check rows as `files.read_rows` reads them -> their prompts, cut where they are too long."""
+def fit_prompts(lm, cfg, requests):
+    """Check each Request -> their prompts, cut where they are too long."""
     prompts = []
     cut = 0
-    for _, turns, response, place in rows:
+    for _, turns, response, place in requests:
         if not is_prompt(turns):
             raise UserError(
                 f"{place}: user and assistant must take turns, the user first and last."

@@ -15,6 +15,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 from pyarrow import parquet
@@ -403,9 +404,21 @@ def real_text(value, column):
     return value.strip()
 
 
+# Rows to improve
+
+
+class Request(NamedTuple):
+    """A prompt to answer, or an answer to improve."""
+
+    row: dict  # all its columns
+    prompt: list  # messages
+    response: str | None  # the answer, if there is one
+    place: str  # file and line
+
+
 def read_rows(source):
-    """Rows to improve -> [(row, prompt as messages, response or None, file and line)]."""
-    rows = []
+    """The rows of a file with `prompt` and, if they have an answer, `response` -> [Request]."""
+    requests = []
     for number, row in rows_of(str(source)):
         place = f"{source}, {number}"
         try:
@@ -416,7 +429,7 @@ def read_rows(source):
                 raise BadRow(f"no `prompt` in these columns: {', '.join(row)[:200]}")
         except BadRow as error:
             raise UserError(f"{place}: {error}.") from None
-        rows.append((row, prompt, response or None, place))
-    if not rows:
+        requests.append(Request(row, prompt, response or None, place))
+    if not requests:
         raise UserError(f"{source} holds no rows.")
-    return rows
+    return requests

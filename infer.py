@@ -1,4 +1,4 @@
-"""Using PIT: answer, improve, iterate, stop.
+"""Using PIT: answer, improve, round by round, and stop.
 
 answer      y_0 ~ M_P^RL(x)
 improve     y_{k+1} ~ M_PIT^RL(x, y_k)
@@ -39,6 +39,7 @@ def goes_on(stop, before, text, gap):
     If not, `before` is the answer.
     """
     if stop == "gap":
+        # a copy has a gap of 0, up to rounding
         return gap > 0 and text != before
     if stop == "same":
         return text != before
@@ -51,6 +52,7 @@ def end_of(stop, texts, gaps):
     gaps[k]: of texts[k + 1] over texts[k].
     """
     for k, gap in enumerate(gaps):
+        # the first step that the rule refuses
         if not goes_on(stop, texts[k], texts[k + 1], gap):
             return k
     return len(gaps)
@@ -71,15 +73,3 @@ def improve_rounds(lm, cfg, settings, prompts, responses):
         better = improve(lm, settings.pit, prompts, texts, cfg, settings.temperature)
         yield better, gaps(lm, prompts, better, texts, cfg).tolist()
         texts = better
-
-
-def iterate(lm, cfg, settings, prompt, response=None):
-    """The same for one prompt, until the stop rule ends it -> yields (text, gap)."""
-    rounds = improve_rounds(lm, cfg, settings, [prompt], [response])
-    (before,), _ = next(rounds)
-    yield before, None
-    for (text,), (gap,) in rounds:
-        if not goes_on(settings.stop, before, text, gap):
-            return
-        yield text, gap
-        before = text

@@ -173,7 +173,7 @@ def test_an_output_of_other_rows_settings_or_weights_is_not_continued(able, rows
     path = tmp_path / "out.jsonl"
     work(able, rows, path)
     complete = path.read_bytes()
-    other_answers = [(row | {"response": "x"}, *rest) for row, *rest in rows]
+    other_answers = [request._replace(row=request.row | {"response": "x"}) for request in rows]
     for wanted, change in (
         (other_answers, {}),
         (rows[:4], {}),
@@ -252,12 +252,30 @@ def test_samples_that_do_not_end_are_a_warning(able, pairs, tmp_path, monkeypatc
         (tmp_path / "samples.md").unlink()
 
 
-@pytest.mark.parametrize("stop, why", [("gap", "was no better"), ("same", "changed nothing")])
-def test_why_the_rounds_ended_is_said(able, monkeypatch, capsys, stop, why):
-    monkeypatch.setattr(chat, "iterate", lambda *_: iter([("tea", None), ("tea please", 0.5)]))
+@pytest.mark.parametrize(
+    "stop, rounds, why",
+    [
+        ("gap", ["tea", "tea please"], "Round 2 was no better, so round 1 is the answer"),
+        ("same", ["tea", "tea please"], "Round 2 changed nothing, so round 1 is the answer"),
+        ("gap", ["tea"], "Round 1 was no better, so the original is the answer"),
+        ("rounds", ["tea", "tea please", "tea please", "milk"], ""),
+    ],
+)
+def test_rounds_are_shown_until_the_stop_rule_ends_them(
+    able, monkeypatch, capsys, stop, rounds, why
+):
+    """It ends a prompt as it goes where it ends one whose rounds are all there (infer.end_of)."""
+    texts = ["tea", "tea please", "tea please", "milk"]
+    gaps = [0.5, 0.0, -0.5]
+    if len(rounds) == 1:
+        gaps[0] = -0.5
+    written = [([text], [gap]) for text, gap in zip(texts, [None, *gaps])]
+    monkeypatch.setattr(chat, "improve_rounds", lambda *_: iter(written))
     said = chat.answer(able, CFG, settings(3, stop), [{"role": "user", "content": "Hello."}])
-    assert said == "tea please"
-    assert f"Round 2 {why}, so round 1 is the answer" in capsys.readouterr().out
+    assert said == rounds[-1] and infer.end_of(stop, texts, gaps) == len(rounds) - 1
+    out = capsys.readouterr().out
+    assert out.count("gap ") == len(rounds) - 1
+    assert why in out and ("is the answer" in out) == bool(why)
 
 
 def test_the_same_question_gets_the_same_answer(able, capsys):
@@ -269,7 +287,7 @@ def test_the_same_question_gets_the_same_answer(able, capsys):
 
 
 def test_each_batch_of_a_file_draws_anew(able, rows, tmp_path):
-    same = [({"id": i}, rows[0][1], None, "row") for i in range(4)]
+    same = [rows[0]._replace(row={"id": i}) for i in range(4)]
     lines = work(able, same, tmp_path / "out.jsonl")
     versions = [line["versions"] for line in lines]
     assert versions[:2] != versions[2:]
@@ -281,7 +299,7 @@ def test_an_answer_of_full_length_may_be_improved(lm):
     # as PIT writes them: all tokens used, no room for an EOS
     cfg = SimpleNamespace(data="hh", max_prompt=40, max_response=written)
     turns = [{"role": "user", "content": "x"}]
-    assert chat.fit_prompts(lm, cfg, [({}, turns, text, "row")]) == [turns]
+    assert chat.fit_prompts(lm, cfg, [files.Request({}, turns, text, "row")]) == [turns]
 
 
 def test_each_stage_improves_the_same_originals_by_itself(able, pairs, tmp_path, monkeypatch):
