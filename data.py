@@ -101,7 +101,7 @@ def load_pairs(source, n, seed, skip_bad=False, columns=""):
     if len(pairs) > n:
         notes["left out (more than --pairs)"] = len(pairs) - n
         pairs = random.Random(seed).sample(pairs, n)
-    print(f"{source}: {describe(notes) or 'it is empty'}")
+    print(f"{source}: {in_words(notes) or 'it is empty'}")
     if not pairs:
         raise UserError(f"--data {source} holds no pair to learn from.")
     return pairs
@@ -137,7 +137,7 @@ def read_pairs(source, skip_bad=False, columns=""):
     return list(kept.values()), notes
 
 
-def describe(notes):
+def in_words(notes):
     return ", ".join(f"{number:,} {what}" for what, number in notes.items() if number)
 
 
@@ -168,7 +168,7 @@ def filter_by_length(pairs, lm, cfg):
         beginnings.append(beginning(pair.prompt))
 
     notes["kept"] = len(kept)
-    print(f"{cfg.data}: {describe(notes)}")
+    print(f"{cfg.data}: {in_words(notes)}")
     if notes[too_long] > len(pairs) / 2:
         enough = sorted(lengths)[int(0.9 * len(pairs))]
         print(f"Most pairs have a longer answer: --max-response {enough} would keep 90% of them.")

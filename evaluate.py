@@ -50,7 +50,8 @@ def interval(values, bounds=None):
     not happened in N trials: a share of z^2 / (N + z^2) may lie at either bound. (Where only one or
     two values differ from the rest, the bootstrap's is still too narrow.)
     """
-    values, n = np.array(values), len(values)
+    values = np.array(values)
+    n = len(values)
     if bounds is not None and np.ptp(values) == 0:
         unseen = Z**2 / (n + Z**2)
         return [float(values[0] + unseen * (bound - values[0])) for bound in bounds]
@@ -154,7 +155,9 @@ def evaluate(lm, run, pairs, last, judges, lasts=None):
         # 1. every side: its texts, and their scores
         for key in keys:
             bar.set_postfix_str(f"  {key}")
-            for view in views if key in of_table1 else [main]:
+            # the other sides are for the main judge alone
+            asked = views if key in of_table1 else [main]
+            for view in asked:
                 view.scores(key)
             bar.update()
         # 2. the tables look at these scores in every way, and at those of the gap models
@@ -202,7 +205,7 @@ def table1(views, keys):
     return [
         {"a": a, "b": b, "judge": view.name} | view.compare(of[a], of[b])
         for view, (a, b) in product(views, COMPARISONS)
-        if {a, b} <= of.keys()
+        if a in of and b in of
     ]
 
 
@@ -347,12 +350,12 @@ def write_answers(run, views, keys):
     scores = {}
     texts = {key.method: answers.side(key).texts for key in keys}
     for view in views:
-        scores[view.name] = rows_of({key.method: view.scores(key).tolist() for key in keys})
-    columns = {"prompt": answers.prompts, "answers": rows_of(texts), "scores": rows_of(scores)}
-    write_lines(run.path / "answers.jsonl", rows_of(columns))
+        scores[view.name] = by_row({key.method: view.scores(key).tolist() for key in keys})
+    columns = {"prompt": answers.prompts, "answers": by_row(texts), "scores": by_row(scores)}
+    write_lines(run.path / "answers.jsonl", by_row(columns))
 
 
-def rows_of(columns):
+def by_row(columns):
     """Columns by name -> a dict for each of their rows."""
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 

@@ -259,7 +259,9 @@ def form_of_columns(text):
     """--columns prompt=...,chosen=...,rejected=... -> its form."""
     try:
         form = Form("--columns", **dict(part.split("=") for part in text.split(",")))
-        float(form.low), float(form.high)
+        # both must be numbers
+        float(form.low)
+        float(form.high)
         return form
     except (TypeError, ValueError):
         raise UserError(

@@ -498,7 +498,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     failed = f"Cannot load the model {name!r}"
     with explained(failed, HOW_TO_GET.format(source)):
         tokenizer = load_tokenizer(source)
-        base = load_base(source, bits)
+        base = load_frozen(source, bits)
     advice = (
         f"Does --target-modules {target_modules} name layers of it? Is its chat template sound?"
     )
@@ -537,8 +537,8 @@ def best_device():
     return "mps" if torch.backends.mps.is_available() else "cpu", torch.float32
 
 
-def load_base(source, bits):
-    """The frozen base on the best device there is."""
+def load_frozen(source, bits):
+    """A base on the best device there is, frozen."""
     device, dtype = best_device()
     quantization = None
     if bits == 4 and device == "mps":

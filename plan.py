@@ -176,17 +176,33 @@ def plan_stages(cfg, x, y, pairs):
     both = x + 2 * y  # x with both answers, as R_P reads a pair
     four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
     stages = [
-        Stage("policy_sft", "sft", over_sft, sft, answer),
-        Stage("pit_sft", "sft", over_sft, sft, improved),
-        Stage("reward_policy", "reward", over_rm, rm, both),
-        Stage("reward_gap", "reward", over_rm, rm, four),
-        Stage("judge", "reward", rm / pairs["judge"], rm, both),
+        Stage("policy_sft", "sft", over_sft, rows=sft, trained=answer),
+        Stage("pit_sft", "sft", over_sft, rows=sft, trained=improved),
+        Stage("reward_policy", "reward", over_rm, rows=rm, trained=both),
+        Stage("reward_gap", "reward", over_rm, rows=rm, trained=four),
+        Stage("judge", "reward", rm / pairs["judge"], rows=rm, trained=both),
         # read by the reward model, the policy and the reference
-        Stage("policy_rl", "rl", over_rl, rl, epochs * answer, 3 * answer, R),
+        Stage(
+            "policy_rl",
+            "rl",
+            over_rl,
+            rows=rl,
+            trained=epochs * answer,
+            read=3 * answer,
+            written=R,
+        ),
     ]
     for k, source in enumerate(cfg.rounds.split(",")):
         # by R_PIT, which reads y_ref as well: "no change"
-        stage = Stage(f"pit_rl{k}", "rl", over_rl, rl, epochs * improved, 4 * improved, R)
+        stage = Stage(
+            f"pit_rl{k}",
+            "rl",
+            over_rl,
+            rows=rl,
+            trained=epochs * improved,
+            read=4 * improved,
+            written=R,
+        )
         if source == "annotated":  # each pair serves twice
             stage.passes = over_rl / 2
         elif source != "given":  # y_ref is written, too
@@ -194,7 +210,8 @@ def plan_stages(cfg, x, y, pairs):
         stages.append(stage)
     # judged by a model of answers, and by R_PIT
     texts = EVAL_TEXTS if cfg.model == "tiny" else EVAL_TEXTS + SELF_REFINE_TEXTS
-    stages.append(Stage("eval", "eval", 0, cfg.eval_n * texts, 0, both + prompt, R))
+    rows = cfg.eval_n * texts
+    stages.append(Stage("eval", "eval", 0, rows=rows, trained=0, read=both + prompt, written=R))
     return stages
 
 

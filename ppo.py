@@ -314,10 +314,18 @@ def train(
         prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")
         tokens = lm.generate(role, prompts, cfg.max_response, cfg.temperature)
-        models = dict(policy=role, reference=reference, reward_role=reward_role, critic=critic)
-        sample = rate(lm, tokens, score, cfg=cfg, **models)
-        logged = describe(sample, lm.eos)
-        check(run, sample, logged)
+        sample = rate(
+            lm,
+            tokens,
+            score,
+            policy=role,
+            reference=reference,
+            reward_role=reward_role,
+            critic=critic,
+            cfg=cfg,
+        )
+        logged = rollout_metrics(sample, lm.eos)
+        check_health(run, sample, logged)
 
         # Scores in standard deviations of the first batch, which is sampled before any update.
         # Centred: what all answers of a batch earn alike is no reason to change any of them. Left
@@ -328,13 +336,22 @@ def train(
         scores = scores - scores.mean()
 
         # update; the learning rate decays linearly to 0
-        settings = dict(decay=1 - step / steps, cfg=cfg, advantage=advantage)
-        metrics = ppo_update(lm, role, critic, optimizers, sample, scores, **settings)
+        metrics = ppo_update(
+            lm,
+            role,
+            critic,
+            optimizers,
+            sample,
+            scores,
+            decay=1 - step / steps,
+            cfg=cfg,
+            advantage=advantage,
+        )
         run.log(**logged, **metrics)
     run.keep(lm, role)
 
 
-def describe(sample, eos):
+def rollout_metrics(sample, eos):
     """What is logged of a rollout, one line per iteration -> dict of scalars.
 
     With the metrics of ppo_update, besides its losses and the norm of the policy's gradient:
@@ -359,8 +376,8 @@ def describe(sample, eos):
     }
 
 
-def check(run, sample, logged):
-    """Warn, once a stage, of signs that training is going wrong. logged: from `describe`."""
+def check_health(run, sample, logged):
+    """Warn, once a stage, of signs that training is going wrong. logged: from `rollout_metrics`."""
     if logged["kl"] / logged["length"] > WILD_KL:
         run.warn(f"the KL is above {WILD_KL} nats per token. Raise --kl or lower --rl-lr.")
     if logged["eos"] == 0:

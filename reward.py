@@ -83,7 +83,7 @@ def train_policy_reward(lm, run, pairs, held_out, role="reward_policy"):
         why = "a judge for the tables, on separate pairs"
     with run.stage(role, why):
         lm.add(role, like="blank", head=True)
-        train(lm, run, role, answer_contexts, bradley_terry, pairs)
+        train(lm, run, role, pairs, contexts_of=answer_contexts, loss_of=bradley_terry)
         finish(lm, run, role, answer_contexts, held_out)
 
 
@@ -93,11 +93,11 @@ def train_gap_reward(lm, run, pairs, held_out, role="reward_gap", loss_of=centre
         return
     with run.stage(role, f"R_PIT, how much better than y_ref? ({loss_of.__name__})"):
         lm.add(role, like="reward_policy", head=True)
-        train(lm, run, role, gap_contexts, loss_of, pairs)
+        train(lm, run, role, pairs, contexts_of=gap_contexts, loss_of=loss_of)
         finish(lm, run, role, gap_contexts, held_out)
 
 
-def train(lm, run, role, contexts_of, loss_of, pairs):
+def train(lm, run, role, pairs, *, contexts_of, loss_of):
     """Minimise loss_of(w, l) for R_P, loss_of(ww, lw, wl, ll) for R_PIT, on `role`."""
     cfg = run.config
     optimizer = adamw(lm.parameters(role), cfg.rm_lr)

@@ -70,6 +70,7 @@ class Run:
     plan = None  # a plan.Plan, where the time left is to be shown
     replace = False  # whether `begin` is to move an old run aside
     source = None  # another run, whose adapters `begin` is to take over
+    lock_file = None
     in_step = False
     stop_signal = None
 
@@ -127,7 +128,7 @@ class Run:
     def lock(self):
         """Keep other processes out, and let Ctrl-C and SIGTERM wait for the end of a step."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock_file = FileLock(self.path / ".lock")  # it ends with the process at the latest
+        self.lock_file = FileLock(self.path / ".lock")
         try:
             self.lock_file.acquire(blocking=False)
         except Timeout:
@@ -135,6 +136,11 @@ class Run:
             raise UserError(used) from None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+
+    def close(self):
+        """Let other processes in; the end of this one does so at the latest."""
+        if self.lock_file:
+            self.lock_file.release()
 
     def on_signal(self, number, frame):
         """Stop after the step in progress; outside a step, or at a second signal, at once."""
@@ -168,6 +174,7 @@ class Run:
             )
 
     def results(self):
+        """What results.json holds, a dict."""
         remedy = f"Delete it, then run: python pit.py eval --run {self.path}"
         return read_json(self.path / "results.json", remedy)
 
@@ -243,10 +250,6 @@ class Run:
     def load(self, lm, role):
         """Load the trained `role` into `lm`; UserError if it does not fit."""
         folder = self.adapter(role)
-        scores = (folder / "head.safetensors").exists()
-        if scores != role.startswith(("reward", "judge")):
-            kind = "a reward model" if scores else "no reward model"
-            raise UserError(f"{folder} holds {kind}. Delete it to train {role} again.")
         what = f"{folder} does not fit {self.config.model}, rank {self.config.lora_r}"
         advice = "Undo what was changed in this run, or delete the adapter to train it again."
         with explained(what, advice):

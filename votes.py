@@ -36,7 +36,7 @@ ROWS = [
     ("pit", "y_w"),
 ]
 ME = "me"  # the person's name among the judges
-WRITING = Lock()  # held by the thread that writes to votes.jsonl
+FILE_LOCK = Lock()  # held by the thread that writes to votes.jsonl
 
 
 # ---- questions and votes -----------------------------------------------------------------------
@@ -110,7 +110,7 @@ def add_vote(run, judge, question, vote, **more):
     line = dict(
         judge=judge, question=question.id(), prompt=question.line, a=a, b=b, vote=vote, **more
     )
-    with WRITING, open(run.path / "votes.jsonl", "a", encoding="utf-8") as file:
+    with FILE_LOCK, open(run.path / "votes.jsonl", "a", encoding="utf-8") as file:
         # a new line first: a kill may have cut the last one off
         file.write("\n" + json.dumps(line))
 
@@ -205,7 +205,7 @@ def send(client, llm, messages):
 
 WIDTH = 79
 KEYS = {"1": 1, "2": -1, "t": 0}
-CHOICES = "Which is better? 1, 2, t (tie), u (undo), q (quit): "
+KEYS_HELP = "Which is better? 1, 2, t (tie), u (undo), q (quit): "
 
 
 def ask_person(run, n=128):
@@ -218,7 +218,7 @@ def ask_person(run, n=128):
             add_vote(run, ME, question, 0)
             continue
         print(f"\n{'=' * WIDTH}\n{len(left)} pairs to go")
-        turned = int(question.id(), 16) % 2  # a coin: b is shown first
+        turned = int(question.id(), 16) % 2 == 1  # a coin: b is shown first
         show(question, turned)
         key = read_key()
         if key == "q":
@@ -246,7 +246,7 @@ def show(question, turned):
 def read_key():
     """1, 2, t, u or q; the end of the input is q."""
     try:
-        while (key := input(CHOICES).strip().lower()) not in (*KEYS, "u", "q"):
+        while (key := input(KEYS_HELP).strip().lower()) not in (*KEYS, "u", "q"):
             print("Please type 1, 2, t, u or q.")
     except EOFError:
         return "q"

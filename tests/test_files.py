@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import files
-from data import Pair, describe, load_pairs, read_pairs
+from data import Pair, in_words, load_pairs, read_pairs
 from errors import UserError
 
 TURNS = [
@@ -173,7 +173,7 @@ def test_columns_named_by_the_user(tmp_path):
     path = write(tmp_path / "p.jsonl", [row])
     pairs, notes = read_pairs(path, columns=columns)
     assert pairs == [Pair(TURNS, "a", "b")]
-    assert describe(notes) == "1 read as q.text, answers.1.t, answers.0.t (--columns)"
+    assert in_words(notes) == "1 read as q.text, answers.1.t, answers.0.t (--columns)"
     with pytest.raises(UserError, match="no answers.0.tx in these columns: q, answers"):
         read_pairs(path, columns=columns + "x")
     for wrong in ("prompt=q", "prompt=q,chosen=a,rejected=b,better=c", "q,a,b", "chosen=a=b"):
@@ -203,8 +203,8 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path):
     pairs, notes = read_pairs(write(tmp_path / "p.jsonl", [good, *rows.values()]))
     assert len(pairs) == 1
     assert {what for what in notes if "dropped" in what} == {f"dropped ({why})" for why in rows}
-    assert describe(notes).startswith("4 read as prompt, chosen, rejected (TRL), 1 dropped (seen")
-    assert "2 read as chosen, rejected (Anthropic), 1 dropped (no prompt)" in describe(notes)
+    assert in_words(notes).startswith("4 read as prompt, chosen, rejected (TRL), 1 dropped (seen")
+    assert "2 read as chosen, rejected (Anthropic), 1 dropped (no prompt)" in in_words(notes)
 
 
 ANSWERS = '"chosen": "a", "rejected": "b"}'
@@ -379,7 +379,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     pairs, notes = read_pairs(str(tmp_path / name))
     assert pairs == [read(row)[1] for row in ROWS]
-    assert describe(notes) == "5 read as prompt, chosen, rejected (TRL)"
+    assert in_words(notes) == "5 read as prompt, chosen, rejected (TRL)"
 
 
 def test_parquet_folders_and_home(tmp_path, monkeypatch):

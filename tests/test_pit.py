@@ -55,8 +55,7 @@ def pit(*words, stdin=""):
                 command_line.main()
         finally:
             for run in runs:
-                if hasattr(run, "lock_file"):
-                    run.lock_file.release()  # the lock of a run ends with its process
+                run.close()
     texts = []
     for name in ("stdout", "stderr"):
         streams[name].flush()

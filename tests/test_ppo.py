@@ -171,7 +171,7 @@ def test_what_is_logged_of_a_rollout_by_hand():
         ref_logprobs=torch.tensor([[-1.5, -1.0, -1.0], [-3.0, -2.0, 0.0]]),
         scores=torch.tensor([3.0, -1.0]),
     )
-    logged = ppo.describe(sample, eos)
+    logged = ppo.rollout_metrics(sample, eos)
     assert logged["score"] == 1.0 and logged["length"] == 2.5 and logged["eos"] == 0.5
     # log pi - log pi_ref, summed: -0.5 and 2
     assert logged["kl"] == 0.75
@@ -191,7 +191,7 @@ def test_bad_signs_are_told():
             ref_logprobs=torch.zeros(2, 2),
             scores=torch.zeros(2),
         )
-        ppo.check(run, sample, ppo.describe(sample, eos))
+        ppo.check_health(run, sample, ppo.rollout_metrics(sample, eos))
         return run.warnings
 
     assert check([[5, 2], [6, 7]]) == check([[5, 2], [6, 7]], drift=0.9) == []

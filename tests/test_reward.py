@@ -85,7 +85,7 @@ def test_r_p_and_the_judge_start_from_the_base_and_r_pit_from_r_p(lm, pairs, mon
         shake(lm, role)
     starts = {}
 
-    def train(lm, run, role, *others):
+    def train(lm, run, role, pairs, **losses):
         starts[role] = weights(lm, role)
         shake(lm, role)
         starts[f"{role}, trained"] = weights(lm, role)
@@ -120,7 +120,7 @@ def test_one_step_by_hand(lm, pairs, monkeypatch, contexts_of):
     loss_of = reward.bradley_terry
     if contexts_of == reward.gap_contexts:
         loss_of = reward.centred_gap_loss
-    reward.train(lm, run, "role", contexts_of, loss_of, pairs)
+    reward.train(lm, run, "role", pairs, contexts_of=contexts_of, loss_of=loss_of)
 
     losses = []
     right = []

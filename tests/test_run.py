@@ -95,7 +95,7 @@ def train(folder, stages=(pit.sft_stage, pit.reward_stage, pit.rl_stage), **star
         for stage in stages:
             stage(*shared)
     finally:
-        run.lock_file.release()  # as the process's end does
+        run.close()
 
 
 def outcome(folder):
@@ -408,7 +408,7 @@ def test_a_run_continues_with_its_own_options_only(tmp_path):
     run.lock()
     with pytest.raises(UserError, match="in use"):
         Run.start(tmp_path, TOY, overwrite=True).lock()
-    run.lock_file.release()
+    run.close()
     config = json.loads((tmp_path / "config.json").read_text())
     config["versions"] = {"python": "1.5"}  # other versions are no reason to refuse
     (tmp_path / "config.json").write_text(json.dumps(config))
