@@ -129,6 +129,7 @@ class Answers:
         return self.sides[key]
 
     def make(self, key):
+        """Take, write or choose the texts of a side -> Side."""
         method = key.method
         if method in GIVEN:  # texts that nobody had to write
             return Side([getattr(pair, GIVEN[method]) for pair in self.pairs], written=[])

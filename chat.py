@@ -167,12 +167,14 @@ def fit_prompts(lm, cfg, requests):
     prompts = []
     cut = 0
     for _, turns, response, place in requests:
+        # is it one that this run can answer?
         if not is_prompt(turns):
             raise UserError(
                 f"{place}: user and assistant must take turns, the user first and last."
             )
         if cfg.data == "synthetic" and is_other_task(turns[-1]["content"], response):
             raise UserError(f"{place}: {OTHER_TASK}")
+        # are prompt and answer as long as those of its training, at most?
         prompt = shorten(turns, lm, cfg.max_prompt)
         if prompt is None:
             raise UserError(
@@ -202,6 +204,7 @@ def show_samples(lm, run, stage, pairs):
     page = read_text(path, errors="replace")
     if title in page:  # looked up each time: a kill may come between a stage and its samples
         return
+    # 1. the policy's answers
     prompts = [pair.prompt for pair in pairs]
     policy = POLICY if POLICY in lm.roles else "policy_sft"
     seed_all(run.config.seed, "samples")
@@ -210,9 +213,10 @@ def show_samples(lm, run, stage, pairs):
         print(f"  Warning: {policy} writes without end. Has it learned to stop? Try a higher")
         print("  --max-response, more --sft-steps, or a base that knows chats (-Instruct).")
     texts = {"prompt": [prompt[-1]["content"] for prompt in prompts], policy: answers}
+    # 2. the same answers, improved
     if not stage.startswith("policy"):  # PIT's rounds, also those of `ablate`
         texts[stage] = improve(lm, stage, prompts, answers, run.config)
-
+    # 3. prompt by prompt, on the console and in the file
     samples = ""
     for row in zip(*texts.values()):
         samples += "\n"

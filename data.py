@@ -117,6 +117,7 @@ def read_pairs(source, skip_bad=False, columns=""):
     notes = Counter()
     kept = {}
     for place, row in rows_of(source):
+        # from a row to a pair, and why not
         try:
             row = read_columns(row)
             form = find_form(row, forms)
@@ -154,10 +155,12 @@ def filter_by_length(pairs, lm, cfg):
     beginnings = []
     lengths = []
     for pair in pairs:
+        # its answers, as they are
         lengths.append(longest_answer(pair, lm))
         if lengths[-1] > cfg.max_response:
             notes[too_long] += 1
             continue
+        # its prompt, cut if need be
         prompt = shorten(pair.prompt, lm, cfg.max_prompt)
         if prompt is None:
             notes[f"dropped (a prompt that no cut brings to {cfg.max_prompt} tokens)"] += 1
@@ -193,7 +196,8 @@ def shorten(prompt, lm, longest):
         if turn["role"] == "user" and fits(prompt[i:]):
             return [*system, *prompt[i:]]
 
-    # then the oldest words of the last turn: the first start that fits, by bisection
+    # then the oldest words of the last turn. Later starts fit better, so the first that fits is
+    # found by bisection: `fits` is False up to it, and True from it on
     def from_character(start):
         return [last | {"content": last["content"][start:]}]
 
@@ -204,6 +208,8 @@ def shorten(prompt, lm, longest):
 
 def split(pairs, beginnings, seed):
     """Split the pairs, so that no beginning of a dialogue is in two parts -> {part: [Pair]}.
+
+    UserError where a part would get fewer than 8 pairs.
 
     Where two dialogues begin alike, one often goes on with the answer that was chosen in the other:
     it would tell. The parts depend on neither the order of the pairs nor the machine.

@@ -132,6 +132,7 @@ def rows_of(source):
 
 
 def find_rows(source, path):
+    """The (place, row) of a folder, a file, or what a hub has by that name."""
     if path.is_dir():
         return rows_of_folder(path)
     if path.exists():
@@ -151,6 +152,7 @@ def numbered(rows):
 
 
 def rows_of_hub(source):
+    """Rows of NAME or NAME:SPLIT, through the download cache of `datasets`."""
     from datasets import load_dataset  # takes a second, and few runs need it
 
     name, _, split = source.partition(":")
@@ -175,6 +177,7 @@ def rows_of_folder(path):
 
 
 def rows_of_file(path):
+    """Rows of one file, which may be packed (ENDINGS)."""
     kind = kind_of(path)
     if kind not in KINDS:
         raise UserError(f"{path}: the ending must be {ENDINGS}.")

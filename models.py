@@ -88,6 +88,7 @@ class LM:
     """A frozen base with named adapters. One is active at a time: `activate` it before each use."""
 
     def __init__(self, base, tokenizer, lora):
+        """base: a causal LM of transformers; lora: the LoraConfig of all adapters."""
         self.tokenizer = tokenizer
         self.lora = lora
         self.device = base.device
@@ -496,12 +497,14 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     """
     source = check_model(name)
     failed = f"Cannot load the model {name!r}"
+    # 1. its files
     with explained(failed, HOW_TO_GET.format(source)):
         tokenizer = load_tokenizer(source)
         base = load_frozen(source, bits)
     advice = (
         f"Does --target-modules {target_modules} name layers of it? Is its chat template sound?"
     )
+    # 2. the adapters' layers
     with explained(failed, advice):
         lora = LoraConfig(
             r=lora_r,
@@ -513,6 +516,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
         # LoRA's A is drawn here, once, for "blank": every role starts from the same one
         torch.manual_seed(seed)
         lm = LM(base, tokenizer, lora)
+    # 3. does it do what training relies on?
     with explained(failed, "PIT cannot train such a model: give another --model."):
         check_base(lm)
     return lm

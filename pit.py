@@ -280,6 +280,7 @@ def show(lm, run, parts, role):
 
 
 def sft_stage(lm, run, parts):
+    """Stage 1 -> policy_sft, pit_sft."""
     import sft
 
     sft.train_policy(lm, run, parts["sft"])
@@ -289,6 +290,7 @@ def sft_stage(lm, run, parts):
 
 
 def reward_stage(lm, run, parts):
+    """Stage 2 -> reward_policy, reward_gap, judge."""
     import reward
 
     reward.train_policy_reward(lm, run, parts["rm"], parts["held_out"])
@@ -297,6 +299,7 @@ def reward_stage(lm, run, parts):
 
 
 def rl_stage(lm, run, parts):
+    """Stage 3 -> policy_rl, and pit_rl0, pit_rl1, ... by round."""
     import curriculum
 
     curriculum.train_policy_rl(lm, run, parts["rl"])
@@ -352,7 +355,7 @@ def open_run(path):
 
 
 StageRun = option(Path, "Folder of a run that `all` has started.")
-Judges = option(list[str], "quality, judge, FILE.py, folder, hub id; the first one decides.")
+Judges = option(list[str], "Who judges; a wrong name lists the choices. The first one decides.")
 
 
 @app.command(name="sft")
@@ -451,6 +454,7 @@ def judge_command(
     import votes
     from judges import default_judges
 
+    # 1. the run, and the judges that it has
     opened = open_run(run)
     opened.lock()  # `eval` writes its results, too
     known = opened.results().get("judges", {})
@@ -459,12 +463,14 @@ def judge_command(
             f"--llm {llm}: a judge of this run has that name. Let the server use another."
         )
     first = votes.read_answers(opened)[0]
-    if not first["scores"].keys() <= known.keys():
+    if any(judge not in known for judge in first["scores"]):
         raise UserError(f"An evaluation was cut short. First run: python pit.py eval --run {run}")
+    # 2. their votes
     if by == "me":
         votes.ask_person(opened, n)
     else:
         votes.ask_llm(opened, by, llm, n)
+    # 3. the tables with these votes
     evaluate.add_votes(opened)
     report.write_report(opened, voter=votes.ME if by == "me" else llm)
 
@@ -522,6 +528,7 @@ def infer_command(
     import infer
     from files import read_rows, read_turns
 
+    # what is asked, before the base takes its time
     settings = infer.Settings(
         pit=improver(cfg),
         rounds=rounds,

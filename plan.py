@@ -119,12 +119,14 @@ def plan_memory(lm, cfg):
     if max(totals(work).values()) > room - DESKTOP:
         lm.checkpoint_layers()
         work = estimate_memory(lm, cfg)
+    # the work that takes most
     gib = totals(work)
     kind = max(gib, key=gib.get)
     parts = ", ".join(f"{part} {number:.2f}" for part, number in work[kind].items())
     print(f"memory: about {gib[kind]:.1f} of {room:.1f} GiB at most, in {kind}: {parts}")
     if gib[kind] > room:
         print("  That is too much. Lower --micro-batch and --rl-batch.")
+    # does the longest text fit into the context?
     shape = lm.base.config.get_text_config()
     context = getattr(shape, "max_position_embeddings", None)
     longest = max_length(cfg) + cfg.max_response + 64  # Self-Refine: feedback, and two requests

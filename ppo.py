@@ -278,16 +278,7 @@ def distance_moved(lm, policy, sample, cfg):
 
 
 def train(
-    lm,
-    run,
-    role,
-    problem,
-    steps,
-    *,
-    reference,
-    reward_role,
-    advantage=gae,
-    penalty=missing_eos,
+    lm, run, role, problem, steps, *, reference, reward_role, advantage=gae, penalty=missing_eos
 ):
     """PPO on adapter `role`, held to `reference`, for `steps` iterations; then save the adapter.
 
@@ -336,16 +327,9 @@ def train(
         scores = scores - scores.mean()
 
         # update; the learning rate decays linearly to 0
+        decay = 1 - step / steps
         metrics = ppo_update(
-            lm,
-            role,
-            critic,
-            optimizers,
-            sample,
-            scores,
-            decay=1 - step / steps,
-            cfg=cfg,
-            advantage=advantage,
+            lm, role, critic, optimizers, sample, scores, decay=decay, cfg=cfg, advantage=advantage
         )
         run.log(**logged, **metrics)
     run.keep(lm, role)

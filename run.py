@@ -397,6 +397,7 @@ def take_over(run, source):
 
     Those that this run has by now, by a start that was cut short, are left alone.
     """
+    # which roles: those with the same options
     roles = []
     for folder in sorted(source.adapter("").glob("[!.]*")):
         role = folder.name
@@ -415,6 +416,7 @@ def take_over(run, source):
         if role in roles:
             measured[role] = of_role
     run.add_results(reward=measured)
+    # then the adapters
     for role in roles:
         with new_folder(run.adapter(role), role) as new:
             for file in filter(Path.is_file, source.adapter(role).iterdir()):
