@@ -538,12 +538,18 @@ def best_device():
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "cuda", torch.bfloat16 if has_bf16 else torch.float32
-    return "mps" if torch.backends.mps.is_available() else "cpu", torch.float32
+    if torch.backends.mps.is_available():
+        return "mps", torch.float32
+    # a CPU that multiplies in bf16 trains in it three times as fast
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "cpu", torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load_frozen(source, bits):
     """A base on the best device there is, frozen."""
     device, dtype = best_device()
+    if source == TINY and device == "cpu":
+        dtype = torch.float32  # the built-in base computes alike on all CPUs
     quantization = None
     if bits == 4 and device == "mps":
         print("4-bit is not used on mps: the base stays unquantised, as with --bits 16.")

@@ -5,6 +5,8 @@ made with its `device`, or from a tensor that does. An operation on tensors of b
 raises an error, as it would on a GPU.
 """
 
+import shutil
+
 import pytest
 import torch
 from conftest import MINIATURE, keep_signals
@@ -164,7 +166,8 @@ def test_a_planted_mix_is_caught(on_accelerator, tmp_path, monkeypatch):
 def test_all_stages_run_on_a_base_in_bf16(tmp_path, monkeypatch):
     """What a card with bf16 gets with --bits 16: adapters, heads and log-probs stay in fp32."""
     monkeypatch.setattr(models, "best_device", lambda: ("cpu", torch.bfloat16))
-    lm = models.load_model("tiny", bits=16)
+    shutil.copytree(models.TINY, tmp_path / "base")
+    lm = models.load_model(str(tmp_path / "base"), bits=16)
     assert lm.lm_head.weight.dtype == torch.bfloat16
     with keep_signals():
         run, gaps = train_all(lm, tmp_path / "run")
