@@ -375,11 +375,18 @@ def add_votes(run):
         # 1. rows of Table 1, where there are enough votes
         for a, b in ROWS:
             on_row = [vote for question, vote in verdicts.items() if question.sides == (a, b)]
+            if not on_row:
+                continue
+            row = compare(on_row, 0)
             if len(on_row) >= ENOUGH:
-                table1.append({"a": a, "b": b, "judge": voter} | compare(on_row, 0))
+                table1.append({"a": a, "b": b, "judge": voter} | row)
+            else:
+                low, high = row["ci95"]
+                delta = f"{100 * row['delta']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+                notes[voter].append(f"{a} over {b}, {len(on_row)} votes so far: {delta} points.")
         # 2. how far to trust them: do they agree with other judges?
         # (not about two answers that are the same text: there everybody sees a tie)
-        differ = [question for question in counted.values() if len(set(question.texts)) == 2]
+        differ = [question for question in counted.values() if not question.is_tie()]
         for judge, others in said.items():
             both = [question for question in differ if question in others]
             if both and judge != voter:
@@ -388,10 +395,11 @@ def add_votes(run):
         # 3. a language model is asked in both orders
         asked = [cast[key] for key in counted if "order_decides" in cast[key]]
         if asked:
-            bias = mean([vote["order_decides"] for vote in asked])
+            both_read = [vote["order_decides"] for vote in asked if not vote["unreadable"]]
+            bias = sum(both_read) / max(1, len(both_read))
             unreadable = sum(vote["unreadable"] for vote in asked)
             notes[voter].append(
-                f"the order of the answers decided {bias:.0%} of {len(asked)} pairs, and "
+                f"the order of the answers decided {bias:.0%} of {len(both_read)} pairs, and "
                 f"{unreadable} replies could not be read. These count as ties."
             )
     run.add_results(table1=table1, votes=notes)

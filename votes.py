@@ -55,6 +55,10 @@ class Question(NamedTuple):
         texts = json.dumps([self.prompt, *self.texts])
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
+    def is_tie(self):
+        """Whether both answers are the same text: nobody has to be asked."""
+        return len(set(self.texts)) == 1
+
 
 def read_answers(run):
     """The lines of answers.jsonl, a dict each."""
@@ -151,17 +155,19 @@ def ask_llm(run, url, llm, n=128):
     key = os.environ.get(KEY, "").strip() or "none"
     client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
     ask_one = partial(ask_both_orders, run, client, llm)
+    left = questions_left(run, llm, n)
     # each vote goes to votes.jsonl as it comes; an error ends the loop, and asks no more
-    thread_map(ask_one, questions_left(run, llm, n), max_workers=WORKERS, ncols=80, disable=None)
+    differ = [question for question in left if not question.is_tie()]
+    thread_map(ask_one, differ, max_workers=WORKERS, ncols=80, disable=None)
+    # only now, so that a mistyped name casts no votes
+    for question in filter(Question.is_tie, left):
+        add_vote(run, llm, question, 0)
 
 
 def ask_both_orders(run, client, llm, question):
     """Add the language model's vote to votes.jsonl: a tie if the order changes its mind."""
     prompt = question.prompt
     a, b = question.texts
-    if a == b:
-        add_vote(run, llm, question, 0)
-        return
     votes = [ask(client, llm, prompt, a, b), ask(client, llm, prompt, b, a)]
     forward, turned = votes
     unreadable = votes.count(None)
@@ -183,8 +189,8 @@ def ask(client, llm, prompt, first, second):
 
 
 def send(client, llm, messages):
-    """The model's reply. Failures that may pass (429, 5xx, no reply in time) are tried again."""
-    for pause in PAUSES:
+    """The model's reply. Failures that may pass (429, 5xx) are tried again; a timeout, once."""
+    for attempt, pause in enumerate(PAUSES, 1):
         time.sleep(pause)
         try:
             reply = client.chat_completion(messages, model=llm, max_tokens=REPLY, temperature=0.0)
@@ -192,7 +198,8 @@ def send(client, llm, messages):
         except Exception as error:  # HTTP, network, or a reply of another form
             failure = error
         status = getattr(getattr(failure, "response", None), "status_code", 0)
-        if not (status == 429 or status >= 500 or isinstance(failure, TimeoutError)):
+        first_timeout = attempt == 1 and isinstance(failure, TimeoutError)
+        if not (status == 429 or status >= 500 or first_timeout):
             break
     said = getattr(failure, "server_message", None) or first_line(failure)
     raise UserError(
@@ -213,8 +220,8 @@ def ask_person(run, n=128):
     voted = []  # in this session, for undo
     while left := questions_left(run, ME, n):
         question = left[0]
-        if len(set(question.texts)) == 1:
-            # Identical answers are a tie, recorded in order: a short session is not mostly ties.
+        if question.is_tie():
+            # recorded in order: a short session is not mostly ties
             add_vote(run, ME, question, 0)
             continue
         print(f"\n{'=' * WIDTH}\n{len(left)} pairs to go")

@@ -157,7 +157,7 @@ def test_nonsense_is_asked_once_more_and_then_a_tie(run, serve):
     assert [m["role"] for m in server.requests[-1]["messages"]] == ["user", "assistant", "user"]
     evaluate.add_votes(run)
     said = run.results()["votes"]["chatty"][-1]
-    assert "decided 0% of 18 pairs" in said and f"{N * 3 * 2} replies could not be read" in said
+    assert "decided 0% of 0 pairs" in said and f"{N * 3 * 2} replies could not be read" in said
     assert {row["tie"] for row in rows_by(run, "chatty").values()} == {1}
 
 
@@ -195,6 +195,21 @@ def test_a_refusal_is_shown_with_what_to_check(run, serve, status, said):
     assert not (run.path / "votes.jsonl").exists()
 
 
+def test_a_refused_command_casts_no_votes_on_equal_answers(run, serve):
+    lines = votes.read_answers(run)
+    for line in lines:
+        line["answers"]["pit"] = line["answers"]["original"]
+    (run.path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError):
+        votes.ask_llm(run, serve(lambda prompt, number: 404).url, "mistyped")
+    assert not votes.read_votes(run)
+    server = serve(longer)
+    votes.ask_llm(run, server.url, "x")
+    cast = votes.read_votes(run)["x"].values()
+    assert [vote["vote"] for vote in cast].count(0) == N  # best_of_2 is `original`, too
+    assert len(server.requests) == 2 * (len(cast) - N)
+
+
 def test_who_does_not_answer_is_named(run, serve, monkeypatch):
     server = serve(longer)
     server.http.shutdown()
@@ -205,7 +220,8 @@ def test_who_does_not_answer_is_named(run, serve, monkeypatch):
     slow = serve(lambda prompt, number: threading.Event().wait(0.1) or "A")
     with pytest.raises(UserError, match="No verdict of x at"):
         votes.ask_llm(run, slow.url, "x", n=1)
-    assert len(slow.requests) >= len(votes.PAUSES)
+    # every worker's question once more, no longer: each attempt takes TIMEOUT
+    assert 2 <= len(slow.requests) <= 2 * 3
 
 
 def test_the_key_comes_from_the_environment_and_the_hubs_is_never_sent(run, serve, monkeypatch):
@@ -328,7 +344,9 @@ def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch)
     type_in(run, monkeypatch, "t" * 99)
     evaluate.add_votes(run)
     assert rows_by(run, "me") == {}
-    assert f"A row of Table 1 needs {N + 1} on its sides." in run.results()["votes"]["me"][0]
+    total, *by_row = run.results()["votes"]["me"][:5]
+    assert f"A row of Table 1 needs {N + 1} on its sides." in total
+    assert f"pit over original, {N} votes so far: +0 [-39, +39] points." in by_row
 
 
 def test_the_order_on_the_screen_is_a_fair_coin():
