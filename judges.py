@@ -8,6 +8,7 @@ torch and the models are imported by the judges that need them, so a misspelt na
 
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -80,7 +81,8 @@ def judge_named(name, lm, cfg):
 def check_names(names, cfg):
     """UserError for a name of --judge that no judge of a run can have; loads nothing."""
     for name in names:
-        on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)  # as far as its form goes
+        # on the hub, as far as its form goes
+        on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith(".py")
         if not (name in default_judges(cfg) or on_hub or Path(name).exists()):
             raise UserError(f"--judge {name}: there is no such judge.\n{CHOICES}")
 
@@ -109,6 +111,7 @@ def file_judge(path):
 
     See `function_judge` for what it is given. Its errors are shown with their line in the file.
     """
+    sys.path.append(str(Path(path).resolve().parent))  # its own imports; ours come first
     with blaming(path):
         module = runpy.run_path(path)
     if not callable(module.get("quality")):
@@ -117,7 +120,8 @@ def file_judge(path):
     def checked(prompt, answer):
         with blaming(path):
             value = module["quality"](prompt, answer)
-        if not isinstance(value, Real) or not isfinite(value):
+            is_number = isinstance(value, Real | np.bool_) and isfinite(value)
+        if not is_number:
             raise UserError(
                 f"--judge {path}: quality returned {value!r:.60} for the answer {answer!r:.60}; "
                 "it must return one finite number."

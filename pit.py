@@ -388,11 +388,16 @@ def rl_command(run: StageRun):
 
 def open_to_judge(path, names):
     """What `prepare` gives of a run that has been trained, and the judges that --judge names."""
+    import votes
     from judges import check_names, default_judges, judges_by_name
 
     run = open_run(path)
     names = names or default_judges(run.config)
     check_names(names, run.config)  # misspelt ones are refused at once
+    voters = votes.read_votes(run)
+    for name in names:
+        if name in voters:
+            raise UserError(f"--judge {name}: votes.jsonl of {path} has a voter of that name.")
     roles = run.trained_by()
     if "judge" not in names:  # the run's own judge may be missing where it has no say
         del roles["judge"]

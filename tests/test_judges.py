@@ -51,7 +51,7 @@ def test_a_name_that_no_judge_can_have_is_refused(tmp_path):
     (tmp_path / "rule.py").write_text("")
     good = ["quality", "judge", str(tmp_path), str(tmp_path / "rule.py"), "owner/reward-1.5B"]
     judges.check_names(good, BUILT_IN)
-    bad = ["qualitty", "Judge", "rule.py", "./nowhere", "https://hub/owner/name"]
+    bad = ["qualitty", "Judge", "rule.py", "rules/rule.py", "./nowhere", "https://hub/owner/name"]
     for name in bad:
         with pytest.raises(UserError, match=f"--judge {name}: there is no such judge"):
             judges.check_names(["judge", name], BUILT_IN)
@@ -67,6 +67,7 @@ def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
         return None, run, {}
 
     run = SimpleNamespace(
+        path=tmp_path,
         config=SimpleNamespace(data="synthetic", rounds="annotated"),
         trained_by=lambda: Run.trained_by(run),
     )
@@ -76,6 +77,11 @@ def test_a_judge_of_yours_does_without_the_runs(tmp_path, monkeypatch):
     for names, needs_judge in ((None, True), (["judge"], True), ([f"{tmp_path}/rule.py"], False)):
         pit.open_to_judge("runs/tiny", names)
         assert ("judge" in needed) == needs_judge and "reward_gap" in needed
+    # a name that has voted judges nothing else
+    vote = dict(judge=f"{tmp_path}/rule.py", question="0123", vote=1)
+    (tmp_path / "votes.jsonl").write_text(json.dumps(vote))
+    with pytest.raises(UserError, match="has a voter of that name"):
+        pit.open_to_judge("runs/tiny", [f"{tmp_path}/rule.py"])
 
 
 def test_names_are_checked_before_torch_is_imported():
@@ -106,6 +112,10 @@ def test_a_rule_of_your_own(tmp_path):
         score_file(tmp_path, "def quality(prompt, answer): return len(prompt) + len(answer)") == 7
     )
     assert score_file(tmp_path, "def quality(prompt, answer): return answer == '4'") == 1.0
+    numpy = "import numpy as np\ndef quality(prompt, answer): return np.bool_(True)"
+    assert score_file(tmp_path, numpy) == 1.0
+    (tmp_path / "beside.py").write_text("SCORE = 3")
+    assert score_file(tmp_path, "import beside\ndef quality(*_): return beside.SCORE") == 3
 
 
 @pytest.mark.parametrize(
@@ -117,6 +127,7 @@ def test_a_rule_of_your_own(tmp_path):
         ("def quality(prompt, answer): return 'good'", "returned 'good'"),
         ("def quality(prompt, answer): return [1.0, 2.0]", r"returned \[1.0, 2.0\]"),
         ("def quality(prompt, answer): return None", "returned None"),
+        ("def quality(prompt, answer): return 10**400", "line|OverflowError"),
         ("def quality(prompt): return 1", "TypeError"),
         ("quality = 3", "no function quality"),
         ("x = 1\nimport nowhere", "line 2: ModuleNotFoundError"),
