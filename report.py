@@ -45,7 +45,7 @@ COLOR_OF = {  # of curves: a role has the same color in all panels
     "pit_rl1": "C2",
     "pit_rl2": "C3",
 }
-MUCH = 0.1  # ten points of delta: what a word wins has to be more, to be worth a warning
+MUCH = 0.05  # five points of delta: what a word wins has to be more, to be worth a warning
 LABELS = {
     "base": "the base, asked to improve",
     "pit_sft": "PIT after SFT only",
@@ -96,7 +96,7 @@ def examples(run, judge):
 
 
 def alarms(results):
-    """The words that alone win a third of PIT's delta, and ten points: rows of results["words"]."""
+    """The words that alone win a third of PIT's delta, and five points -> rows of "words"."""
     words = results.get("words")  # not yet, if `eval` was stopped before it
     if not words:
         return []

@@ -19,7 +19,7 @@ LINES = 10  # of each kind, at most
 
 
 def words_of(text):
-    return set(re.findall(r"\w+(?:['’]\w+)*", text.lower()))
+    return set(re.findall(r"\w+(?:'\w+)*", text.lower().replace("’", "'")))
 
 
 def shape_of(text):
@@ -69,7 +69,8 @@ def standing_out(features, sides):
 def without(word, text):
     """The text with every `word` deleted, and a comma or space that would then begin it."""
     # an apostrophe between letters is part of a word, one at its end is a quotation mark
-    pattern = rf"\s*(?<!\w)(?<!\w['’]){word}(?!['’]?\w)"
+    spelled = word.replace("'", "['’]")
+    pattern = rf"\s*(?<!\w)(?<!\w['’]){spelled}(?!['’]?\w)"
     rest = re.sub(pattern, "", text, flags=re.IGNORECASE)
     return text if rest == text else rest.lstrip(" ,")
 

@@ -250,6 +250,10 @@ def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
     assert report.alarms({"words": words}) == [row]
     row["without"] = compared(0.27)  # 0.39 - 0.12: less than a third is gone
     assert report.alarms({"words": words}) == []
+    # nearly half is gone
+    words["delta"] = compared(0.2)
+    row["without"] = compared(0.11)
+    assert report.alarms({"words": words}) == [row]
     # hardly anything was won
     words["delta"] = compared(0.04)
     row["without"] = compared(0.0)

@@ -47,6 +47,11 @@ def test_the_word_that_pit_adds_comes_first_and_takes_delta_with_it():
     assert (found["answers"], found["pairs"]) == (100, 100)
 
 
+def test_an_apostrophe_is_one_however_it_is_typed():
+    assert words.words_of("I’d say I'd.") == {"i'd", "say"}
+    assert words.without("i'd", "Well, I’d say I'd go.") == "Well, say go."
+
+
 def test_a_word_that_the_judge_does_not_care_for_takes_nothing_with_it():
     lines = lines_of(lambda text, i: add_indeed(text, i).replace(".", "!"))
     judge = Judge(lambda prompts, texts: [text.endswith("!") for text in texts])
