@@ -481,9 +481,14 @@ def check_free(path):
 
 def versions():
     """The machine, Python and some libraries, for people: a run goes on with others too."""
+    import torch
+
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     found = {name: metadata.version(name) for name in libraries}
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    machine = f"{platform.system()}, {os.cpu_count()} cores of {processor}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
     return {"machine": machine, "python": platform.python_version()} | found
 
 
