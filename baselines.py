@@ -1,6 +1,6 @@
 """All sides of a comparison: PIT and its rounds, Self-Refine, best-of-n, a second sample.
 
-A side is one answer to each held-out prompt: by what method, at what temperature, after how many
+A side is one answer to each held-out prompt, by one method, at one temperature, after a number of
 rounds. Its texts are sampled once, and kept in runs/NAME/answers.json until the adapter that wrote
 them, or what it read, changes.
 """
@@ -22,7 +22,7 @@ FEEDBACK = (
 )
 REFINE = "Rewrite your answer with these flaws fixed. Output only the new answer."
 REFINERS = {"self_refine": "policy_rl", "self_refine_base": "blank"}  # the adapter of each
-GIVEN = {"y_w": "chosen", "y_l": "rejected"}  # of the pairs
+OF_PAIRS = {"y_w": "chosen", "y_l": "rejected", "given": "given"}  # texts that nobody has to write
 SAMPLES = {  # answers to the prompt alone, and the adapter that writes them
     "policy_sft": "policy_sft",
     "original": "policy_rl",
@@ -62,6 +62,8 @@ class Key(NamedTuple):
         """The side that an improvement starts from: the round before, or the draft."""
         if self.round > 1:
             return self._replace(round=self.round - 1)
+        if self.method == "pit_given":
+            return Key("given")
         return Key("original", temperature=self.drafts, drafts=self.drafts)
 
 
@@ -78,14 +80,17 @@ def round_keys(method):
     return [Key(method, round=k) for k in range(1, ROUNDS + 1)]
 
 
-def all_keys(methods, last):
+def all_keys(methods, last, sources=()):
     """Every side of the tables and figures, an improved text after the one that it improves.
 
-    methods: those of Fig. 3 and Table 3. last: the adapter of PIT's last round.
+    methods: those of Fig. 3 and Table 3. last: the adapter of PIT's last round. sources: who wrote
+    y_ref in its rounds.
     """
-    keys = [Key(name) for name in (*GIVEN, *SAMPLES, *BEST_OF, "base", "pit_sft")]
+    keys = [Key(name) for name in ("y_w", "y_l", *SAMPLES, *BEST_OF, "base", "pit_sft")]
     if last != "pit_rl0":  # after one round alone, that is PIT itself
         keys.append(Key("pit_rl0"))
+    if "given" in sources:  # answers by any other writer, and PIT's improvement of them
+        keys += [Key("given"), Key("pit_given")]
     if "self_refine" in methods:
         keys.append(Key("self_refine_base"))
     for method in methods:
@@ -131,8 +136,8 @@ class Answers:
     def make(self, key):
         """Take, write or choose the texts of a side -> Side."""
         method = key.method
-        if method in GIVEN:  # texts that nobody had to write
-            return Side([getattr(pair, GIVEN[method]) for pair in self.pairs], written=[])
+        if method in OF_PAIRS:
+            return Side([getattr(pair, OF_PAIRS[method]) for pair in self.pairs], written=[])
         if method in SAMPLES:
             return self.write(key, SAMPLES[method], self.prompts)
         if method in BEST_OF:
@@ -140,7 +145,7 @@ class Answers:
         if method in REFINERS:
             return self.self_refine(key, REFINERS[method])
         # one improvement by PIT after its last round, by an earlier stage, or by the base itself
-        role = {"pit": self.last, "base": "blank"}.get(method, method)
+        role = {"pit": self.last, "pit_given": self.last, "base": "blank"}.get(method, method)
         return self.write(key, role, self.to_improve(key), self.before(key).written)
 
     def before(self, key):

@@ -34,8 +34,10 @@ COMPARISONS = [
     ("pit", "second_sample"),
     ("pit", "pit_sft"),
     ("pit", "pit_rl0"),
+    ("given", "original"),
+    ("pit_given", "given"),
 ]
-ENOUGH = 20  # votes: evenly split, the 95% interval of delta is 44 points to either side
+ENOUGH = 20  # votes: if evenly split, the 95% interval of delta is +-44 points
 Z = 1.96  # standard deviations on either side in a 95% interval
 
 
@@ -45,7 +47,7 @@ Z = 1.96  # standard deviations on either side in a 95% interval
 def interval(values, bounds=None):
     """The 95% bootstrap interval of the mean of N values, one per prompt -> [low, high].
 
-    Where all values are the same, resampling sees no doubt at all: [1, 1] for 5 wins of 5. With
+    Where all values are the same, resampling shows no doubt at all: [1, 1] for 5 wins of 5. With
     `bounds`, the lowest and the highest possible value, the interval is then Wilson's for what has
     not happened in N trials: a share of z^2 / (N + z^2) may lie at either bound. (Where only one or
     two values differ from the rest, the bootstrap's is still too narrow.)
@@ -89,13 +91,13 @@ def mean(numbers):
 def elo(scores, margin=SAME):
     """Scores of K sides for the same N prompts, (K, N) -> their Elo ratings (K,), the first 1000.
 
-    All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for both, so there is
-    no order of games to depend on. P(i beats j) = sigmoid(r_i - r_j), as in a reward model: that is
+    All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for both, so the
+    order of games does not matter. P(i beats j) = sigmoid(r_i - r_j), as in a reward model: that is
     s_i / (s_i + s_j) with strengths s = exp(r).
     """
     scores = np.array(scores)
-    # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; an extra half of a drawn
-    # game keeps the rating of a side that never wins finite
+    # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; half an extra
+    # drawn game keeps the rating finite for a side that never wins
     points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
     wins = points.sum(2) + 0.25  # (K, K)
     # 2. the likeliest strengths, by the iteration of Newman (2023), "Efficient computation of
@@ -104,7 +106,7 @@ def elo(scores, margin=SAME):
     for _ in range(5000):  # slow only where sides nearly always win
         both = strength[:, None] + strength  # (K, K)
         strength = (wins * strength / both).sum(1) / (wins / both).sum(0)
-    # 3. ratings: 400 points more are odds of 10 to 1
+    # 3. ratings: 400 points more mean odds of 10 to 1
     return (1000 + 400 * np.log10(strength / strength[0])).tolist()
 
 
@@ -146,7 +148,7 @@ def evaluate(lm, run, pairs, last, judges, lasts=None):
     views = [View(name, judge, answers) for name, judge in judges.items()]
     main = views[0]
     methods = ["pit"] if cfg.model == "tiny" else ["pit", "self_refine"]
-    keys = all_keys(methods, last)
+    keys = all_keys(methods, last, cfg.rounds.split(","))
     of_table1 = [key for key in keys if key.temperature == 1 and key.round == 1]
     all_cool = [key for key in keys if key.drafts != 1]  # the drafts at 0.4, too
     if lasts:
@@ -213,7 +215,7 @@ def sides_table(answers, scores, keys):
     """What the sides of Table 1 are: their length, cost, and means of scores.
 
     scores: by name, how to score a side. tokens, texts: all that was generated for one answer.
-    unchanged: the share of answers that are the text before, or empty.
+    unchanged: the share of answers that are empty, or equal to the text before.
     """
     table = {}
     for key in keys:
@@ -231,7 +233,7 @@ def sides_table(answers, scores, keys):
 
 
 def temperature_table(view, methods):
-    """Fig. 3: one improvement at each temperature against the original, and 0.4 against it."""
+    """Fig. 3: one improvement at each temperature against the original, and 0.4 against each."""
     rows = []
     for method in methods:
         best = Key(method, temperature=0.4)
@@ -307,7 +309,7 @@ def curricula_table(view, lasts):
 def written_pairs(view):
     """Two samples of the policy as preference pairs, by this judge; ties are left out.
 
-    Not PIT's answers: they were chosen by R_PIT, and "PIT is better" is right on nearly all.
+    Not PIT's answers: RL optimised them for R_PIT, so "PIT is better" is right on nearly all.
     """
     answers = view.answers
     second = Key("second_sample")
@@ -334,8 +336,8 @@ def gap_evidence(lm, annotated, written, cfg):
         if (kind, role) == ("annotated", "reward_gap"):
             four = scores.reshape(4, -1).round(3)
             fig2 = dict(zip(("ww", "lw", "wl", "ll"), four.tolist()))
-        # Is the sign of the gap r(y, y_ref) - r(y_ref, y_ref) right? Of better over worse it is
-        # where r^wl > r^ll, of worse over better where r^ww > r^lw. In one alone, that is a tie.
+        # Is the sign of the gap r(y, y_ref) - r(y_ref, y_ref) right? For better over worse it is
+        # if r^wl > r^ll, for worse over better if r^ww > r^lw. If only one holds: a tie.
         right = ranked_right(scores).mean(0)  # (n,)
         eq2.append({"model": role, "pairs": kind, "accuracy": mean(right)} | compare(right, 0.5))
     return {"fig2": fig2, "eq2": eq2}
@@ -371,7 +373,7 @@ def add_votes(run):
         verdicts = said[voter]
         # questions of two rows that show the same texts share a vote
         counted = {question.id(): question for question in verdicts}
-        notes[voter] = [f"{len(counted)} votes. A row of Table 1 needs {ENOUGH} on its sides."]
+        notes[voter] = [f"{len(counted)} votes. A row of Table 1 needs {ENOUGH} of its own."]
         # 1. rows of Table 1, where there are enough votes
         for a, b in ROWS:
             on_row = [vote for question, vote in verdicts.items() if question.sides == (a, b)]

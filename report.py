@@ -45,12 +45,14 @@ COLOR_OF = {  # of curves: a role has the same color in all panels
     "pit_rl1": "C2",
     "pit_rl2": "C3",
 }
-MUCH = 0.05  # five points of delta: what a word wins has to be more, to be worth a warning
+MUCH = 0.05  # five points of delta: a word must win more than this to be worth a warning
 LABELS = {
     "base": "the base, asked to improve",
     "pit_sft": "PIT after SFT only",
     "pit_rl0": "PIT after round 0",
     "pit": "PIT",
+    "given": "the given answers",
+    "pit_given": "PIT, from the given answers",
     "best_of_2": "best of 2 answers by R_P",
     "best_of_3": "best of 3 answers by R_P",
     "self_refine": "Self-Refine",
@@ -143,6 +145,7 @@ CLAIMS = {
         ("PIT beats PIT after SFT only", "not said", dict(a="pit", b="pit_sft"), None),
         ("PIT beats best of 2, same cost", "not said", dict(a="pit", b="best_of_2"), None),
         ("PIT beats a second sample", "not said", dict(a="pit", b="second_sample"), None),
+        ("PIT beats the given answers", "not said", dict(a="pit_given", b="given"), None),
     ],
     "fig3": [
         ("temperature 0.4 beats 1", "yes", dict(method="pit", temperature=1.0), "04_over_it"),
@@ -187,7 +190,7 @@ def scorecard(results, judge):
 
 
 def verdict(rows):
-    """Does a claim hold that is one comparison, or several? -> this run's number, the verdict.
+    """Does a claim of one or several comparisons hold? -> this run's number, the verdict.
 
     Of several, each number is the lowest: the claim holds if all do, and fails if one does.
     """
@@ -259,7 +262,7 @@ def curve(ax, lines, name, **kwargs):
 
 
 def plot_curves(run, metrics):
-    """The learning curves of all stages, one panel a quantity -> curves.png."""
+    """The learning curves of all stages, one panel per quantity -> curves.png."""
     with drawing(run, "curves.png", 2, 4, figsize=(18, 8)) as axes:
         for ax, (name, title, stages) in zip(axes.flat, PANELS):
             for stage, lines in grouped(metrics, "stage").items():
@@ -348,7 +351,7 @@ def plot_stops(run, results):
 
 
 def plot_fig4(run, results, metrics):
-    """The gap reward over PPO iterations, one line a curriculum -> fig4.png."""
+    """The gap reward over PPO iterations, one line per curriculum -> fig4.png."""
     with drawing(
         run,
         "fig4.png",

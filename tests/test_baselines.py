@@ -1,6 +1,7 @@
 """The sides of a comparison: what they read, what they cost, and that they are written once."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import shake
 import baselines
 import judges
 from baselines import ORIGINAL, Answers, Key, Side, cool
+from data import improve_prompt
 from errors import UserError
 from models import LM
 
@@ -208,8 +210,22 @@ def test_best_of_n_takes_the_sample_that_r_p_scores_highest(lm, pairs, tmp_path)
     assert answers.side(cool("best_of_2")).texts == ["cool"]
 
 
+def test_given_answers_are_a_side_and_pit_improves_them(run, pairs):
+    """With --rounds annotated,given, and only then."""
+    for sources, is_there in ((["annotated", "given"], True), (["annotated", "policy"], False)):
+        keys = baselines.all_keys(["pit"], "pit_rl1", sources)
+        assert (Key("pit_given") in keys) == is_there
+    given = [replace(pair, given=f"given {i}") for i, pair in enumerate(pairs)]
+    answers = Answers(Scribe(), run, given, "pit_rl1")
+    texts = [f"given {i}" for i in range(len(pairs))]
+    assert answers.side(Key("given")).texts == texts
+    expected = [improve_prompt(pair.prompt, text) for pair, text in zip(pairs, texts)]
+    assert answers.to_improve(Key("pit_given")) == expected
+    assert answers.side(Key("pit_given")).texts[0].startswith("pit_rl1 wrote")
+
+
 def test_no_side_is_named_twice():
-    keys = baselines.all_keys(["pit", "self_refine"], "pit_rl1")
+    keys = baselines.all_keys(["pit", "self_refine"], "pit_rl1", ["given"])
     keys += [cool("pit")._replace(round=2), Key("pit", temperature=0.4, round=2)]
     assert len(keys) == len(set(map(str, keys)))
 

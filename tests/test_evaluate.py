@@ -219,14 +219,14 @@ def test_a_real_base_has_self_refine_and_r_p_chooses_the_best(monkeypatch):
     class Enough(Exception):
         pass
 
-    def all_keys(methods, last):
+    def all_keys(methods, last, sources):
         seen.append(methods)
         raise Enough
 
     monkeypatch.setattr(evaluate, "all_keys", all_keys)
     monkeypatch.setattr(evaluate, "adapter_judge", lambda lm, role, cfg: role)
     monkeypatch.setattr(evaluate, "Answers", lambda *args: seen.append(args[-1]))
-    run = SimpleNamespace(config=SimpleNamespace(model="Qwen2-0.5B", eval_n=2))
+    run = SimpleNamespace(config=SimpleNamespace(model="Qwen2-0.5B", eval_n=2, rounds="given"))
     with pytest.raises(Enough):
         evaluate.evaluate(None, run, [], "pit_rl1", {"by": None})
     assert seen == ["reward_policy", ["pit", "self_refine"]]
@@ -332,8 +332,9 @@ def test_table_1_from_texts(measured):
     texts = stored_texts(run, pairs)
     prompts = [pair.prompt for pair in pairs]
     rows = {(r["judge"], r["a"], r["b"]): r for r in results["table1"]}
-    # the built-in base cannot follow Self-Refine's prompts
-    possible = {sides for sides in evaluate.COMPARISONS if "self_refine" not in "".join(sides)}
+    # the built-in base cannot follow Self-Refine's prompts, and no answers are given
+    missing = {"self_refine", "self_refine_base", "given"}
+    possible = {sides for sides in evaluate.COMPARISONS if not missing & {*sides}}
     assert {(a, b) for _, a, b in rows} == possible
     scores = {}
     margins = {"quality": 1e-4, "judge": 0.1}
