@@ -133,15 +133,15 @@ def improve_file(lm, cfg, settings, requests, path):
                     made_with=stamp,
                     gaps=[round(gap, 3) for gap in gaps],
                 )
-                # "made_with" is there twice: first in the line, and ours if the row has one, too
+                # "made_with" comes twice: to be first in the line, and to override the row's own
                 line = {"made_with": stamp, **row, **ours}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
-    print(f"{path}: {len(requests):,} rows, {done:,} of them from before.")
+    print(f"{path}: {len(requests):,} rows, {done:,} of them done before.")
 
 
 def rows_done(path, begin, total, batch):
-    """How many rows an earlier run of this command has written to `path`; half a batch is cut off.
+    """How many rows an earlier run of this command wrote to `path`; half a batch is cut off.
 
     begin: what each line begins with: a checksum of the settings, the weights and all rows.
     """
@@ -155,7 +155,7 @@ def rows_done(path, begin, total, batch):
             "Give another --output."
         )
     done = len(lines)
-    if done < total:  # a batch that is written as a whole again draws as before
+    if done < total:  # a batch that is rewritten as a whole draws the same numbers
         done -= done % batch
     if text:
         os.truncate(path, sum(len(line) + 1 for line in lines[:done]))
@@ -178,8 +178,8 @@ def fit_prompts(lm, cfg, requests):
         prompt = shorten(turns, lm, cfg.max_prompt)
         if prompt is None:
             raise UserError(
-                f"{place}: even cut, the prompt is longer than {cfg.max_prompt} tokens, the "
-                "--max-prompt of this run."
+                f"{place}: even after cutting, the prompt is longer than {cfg.max_prompt} tokens, "
+                "the --max-prompt of this run."
             )
         if response and len(lm.encode_response(response)) > cfg.max_response + 1:
             raise UserError(

@@ -5,7 +5,7 @@ round 0   Eq. 4   y_ref in {y_w, y_l}         max gap(y, y_ref)  - beta KL(M_PIT
 round 1   Eq. 5   y_ref ~ M_P^RL(. | x)       the same, starting from round 0   (gap: see reward.py)
 
 The paper's reason for rounds: answers of M_P^RL are already better than y_w, and improving them is
-hard to learn from scratch. (In our two tasks with an exact rule, they are far below y_w.) A
+hard to learn from scratch. (On our two tasks with an exact rule, they are far below y_w.) A
 curriculum is a list of sources of y_ref: "annotated" (y_w and y_l), "policy" (M_P^RL), "sft"
 (M_P^SFT), or "given" (the column `response` of the data, by any other writer). That a round starts
 where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
@@ -90,7 +90,7 @@ def train_policy_rl(lm, run, pairs):
 def draw_references(lm, pairs, source, step, cfg):
     """The x and y_ref of one PPO iteration -> rl_batch chats, and as many texts.
 
-    An annotated round takes both answers of a pair, so one less where rl_batch is odd.
+    An annotated round takes both answers of a pair, so one fewer if rl_batch is odd.
     """
     if source == "annotated":
         # Eq. 4: each triple twice, once from its worse, once from its better answer

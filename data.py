@@ -74,7 +74,7 @@ class Pair:
 def synthetic_pairs(n, seed):
     """n pairs of the built-in task: an answer with few flaws, and a copy with more put in.
 
-    The chosen one meets at least one requirement more. The two are versions of one text, as drafts
+    The chosen one meets at least one more requirement. The two are versions of one text, as drafts
     are: so M_PIT^SFT sees that improving an answer means keeping most of it.
     """
     rng = random.Random(seed)
@@ -93,7 +93,7 @@ def synthetic_pairs(n, seed):
 def load_pairs(source, n, seed, skip_bad=False, columns=""):
     """At most n pairs of "synthetic", a file, a folder or a hub data set; prints what was read.
 
-    Of more than n, the seed draws n: many data sets are in order of topic.
+    If there are more, the seed picks n: many data sets are ordered by topic.
     """
     if source == "synthetic":
         return synthetic_pairs(n, seed)
@@ -111,7 +111,7 @@ def read_pairs(source, skip_bad=False, columns=""):
     """All pairs of a source, and counts of what was read and dropped.
 
     A row that teaches nothing (equal or empty answers, seen before) is dropped and counted. A row
-    that is no pair is an error, unless skip_bad.
+    that is not a pair is an error, unless skip_bad.
     """
     forms = [form_of_columns(columns)] if columns else FORMS
     notes = Counter()
@@ -134,7 +134,7 @@ def read_pairs(source, skip_bad=False, columns=""):
                 if kept:
                     hint = "To go on without such rows: --skip-bad"
                 raise UserError(f"{source}, {place}: {error}.\n{hint}") from None
-            notes["dropped (no pair)"] += 1
+            notes["dropped (not a pair)"] += 1
     return list(kept.values()), notes
 
 
@@ -145,7 +145,7 @@ def in_words(notes):
 def filter_by_length(pairs, lm, cfg):
     """The pairs within --max-prompt and --max-response, and how each began before it was cut.
 
-    Prints what was cut and dropped. A prompt loses its oldest turns, then the oldest words of its
+    Prints what was cut and dropped. A prompt loses its oldest turns, then the first words of its
     last one. An answer is never cut: truncated, it would teach the model not to stop; with an EOS
     added, to stop mid-sentence.
     """
@@ -163,7 +163,7 @@ def filter_by_length(pairs, lm, cfg):
         # its prompt, cut if need be
         prompt = shorten(pair.prompt, lm, cfg.max_prompt)
         if prompt is None:
-            notes[f"dropped (a prompt that no cut brings to {cfg.max_prompt} tokens)"] += 1
+            notes[f"dropped (a prompt that cannot be cut to {cfg.max_prompt} tokens)"] += 1
             continue
         if prompt != pair.prompt:
             notes[f"with a prompt cut to {cfg.max_prompt} tokens"] += 1
@@ -196,7 +196,7 @@ def shorten(prompt, lm, longest):
         if turn["role"] == "user" and fits(prompt[i:]):
             return [*system, *prompt[i:]]
 
-    # then the oldest words of the last turn. Later starts fit better, so the first that fits is
+    # then the first words of the last turn. Later starts fit better, so the first that fits is
     # found by bisection: `fits` is False up to it, and True from it on
     def from_character(start):
         return [last | {"content": last["content"][start:]}]
@@ -212,7 +212,7 @@ def split(pairs, beginnings, seed):
     UserError where a part would get fewer than 8 pairs.
 
     Where two dialogues begin alike, one often goes on with the answer that was chosen in the other:
-    it would tell. The parts depend on neither the order of the pairs nor the machine.
+    that would leak it. The parts depend on neither the order of the pairs nor the machine.
     """
     # shuffle the beginnings, from an order that is always the same
     groups = defaultdict(list)
@@ -231,8 +231,8 @@ def split(pairs, beginnings, seed):
         start += share
         if len(parts[name]) < 8:
             raise UserError(
-                f"Too few pairs: {len(pairs)}, dialogues: {n}. Then {name} would get "
-                f"{len(parts[name])}, and needs 8.\n"
+                f"Too few pairs: {len(pairs)}, dialogues: {n}. The part {name} would get "
+                f"{len(parts[name])}, but needs 8.\n"
                 "Give more --data, or raise --pairs, --max-prompt or --max-response."
             )
     return parts
@@ -252,7 +252,7 @@ def load_parts(cfg, lm, pairs):
 
 
 def one_per_prompt(pairs):
-    """The first pair of each prompt: answers to one prompt are no independent evidence."""
+    """The first pair of each prompt: answers to one prompt are not independent evidence."""
     first = {}
     for pair in pairs:
         first.setdefault(json.dumps(pair.prompt), pair)

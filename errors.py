@@ -4,9 +4,9 @@ import shlex
 import sys
 from contextlib import contextmanager
 
-OUT_OF_MEMORY = """In training, repeat `all` with half the --micro-batch: results change by rounding
-alone, and finished work is kept. If it is 1 already, or while texts are written, start a new --run
-with a lower --rl-batch, --max-prompt or --max-response."""
+OUT_OF_MEMORY = """In training, repeat `all` with half the --micro-batch: results change only by
+rounding, and finished work is kept. If it is already 1, or texts were being written, start a new
+--run with a lower --rl-batch, --max-prompt or --max-response."""
 
 FULL = ("No space left on device", "Disk quota exceeded")
 
@@ -30,14 +30,14 @@ def to_continue():
 
 
 def out_of_memory(error):
-    # each device and each system has its own words
+    # each device and each system words it differently
     texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 @contextmanager
 def explained(what, advice):
-    """Turn whatever goes wrong into a UserError: what does not work, why, and what to do."""
+    """Turn whatever goes wrong into a UserError: what failed, why, and what to do."""
     try:
         yield
     except Exception as error:  # libraries raise errors of all kinds
@@ -47,13 +47,13 @@ def explained(what, advice):
 
 
 def explain(error):
-    """What to tell the user; None for a mistake of ours, whose traceback is worth seeing."""
+    """What to tell the user; None for a bug, whose traceback should be shown."""
     if isinstance(error, UserError):
         return str(error)
     said = first_line(error)
     if any(words in said for words in FULL):
-        return f"{said}. Nothing is lost. Make room. {to_continue()}"
-    if isinstance(error, OSError) or "(os error" in said:  # as libraries in Rust say it
+        return f"{said}. Nothing is lost. Free some space. {to_continue()}"
+    if isinstance(error, OSError) or "(os error" in said:  # as Rust libraries put it
         return f"{said}."
     if out_of_memory(error):
         return f"Out of memory: {said[:100]}\n{OUT_OF_MEMORY}"

@@ -1,10 +1,10 @@
 """Every form in which people keep preference pairs, and rows to improve.
 
-FILE                 .json, .jsonl, .csv, .tsv or .parquet, plain or packed by gzip, bzip2 or zstd
+FILE                 .json, .jsonl, .csv, .tsv or .parquet, plain or in gzip, bzip2 or zstd
 FOLDER               with one such file, or written by `save_to_disk` of the library `datasets`
 hh, tldr, a hub id   through the same library; hh:test names a split other than train
 
-To read one more form, add a line to TABLE. The tests run down the table.
+To read one more form, add a line to TABLE. The tests cover every line.
 """
 
 import codecs
@@ -60,7 +60,7 @@ SFT             text                -                -
 HUB = {"hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
 KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 ENDINGS = f"{', '.join(KINDS)}, alone or followed by .gz, .bz2 or .zst"
-# the first bytes say how a file is packed, its name may not
+# the first bytes say how a file is compressed; its name may not
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
 ROLES = {
     "system": "system",
@@ -78,11 +78,11 @@ MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:"""
 
 
 class BadRow(UserError):
-    """A row that is no pair, and why."""
+    """A row that is not a pair, and the reason."""
 
 
 class TeachesNothing(ValueError):
-    """A pair that does not say what is better, and why."""
+    """A pair that does not say which answer is better, and the reason."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def rows_of_hub(source):
 
 
 def rows_of_folder(path):
-    """Rows of a folder of `save_to_disk`, or of the only file of data in any other folder."""
+    """Rows of a folder written by `save_to_disk`, or of the only data file in any other folder."""
     for saved in (path, path / "train"):
         if (saved / "state.json").exists():
             from datasets import load_from_disk
@@ -172,7 +172,7 @@ def rows_of_folder(path):
             return numbered(load_from_disk(saved))
     files = [file for file in path.glob("[!.]*") if kind_of(file) in KINDS]
     if len(files) != 1:
-        raise UserError(f"{path} is a folder with {len(files)} files of data. Give one file.")
+        raise UserError(f"{path} is a folder with {len(files)} data files. Give one file.")
     return rows_of_file(files[0])
 
 
@@ -188,7 +188,7 @@ def rows_of_file(path):
     if kind == ".parquet":
         return numbered(parquet.read_table(io.BytesIO(content)).to_pylist())
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    # surrogateescape: `real_text` finds what is no UTF-8
+    # surrogateescape: `real_text` finds what is not UTF-8
     text = content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
     return rows_of_table(text) if kind in (".csv", ".tsv") else rows_of_json(text)
 
@@ -241,7 +241,7 @@ def read_columns(row):
     except (ValueError, AttributeError, RecursionError):
         raise BadRow('this is not a row in JSON, {"column": ...}') from None
     if None in row:
-        raise BadRow("it has more cells than the header has names: is a comma not in quotes?")
+        raise BadRow("it has more cells than the header has names: is a comma unquoted?")
     return {name: value for name, value in columns if value is not None}
 
 
@@ -309,7 +309,7 @@ def read_pair(row, form):
         before = read_turns(row.get("system", ""), "system", "system") + before
     if not is_prompt(before):
         raise BadRow(
-            "the prompt must be turns of user and assistant, the user's first and last; "
+            "in the prompt, user and assistant must take turns, the user first and last; "
             "a system message may come before them"
         )
     given = row.get("response")
@@ -318,7 +318,7 @@ def read_pair(row, form):
 
 
 def is_prompt(turns):
-    """Whether user and assistant take turns, the user first and last: chat templates insist."""
+    """Whether user and assistant take turns, the user first and last, as chat templates require."""
     speakers = " ".join(turn["role"] for turn in turns)
     return bool(re.fullmatch("(system )?(user assistant )*user", speakers))
 
@@ -329,7 +329,7 @@ def read_answer(row, column, prompt):
     if not turns or turns[-1]["role"] != "assistant":
         raise TeachesNothing("an empty answer")
     *before, answer = turns
-    # the conversation may repeat the prompt: as a whole, as its beginning or as its end
+    # the conversation may repeat the prompt: as all of it, at its beginning or at its end
     length = len(prompt)
     repeated = prompt in (before[:length], before[-length:])
     return before if repeated else prompt + before, answer["content"]
@@ -359,7 +359,7 @@ def read_turns(value, column, speaker="user"):
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise BadRow(
-                f"`{column}` holds messages that are no JSON: broken off, or as pandas writes them "
+                f"`{column}` holds messages that are not JSON: cut off, or as pandas writes them "
                 "to a .csv. Save them as .jsonl or .parquet"
             ) from None
     elif isinstance(value, str):
@@ -383,7 +383,7 @@ def read_message(message, column):
         raise BadRow(f"`{column}` must be text, or messages with `role` and `content`")
     speaker = str(message.get("role", message.get("from"))).lower()
     if speaker not in ROLES or message.get("tool_calls"):
-        raise BadRow(f"`{column}` has a turn of a tool, or by none of {', '.join(ROLES)}")
+        raise BadRow(f"`{column}` has a turn by a tool, or by a role other than {', '.join(ROLES)}")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):  # parts, such as {"type": "text", "text": ...}
         content = "\n\n".join(real_text(find(part, "text"), column) for part in content)
@@ -391,7 +391,7 @@ def read_message(message, column):
 
 
 def join_turns(turns):
-    """Leave out empty turns, and join neighbours by one speaker: many chat templates insist."""
+    """Leave out empty turns, and join those in a row by one speaker: many templates require it."""
     joined = []
     for turn in turns:
         if turn["content"] and joined and joined[-1]["role"] == turn["role"]:

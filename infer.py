@@ -34,7 +34,7 @@ def improve(lm, role, prompts, references, cfg, temperature=1.0):
 
 
 def goes_on(stop, before, text, gap):
-    """Whether stop rule `stop` takes `text` for `before` and allows another round.
+    """Whether stop rule `stop` accepts `text` in place of `before` and allows another round.
 
     If not, `before` is the answer.
     """
@@ -47,7 +47,7 @@ def goes_on(stop, before, text, gap):
 
 
 def end_of(stop, texts, gaps):
-    """Which of the texts y_0 ... y_K is the answer by a stop rule -> its index.
+    """Which of the texts y_0 ... y_K is the answer under a stop rule -> its index.
 
     gaps[k]: of texts[k + 1] over texts[k].
     """
@@ -63,7 +63,7 @@ def improve_rounds(lm, cfg, settings, prompts, responses):
 
     The first texts are the responses, or the policy's answers for None; they have no gaps.
     """
-    # y_0: the text that is there, or the policy's answer
+    # y_0: the given text, or the policy's answer
     unanswered = [x for x, response in zip(prompts, responses) if response is None]
     answers = iter(lm.answer(POLICY, unanswered, cfg, settings.temperature))
     texts = [next(answers) if response is None else response for response in responses]

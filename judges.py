@@ -54,7 +54,7 @@ class Judge:
         if new:
             scores = self.ask(list(new.values()), [text for _, text in new])
             if not np.isfinite(scores).all():
-                raise UserError("A judge gave a score that is no finite number.")
+                raise UserError("A judge gave a score that is not a finite number.")
             self.known.update(zip(new, scores))
         return np.array([self.known[key] for key in keys], dtype=float)
 
@@ -167,7 +167,7 @@ def hub_judge(name, device):
 
     def ask(prompts, texts):
         inputs = [classifier_input(model.tokenizer, x, y) for x, y in zip(prompts, texts)]
-        # one text at a time, the pipeline's default: not all such models know their padding
+        # one text at a time, the pipeline's default: not all such models define a pad token
         with explained(f"--judge {name}", "Can it read texts as long as those of this run?"):
             said = model(inputs, function_to_apply="none", **options)
         return [answer["score"] for answer in said]

@@ -72,8 +72,8 @@ PLAIN_DIALOGUE = """{{ bos_token }}{% for m in messages %}{{ m.role | capitalize
 
 {% endfor %}{% if add_generation_prompt %}Assistant:
 {% endif %}"""
-# Put before every chat template: with the date of today in prompts (Llama 3.2), tomorrow's would
-# differ; and a model that thinks before it answers (Qwen3) is asked to answer at once.
+# Put before every chat template: with today's date in prompts (Llama 3.2), tomorrow's would
+# differ; and a model that thinks before it answers (Qwen3) is told to answer directly.
 STEADY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}{% set enable_thinking = false %}"
 SAMPLE_CHAT = talk([{"role": "user", "content": "one"}], "two", "three")
 # model types in which two candidates can share a row: they obey any attention mask (tested)
@@ -149,7 +149,7 @@ class LM:
 
     def set_weights(self, role, weights):
         """Copy weights such as `weights` gives into `role`."""
-        if weights.keys() != self.weights(role).keys():  # peft would leave them out without a word
+        if weights.keys() != self.weights(role).keys():  # peft would silently skip them
             raise ValueError("its weights belong to other layers")
         set_peft_model_state_dict(self.peft, weights, adapter_name=role)
 
@@ -327,8 +327,8 @@ class LM:
         """
         self.activate(role)
         start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
-        # top_k, top_p: the whole distribution, or samples and log-probs would not be of the same
-        # policy
+        # top_k, top_p: the whole distribution, or samples and log-probs would be of different
+        # policies
         out = self.peft.generate(
             input_ids=start.ids,
             attention_mask=start.mask,
@@ -393,7 +393,7 @@ def new_head(hidden_size, device):
 
 
 def zero_head(hidden_size, device):
-    """A scalar head that says 0 of everything until it is trained: PPO's critic."""
+    """A scalar head that gives 0 for everything until it is trained: PPO's critic."""
     head = nn.Linear(hidden_size, 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -501,9 +501,7 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     with explained(failed, HOW_TO_GET.format(source)):
         tokenizer = load_tokenizer(source)
         base = load_frozen(source, bits)
-    advice = (
-        f"Does --target-modules {target_modules} name layers of it? Is its chat template sound?"
-    )
+    advice = f"Does --target-modules {target_modules} match its layers? Is its chat template valid?"
     # 2. the adapters' layers
     with explained(failed, advice):
         lora = LoraConfig(
@@ -573,7 +571,7 @@ def load_frozen(source, bits):
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"its files lack {len(missing)} tensors, such as {missing[0]}.")
     base.requires_grad_(False)
-    # the model's own penalties and cuts would show in samples, but not in log-probs
+    # the model's own penalties and cutoffs would affect samples, but not log-probs
     base.generation_config = GenerationConfig()
     # bitsandbytes' AVX512 layout for CPUs has no backward, yet returns gradients: wrong ones
     for module in base.modules():
@@ -584,7 +582,7 @@ def load_frozen(source, bits):
 
 @torch.no_grad()
 def check_base(lm):
-    """Raise ValueError for a base on which training would fail, or would go wrong in silence."""
+    """Raise ValueError for a base on which training would fail, or silently go wrong."""
     shown = lm.tokenizer.decode(lm.encode_prompt(SAMPLE_CHAT))
     if not all(turn["content"] in shown for turn in SAMPLE_CHAT):
         raise ValueError("its chat template does not show all turns of a conversation.")
@@ -618,8 +616,8 @@ def check_base(lm):
 def export(lm, role, folder, merge):
     """Write `role` for plain peft, or merged for plain transformers.
 
-    Merging uses this LM up: it has to be an unquantised one, since merging into 4-bit weights
-    moves the logits.
+    Merging consumes this LM, which must be unquantised: merging into 4-bit weights would shift the
+    logits.
     """
     tokenizer = lm.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(lm.eos)

@@ -110,14 +110,14 @@ def check_rounds(rounds):
 def run_all(
     ctx: typer.Context = None,
     run: option(
-        Path, "Its folder (default: runs/MODEL, or runs/MODEL-smoke).", "Run", file_okay=False
+        Path, "The run's folder (default: runs/MODEL, or runs/MODEL-smoke).", "Run", file_okay=False
     ) = None,
     smoke: option(bool, "Every stage in miniature, to see that it works.", "Run") = False,
     overwrite: option(bool, "Replace the run in that folder.", "Run") = False,
     from_run: option(Path, "A run: reuse its options and adapters.", "Run", "--from") = None,
     until: option(StageName, "The last stage to run.", "Run") = "eval",
     save_every: option(int, "Steps between checkpoints.", "Run", min=1) = None,
-    seed: option(int, "Seed of data, sampling, initialisation.", "Run", min=0, max=2**32) = 0,
+    seed: option(int, "Seed for data, sampling, initialisation.", "Run", min=0, max=2**32) = 0,
     model: option(str, "tiny (built in), Qwen2-0.5B, a local folder, a hub id.", "Model") = "tiny",
     bits: option(Literal[4, 16], "4: NF4 by bitsandbytes. 16: not quantised.", "Model") = 4,
     lora_r: option(int, "Rank of each adapter.", "Model", min=1, max=512) = 16,
@@ -151,7 +151,7 @@ def run_all(
     epochs: option(int, "Passes over each iteration's answers.", "RL", min=1) = 2,
     minibatch: option(int, "Answers per update.", "RL", min=1) = None,
     micro_batch: option(int, "Sequences in memory at a time.", "RL", min=1) = None,
-    temperature: option(float, "Of PPO's samples and log-probs.", "RL", min=0.01, max=2) = 1.0,
+    temperature: option(float, "For PPO's samples and log-probs.", "RL", min=0.01, max=2) = 1.0,
     eval_n: option(int, "Held-out prompts.", "Evaluation", min=2) = None,
 ):
     """Run every stage of PIT, or continue a run where it stopped.
@@ -162,7 +162,7 @@ def run_all(
 
 
 def start(ctx, run, smoke, overwrite, from_run, until, **options):
-    """What `all` does: these are the arguments of NOT_STORED, the options go to config.json."""
+    """What `all` does: the named arguments are those in NOT_STORED; options go to config.json."""
     from run import Run, read_config
 
     if ctx and from_run and not smoke:
@@ -252,7 +252,7 @@ def load_base(run, roles=(), bits=None):
 
 
 def prepare(run, roles=()):
-    """What the stages share -> the base, loaded once, with roles; the run; the pairs, dealt out."""
+    """What the stages share -> the base, loaded once, with roles; the run; the pairs, split."""
     import curriculum
     import data
     import plan
@@ -266,7 +266,7 @@ def prepare(run, roles=()):
     if cfg.model != "tiny":
         plan.plan_memory(lm, cfg)
     parts = data.load_parts(cfg, lm, pairs)
-    run.lock()  # model and data are good: only now a new run gets its folder
+    run.lock()  # model and data are good: only now does a new run get its folder
     # enough to measure the accuracy of a reward model
     parts["held_out"] = data.one_per_prompt(parts["held_out"])[: 8 * cfg.eval_n]
     return lm, run, parts
@@ -387,7 +387,7 @@ def rl_command(run: StageRun):
 
 
 def open_to_judge(path, names):
-    """What `prepare` gives of a run that has been trained, and the judges that --judge names."""
+    """What `prepare` gives for a run that has been trained, and the judges that --judge names."""
     import votes
     from judges import check_names, default_judges, judges_by_name
 
@@ -512,14 +512,14 @@ def runs_command(
 @app.command(name="infer")
 def infer_command(
     run: StageRun,
-    prompt: Annotated[str, typer.Argument(help="What to answer. Without: a conversation.")] = None,
-    response: option(str, "Improve this text; - takes it from a pipe, or from < FILE.") = None,
+    prompt: Annotated[str, typer.Argument(help="What to answer (omit for a conversation).")] = None,
+    response: option(str, "Improve this text; - reads it from a pipe, or from < FILE.") = None,
     input: option(Path, "Rows with `prompt`, optionally `response`.", exists=True) = None,
     output: option(Path, "Where the rows of --input go, as .jsonl.") = None,
     rounds: option(int, "At most this many improvements.", min=1) = 3,
-    temperature: option(float, "Of the sampling. 0: the likeliest token.", min=0, max=2) = 0.4,
-    seed: option(int, "Seed of the sampling.", min=0) = 0,
-    stop: option(StopRule, "Ends at no gain, at no change, or after --rounds.") = "gap",
+    temperature: option(float, "For sampling. 0: the likeliest token.", min=0, max=2) = 0.4,
+    seed: option(int, "Seed for sampling.", min=0) = 0,
+    stop: option(StopRule, "Stop at no gain, at no change, or after --rounds.") = "gap",
 ):
     """Answer a prompt, and improve the answer round by round.
 
@@ -589,13 +589,13 @@ def export_command(
     if adapter not in roles:
         raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
     if to.exists():
-        raise UserError(f"--to {to} is there already. Give a new folder.")
+        raise UserError(f"--to {to} already exists. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():
         raise UserError(f"{adapter} is a reward model, which does not write: leave out --merge.")
 
     from models import export
 
-    # merging into 4-bit weights would move the logits; an adapter needs none
+    # merging into 4-bit weights would shift the logits; an adapter alone merges nothing
     lm = load_base(opened, [adapter], bits=16 if merge else None)
     with new_folder(to) as folder:
         export(lm, adapter, folder, merge)
@@ -647,7 +647,7 @@ def check_words(words):
     """Complain about empty words, which unset variables leave, and about broken UTF-8."""
     for before, word in zip(words, words[1:]):
         if re.fullmatch(r"\s*|--[\w-]+=", word):
-            raise UserError(f"{before} {word!r}: there is no value. Is a shell variable not set?")
+            raise UserError(f"{before} {word!r}: there is no value. Is a shell variable unset?")
         if re.search("[\ud800-\udfff]", word):
             raise UserError(
                 f"{word!a} is not valid UTF-8. Rename it; in a C locale, set PYTHONUTF8=1."
@@ -656,7 +656,7 @@ def check_words(words):
 
 def main():
     if os.name == "nt":
-        import pyarrow  # noqa: F401  on Windows a program may crash that loads torch before it
+        import pyarrow  # noqa: F401  on Windows, loading torch before it can crash the program
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run holds it: Ctrl-C without a traceback
     sys.stdin = sys.stdin or open(os.devnull)  # it may be closed: <&-
     for stream in (sys.stdin, sys.stdout):

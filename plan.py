@@ -1,8 +1,8 @@
 """What a run will cost, said before it starts: passes, tokens, memory and time of each stage.
 
-Memory is arithmetic on the shape of the model, held against what the device has free. Time is a
+Memory is arithmetic on the shape of the model, compared with what the device has free. Time is a
 stage's tokens over the speed measured in the run's first steps. From then on each stage corrects
-what is expected of the later ones of its kind.
+the estimates for later stages of its kind.
 """
 
 import math
@@ -39,7 +39,7 @@ WRITING = 2.5
 
 
 def free_memory():
-    """GiB that the GPU has free; without one, or with one that shares it, the machine."""
+    """GiB free on the GPU, or on the machine if it has no GPU or one that shares its memory."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free / GIB
@@ -72,8 +72,8 @@ def estimate_memory(lm, cfg):
     length = max_length(cfg)
     rows = rows_at_a_time(cfg)
 
-    # with "blank", some adapters are there already. In the end there are two more of SFT, three
-    # reward models, policy_rl, and PIT's rounds
+    # some adapters are already there. In the end there are "blank", two of SFT, three reward
+    # models, policy_rl, and PIT's rounds
     lora = sum(4 * matrix.numel() for matrix in lm.weights("blank").values())
     weights = base.get_memory_footprint(return_buffers=False) - len(lm.roles) * lora
     roles = 7 + len(cfg.rounds.split(","))
@@ -132,7 +132,7 @@ def plan_memory(lm, cfg):
     longest = max_length(cfg) + cfg.max_response + 64  # Self-Refine: feedback, and two requests
     if context and longest > context:
         raise UserError(
-            f"{cfg.model} reads {context} tokens, and the longest text has {longest}: lower "
+            f"{cfg.model} reads {context} tokens, but the longest text has {longest}: lower "
             "--max-prompt or --max-response."
         )
 
@@ -152,10 +152,10 @@ class Stage:
     read: float = 0  # scored
     written: int = 0  # sampled, padding included
     memory: float = 0  # GiB
-    seconds: float = 0  # measured, or what its steps so far come to
+    seconds: float = 0  # measured, or projected from its steps so far
 
     def work(self):
-        """Its tokens, in the time that training one takes."""
+        """Its work, in units of the time to train one token."""
         return self.rows * (self.trained + READING * self.read + WRITING * self.written)
 
 
@@ -195,7 +195,7 @@ def plan_stages(cfg, x, y, pairs):
         ),
     ]
     for k, source in enumerate(cfg.rounds.split(",")):
-        # by R_PIT, which reads y_ref as well: "no change"
+        # one more reading, by R_PIT: y_ref, for the score of "no change"
         stage = Stage(
             f"pit_rl{k}",
             "rl",
@@ -256,7 +256,7 @@ class Plan:
         return sum(self.expect(stage) for stage in self.stages if not stage.seconds)
 
     def end_step(self, done, total):
-        """Learn from a step of the present stage -> the time left for all stages, in words."""
+        """Learn from a step of the current stage -> the time left for all stages, in words."""
         self.ends.append(time.perf_counter())
         n_steps = len(self.ends) - 1  # without the first, which is slower: caches are cold
         if not n_steps:
@@ -269,7 +269,7 @@ class Plan:
         return f"all: {clock(per_step * (total - done) + self.left())} left"
 
     def end_stage(self, seconds):
-        """Learn how long the present stage took, and say what all stages take."""
+        """Learn how long the current stage took, and say what all stages take."""
         self.stage.seconds = seconds or 0.1  # rounded to tenths by run.py; 0 is "not measured"
         print(f"  took {clock(seconds)} of {clock(self.total())} for all stages")
 

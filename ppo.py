@@ -42,10 +42,10 @@ LAMBDA = 0.95  # Huang et al.
 ADAM_EPS = 1e-5  # Huang et al.: as in OpenAI's code, smaller steps where gradients are tiny
 CLIP = 0.2  # of the probability ratio (Schulman et al., 2017)
 VALUE_CLIP = 0.2  # Huang et al.
-SCORE_CLIP = 5.0  # in standard deviations: one freak score must not rule a batch
+SCORE_CLIP = 5.0  # in standard deviations, so that one outlier does not dominate a batch
 NO_EOS = -1.0  # added to the normalised score of an answer that was cut off
 WILD_KL = 1.0  # nats per token from the reference: a healthy run stays several times lower
-STOP_KL = 0.1  # nats per token from the policy that sampled: no more updates on this sample
+STOP_KL = 0.1  # nats per token from the policy that sampled: above it, updates on this sample end
 
 
 @dataclass
@@ -81,7 +81,7 @@ def k1(logprobs, ref_logprobs):
 
 
 def k3(logprobs, ref_logprobs):
-    """(r - 1) - log r with r = pi_ref / pi: unbiased too, never negative, of lower variance.
+    """(r - 1) - log r with r = pi_ref / pi: also unbiased, never negative, with lower variance.
 
     Source: Schulman, "Approximating KL divergence", 2020.
     """
@@ -90,7 +90,7 @@ def k3(logprobs, ref_logprobs):
 
 
 def normalise(scores, scale):
-    """(B,) raw scores -> (B,) above or below their mean, in units of `scale`, clipped."""
+    """(B,) raw scores -> (B,) distances from their mean, in units of `scale`, clipped."""
     return ((scores - scores.mean()) / scale).clamp(-SCORE_CLIP, SCORE_CLIP)
 
 
@@ -163,7 +163,7 @@ def explained_variance(values, returns, mask):
 
 
 def logprobs_by(lm, role, tokens, cfg):
-    """What `role` makes of sampled Tokens, at the temperature of the samples -> (B, R)."""
+    """The log-probs of sampled Tokens by `role`, at their temperature -> (B, R)."""
     lm.activate(role)
     return in_parts(lambda part: lm.logprobs(part, cfg.temperature), tokens, cfg.micro_batch)
 
@@ -178,8 +178,8 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     scores = score(tokens, states)
     # the value of token t may not see it: states[:, t] has seen t tokens, so drop the last state
     critic_states = states[:, :-1]
-    # The policy's log-probs are not the sampler's, but those of the same pass as in training, so
-    # that the first ratio is 1 up to rounding. With a base in bf16 that is coarse: |ratio - 1| was
+    # The policy's log-probs come from the same pass as in training, not from the sampler, so
+    # that the first ratio is 1 up to rounding. In a bf16 base, rounding is coarse: |ratio - 1| was
     # 0.02 on average, and about 1% of tokens began outside the clip range.
     return Rollout(
         tokens=tokens,
@@ -243,8 +243,8 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
     """Add the policy's gradient on one minibatch.
 
     -> (3,): its loss, its KL to the policy that sampled, its share of clipped tokens. All sums are
-    divided by the minibatch's tokens, so that the micro-batch size does not change the gradient, up
-    to rounding: in 4-bit, whose products are in bf16, that was 4 to 5% of it.
+    divided by the minibatch's tokens, so that the micro-batch size changes the gradient only by
+    rounding: in 4-bit, which multiplies in bf16, that was 4 to 5% of it.
     """
     n_tokens = sample.tokens.response_mask[rows].sum()
     totals = 0.0
@@ -283,8 +283,8 @@ def train(
     """PPO on adapter `role`, held to `reference`, for `steps` iterations; then save the adapter.
 
     The critic is a linear head, from zeros, on the hidden states of the reward model `reward_role`:
-    it already knows what is good, and since it stays frozen, one pass over a rollout serves all
-    epochs.
+    that model already knows what is good, and since it stays frozen, one pass over a rollout serves
+    all epochs.
 
     problem(step) -> prompts, lists of token ids, and score(Tokens, states) -> (B,) raw scores; the
         states, (B, R + 1, D), are those of `reward_role`, which is active then.
@@ -301,7 +301,7 @@ def train(
     # what later iterations need besides the parameters: it goes into the checkpoints
     state = {"scale": None}
     for step in run.steps(steps, optimizers, state):
-        # what to answer, and how to score it; then seed again, since that may have drawn numbers
+        # what to answer, and how to score it; that may draw random numbers, so seed again
         prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")
         tokens = lm.generate(role, prompts, cfg.max_response, cfg.temperature)
@@ -319,8 +319,8 @@ def train(
         check_health(run, sample, logged)
 
         # Scores in standard deviations of the first batch, which is sampled before any update.
-        # Centred: what all answers of a batch earn alike is no reason to change any of them. Left
-        # in, at lambda < 1, it favours short answers, or long ones, until the critic knows it.
+        # Centred: a reward that all answers of a batch share is no reason to change any of them.
+        # Left in, at lambda < 1, it favours short or long answers until the critic learns it.
         if state["scale"] is None:
             state["scale"] = sample.scores.std().item() + 1e-6
         scores = normalise(sample.scores, state["scale"]) + penalty(tokens, lm.eos)
@@ -338,7 +338,7 @@ def train(
 def rollout_metrics(sample, eos):
     """What is logged of a rollout, one line per iteration -> dict of scalars.
 
-    With the metrics of ppo_update, besides its losses and the norm of the policy's gradient:
+    Together with the metrics of ppo_update, except its losses and the policy's gradient norm:
 
         score               mean raw score
         kl                  from policy to reference, nats per answer: the sum of k1
@@ -361,11 +361,11 @@ def rollout_metrics(sample, eos):
 
 
 def check_health(run, sample, logged):
-    """Warn, once a stage, of signs that training is going wrong. logged: from `rollout_metrics`."""
+    """Warn, once per stage, of signs that training goes wrong. logged: from `rollout_metrics`."""
     if logged["kl"] / logged["length"] > WILD_KL:
         run.warn(f"the KL is above {WILD_KL} nats per token. Raise --kl or lower --rl-lr.")
     if logged["eos"] == 0:
-        run.warn("every answer was cut off. Try a higher --max-response, more --sft-steps.")
+        run.warn("every answer was cut off. Try a higher --max-response or more --sft-steps.")
     answers = sample.tokens.responses * sample.tokens.response_mask
     if len(answers.unique(dim=0)) == 1:
         run.warn("all answers are the same. Raise --kl or --temperature, or lower --rl-lr.")

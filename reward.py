@@ -36,7 +36,7 @@ def bradley_terry(chosen, rejected):
     """-log sigma(r_w - r_l) of each pair -> (B,). log 2 at a tie.
 
     A shift that all scores share changes nothing, so the zero of R_P is arbitrary: the head's bias
-    moves by rounding alone. Compare scores, never read one.
+    moves by rounding alone. Compare scores; never read one on its own.
     """
     return -F.logsigmoid(chosen - rejected)
 
@@ -44,8 +44,8 @@ def bradley_terry(chosen, rejected):
 def gap_loss(ww, lw, wl, ll):
     """Eq. 2 of each pair -> (B,): -log sigma over the five comparisons of Eq. 1.
 
-    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first. sigma(gap) is no probability:
-    where annotators agree on 80%, the minimum is at sigma(gap) = 0.75.
+    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first. sigma(gap) is not a
+    probability: where annotators agree on 80%, the loss is lowest at sigma(gap) = 0.75.
     """
     return three_terms(ww, lw, wl, ll) + bradley_terry(ww, lw) + bradley_terry(ll, lw)
 
@@ -121,7 +121,7 @@ def train(lm, run, role, pairs, *, contexts_of, loss_of):
 
 
 def pair_length(pair):
-    """Characters, which go with tokens well enough to sort by."""
+    """In characters, which track tokens well enough for sorting."""
     return len(pair.key())
 
 
@@ -239,8 +239,8 @@ def gaps(lm, prompts, answers, references, cfg):
 
         gap(y, y_ref) = r(x, y, y_ref) - r(x, y_ref, y_ref)
 
-    What "no change" is worth is near 0 only on average. Measured against it, a gap of 0 means no
-    change for each y_ref.
+    The score of "no change" is near 0 only on average. Measured against that score, a gap of 0
+    means "no change" for every y_ref.
     """
     chats = list(map(improve_prompt, prompts, references))
     changed = rewards(lm, "reward_gap", chats, answers, cfg)

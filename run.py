@@ -5,7 +5,7 @@ runs/NAME/adapters/ROLE/       one trained role; the folder exists only once it 
 runs/NAME/checkpoints/ROLE/N   the stage in progress after N steps: all that its next step needs
 runs/NAME/metrics.jsonl        one line per optimiser step or PPO iteration
 runs/NAME/samples.md           the same few prompts, answered after each stage that trains a writer
-runs/NAME/answers.json         the texts of every side, kept while what wrote them stays the same
+runs/NAME/answers.json         the texts of every side, kept until what wrote them changes
 runs/NAME/answers.jsonl        the texts of the evaluation and their scores, one line per prompt
 runs/NAME/votes.jsonl          what people and language models said of them
 runs/NAME/results.json         every number of the report; report.md and figures are drawn from it
@@ -52,9 +52,9 @@ FREE = ("save_every", "micro_batch", "vram")
 FACTS = ("versions", "command", "checksum")
 MAY_MOVE = ("model", "data")  # options whose paths may be edited in config.json
 MINIATURE = 5  # PPO iterations: a run of fewer is a smoke run, whose numbers mean nothing
-WAYS_OUT = "Repeat the old ones to continue it, or give a new --run, or --overwrite to replace it."
+WAYS_OUT = "Use its settings to continue it, give a new --run, or --overwrite to replace it."
 OF_RL = "rl_steps rl_batch rl_lr critic_lr kl epochs minibatch temperature"
-# These options matter only to adapters whose names begin so. All others matter to every adapter.
+# Options that matter only to adapters whose names begin like this. The others matter to all.
 ONLY = {
     "sft_steps sft_lr sft_batch": ("policy", "pit", "ablate"),
     "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),
@@ -138,7 +138,7 @@ class Run:
             signal.signal(number, self.on_signal)
 
     def close(self):
-        """Let other processes in; the end of this one does so at the latest."""
+        """Let other processes in; when this process ends, that happens anyway."""
         if self.lock_file:
             self.lock_file.release()
 
@@ -157,7 +157,7 @@ class Run:
         aside = self.path / REPLACED
         aside.mkdir(exist_ok=True)
         for name in RUN_FILES:
-            # what is there already is worth more: this run has no adapter yet, that one has
+            # keep what is already there: that run had an adapter, this one has none yet
             if (self.path / name).exists() and not (aside / name).exists():
                 os.replace(self.path / name, aside / name)
             remove(self.path / name)
@@ -166,7 +166,7 @@ class Run:
     # ---- options and results -------------------------------------------------------------------
 
     def pin(self, name, value):
-        """Note the fingerprint of the data in the config; UserError if it has changed."""
+        """Record the fingerprint of the data in the config; UserError if it has changed."""
         if vars(self.config).setdefault(name, value) != value:
             raise UserError(
                 f"{self.config.data} no longer holds the data that {self.path} began with.\n"
@@ -259,7 +259,7 @@ class Run:
         """Save the trained `role` as an adapter of this run."""
         with new_folder(self.adapter(role), role) as folder:
             lm.save(role, folder)
-            self.add_seconds()  # first: a kill in between must not leave an adapter without one
+            self.add_seconds()  # first: a kill in between must not leave an adapter without them
         remove(self.path / "checkpoints" / role)
         remove(self.path / REPLACED)
 
@@ -275,7 +275,7 @@ class Run:
             "numbers": numbers,
             "seconds": time.perf_counter() - self.started,
         }
-        file = io.BytesIO()  # torch.save to a file would not say that a disk is full
+        file = io.BytesIO()  # torch.save to a file would not report a full disk
         torch.save(state, file)
         folder = self.path / "checkpoints" / self.name
         with new_folder(folder / f"{step:06d}", self.name) as new:
@@ -323,16 +323,16 @@ class Run:
         """All lines of metrics.jsonl, a dict each, the oldest first."""
         path = self.path / "metrics.jsonl"
         with explained(f"{path} is damaged", "Delete the line; only the curves need it."):
-            # what follows the last line end was cut off by a kill: its step is done again
+            # what follows the last newline was cut off by a kill: that step is done again
             return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
     def forget(self, step):
-        """Drop the lines of this stage from `step` on, where it continues: no step comes twice."""
+        """Drop the lines of this stage from `step` on, so that no step appears twice."""
         rows = [row for row in self.metrics() if row["stage"] != self.name or row["step"] < step]
         write_lines(self.path / "metrics.jsonl", rows)
 
     def warn(self, text):
-        """Say, once a stage, that something looks wrong, and what to try."""
+        """Say, once per stage, that something looks wrong, and what to try."""
         if text not in self.warned:
             self.warned.add(text)
             tqdm.write(f"  Warning: {text}")
@@ -393,9 +393,9 @@ def in_training(optimizers):
 
 
 def take_over(run, source):
-    """Copy the adapters of the run `source` that this run's options would give, too.
+    """Copy the adapters of the run `source` that this run's options would also give.
 
-    Those that this run has by now, by a start that was cut short, are left alone.
+    Those that this run already has, from a start that was cut short, are left alone.
     """
     # which roles: those with the same options
     roles = []
@@ -407,7 +407,7 @@ def take_over(run, source):
         elif source.done(role) and not run.done(role):
             print(f"{folder} is taken over.")
             roles.append(role)
-    # the numbers first: an adapter that is there has its curves and its accuracy
+    # the numbers first: so an adapter never lacks its curves and accuracy
     rows = [row for row in source.metrics() if row["stage"] in roles]
     rows += [row for row in run.metrics() if row["stage"] not in roles]
     write_lines(run.path / "metrics.jsonl", rows)
@@ -470,17 +470,17 @@ def learned(path):
 
 
 def check_free(path):
-    """UserError where a folder is no run, but has files with the names of a run's."""
+    """UserError if a folder is not a run, but has files named like those of a run."""
     for name in RUN_FILES:
         if (path / name).exists():
             raise UserError(
-                f"{path} is no run, but holds {name}. It may be somebody else's, and is left "
+                f"{path} is not a run, but holds {name}. It may be somebody else's, and is left "
                 "alone. Give a new --run."
             )
 
 
 def versions():
-    """The machine, Python and some libraries, for people: a run goes on with others too."""
+    """The machine, Python and some libraries, for information: a run can continue with others."""
     import torch
 
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
@@ -497,7 +497,7 @@ def versions():
 
 @contextmanager
 def new_folder(path, role=None):
-    """A folder to fill; when the block ends well, it gets its place at `path`, with checksums.
+    """A folder to fill; if the block succeeds, it is moved to `path`, with checksums.
 
     role: whose adapter or checkpoint it is.
     """
@@ -552,7 +552,7 @@ def write_text(path, text):
 
 
 def to_disk(file):
-    """Wait until a file is on the disk: renamed before, it could be empty after a power cut."""
+    """Wait until a file is on the disk: renamed too early, it could be empty after a power cut."""
     with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
 
@@ -594,9 +594,9 @@ def seed_all(*key):
 
 
 def shuffled_batch(items, size, step, seed):
-    """The `size` items of batch `step`, where all of them are visited pass after pass.
+    """The `size` items of batch `step`, in pass after pass over all items.
 
-    The order of a pass depends on the seed and the number of the pass alone: all stages that train
+    The order of a pass depends only on the seed and the number of the pass: all stages that train
     on the same pairs see them in the same order.
     """
     import torch
@@ -612,7 +612,7 @@ def shuffled_batch(items, size, step, seed):
 
 
 def progress(steps, **kwargs):
-    """A progress bar over an iterable, with the time gone and the time left; none in a file."""
+    """A progress bar over an iterable, with the time elapsed and the time left; none in a file."""
     form = "{desc}  {percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
     return tqdm(steps, ncols=80, bar_format=form, disable=None, **kwargs)
 

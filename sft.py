@@ -43,9 +43,9 @@ def train_pit(lm, run, pairs):
 def train(lm, run, role, examples):
     """Maximise the log-likelihood of responses given prompts and save the adapter `role`.
 
-    examples: (prompt ids, response ids) each. All training loops lean on run.py: `steps` yields the
-    steps still to do and keeps checkpoints, `shuffled_batch` picks the examples of a step, `log`
-    writes a line of metrics.jsonl.
+    examples: a list of (prompt ids, response ids). All training loops rely on run.py: `steps`
+    yields the steps still to do and saves checkpoints, `shuffled_batch` picks the examples of a
+    step, `log` writes a line of metrics.jsonl.
     """
     cfg = run.config
     lm.add(role)

@@ -8,9 +8,9 @@ Ann starts by looking north. She turns left, left and back, so she looks west, s
 the end. The flawed answer gets Ann's end wrong, and Ben's way is too short.
 
 Why this task has room for self-improvement: a line says where somebody looks in the end *before*
-the way there. The way is easy, one turn after another. The end, said first, takes all turns at
-once, so a small model guesses. In a draft the way can be read, and its last word is the end: what
-was hard to say at first is easy to fix.
+the way there. The way is easy, one turn at a time. The end, said first, needs all the turns at
+once, so a small model guesses. A draft spells out the way, whose last word is the end: what was
+hard to say at first is easy to fix.
 
 `quality` decides which answer of a pair is the better one (data.synthetic_pairs), and judges
 answers (judges.py). No stage of training sees it.

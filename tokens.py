@@ -8,7 +8,7 @@ in the same column:
                      <------ P -------> | <----- R ---->
     mask              0   0   1   1   1   1   1   1   0
                       1   1   1   1   1   1   1   0   0
-    response_mask                         1   1   1   0     with EOS: to stop is part of the answer
+    response_mask                         1   1   1   0     with EOS: stopping is part of the answer
                                           1   1   0   0
 
 Shapes everywhere: B batch, P prompt tokens, R response tokens, L = P + R, V vocabulary, D hidden
@@ -79,9 +79,9 @@ def one_row(prompt, responses):
 
 
 def micro_batches(items, size, length=None):
-    """Items in lists of at most `size`; by `length`, similar ones together, for little padding.
+    """Lists of at most `size` items; with `length`, similar ones together, to save padding.
 
-    Where one list holds them all, or without `length`, they stay in their order.
+    If one list holds them all, or without `length`, they keep their order.
     """
     if length and len(items) > size:
         items = sorted(items, key=length)
@@ -91,8 +91,8 @@ def micro_batches(items, size, length=None):
 def in_parts(function, tokens, size):
     """Apply `function` to `size` rows at a time and join the results: same values, less memory.
 
-    Rows of similar length go together, trimmed. In the results zeros stand for the missing padding,
-    up to the longest response.
+    Rows of similar length go together, trimmed. The results are padded with zeros, up to
+    the longest response.
     """
     # short rows first
     order = tokens.mask.sum(1).argsort()

@@ -1,7 +1,7 @@
 """Judges from outside, who say which of two answers is better: a language model, or a person.
 
-They need a run's answers.jsonl alone, and no model. Each vote is a line of votes.jsonl, written as
-it comes and never asked for again: a stopped session goes on where it was. evaluate.add_votes turns
+They need only a run's answers.jsonl, and no model. Each vote is a line of votes.jsonl, written as
+it comes and never asked for again: a stopped session resumes there. evaluate.add_votes turns
 votes into rows of Table 1.
 
     python pit.py judge --run RUN --by http://localhost:8000/v1 --llm NAME
@@ -99,7 +99,7 @@ def read_votes(run):
     path = run.path / "votes.jsonl"
     votes = defaultdict(dict)
     for line in read_text(path).split("\n"):
-        with suppress(ValueError, KeyError, TypeError):  # empty, cut off by a kill, or no vote
+        with suppress(ValueError, KeyError, TypeError):  # empty, cut off by a kill, or not a vote
             vote = json.loads(line)
             cast = votes[vote["judge"]]
             cast[vote["question"]] = vote
@@ -203,7 +203,7 @@ def send(client, llm, messages):
             break
     said = getattr(failure, "server_message", None) or first_line(failure)
     raise UserError(
-        f"No verdict of {llm} at {client.model}: {said}\nCheck the address, the name, and the key "
+        f"No verdict from {llm} at {client.model}: {said}\nCheck the address, the name and the key "
         f"in {KEY}. The same command then asks for the rest."
     )
 

@@ -14,7 +14,7 @@ from math import log, sqrt
 
 from evaluate import compare
 
-CLEAR = 2  # a smaller z is chance; the prior shrinks z: without a difference, few words exceed it
+CLEAR = 2  # a smaller z may be chance; since the prior shrinks z, few words exceed it by chance
 LINES = 10  # of each kind, at most
 
 
@@ -53,7 +53,7 @@ def log_odds(a, b, background):
 
 
 def standing_out(features, sides):
-    """What PIT's answers have above the originals: z, and how many texts of each side have it."""
+    """What sets PIT's answers apart: z, and how many texts of each side have it."""
     counts = {}
     for side, texts in sides.items():
         counts[side] = Counter(chain.from_iterable(map(features, texts)))
@@ -76,7 +76,7 @@ def without(word, text):
 
 
 def measure(lines, pairs, judge):
-    """What PIT's answers have above the originals -> results["words"].
+    """What sets PIT's answers apart from the originals -> results["words"].
 
     lines: of answers.jsonl; pairs: those of the training. A word also gets Delta with that word
     deleted from both sides.

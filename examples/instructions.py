@@ -55,7 +55,7 @@ def quality(prompt, answer):
     met = []
     for wording, check in REQUIREMENTS.items():
         if stated := re.search(wording, prompt):
-            # an empty answer avoids every word, but it is no answer
+            # an empty answer avoids every word, but is not an answer
             met.append(len(words) > 3 and bool(check(answer.strip(), words, *stated.groups())))
     return sum(met) / len(met)
 
@@ -65,7 +65,7 @@ def draw_prompt(rng):
     topic = rng.choice([*TOPICS])
     one, other = rng.sample(TOPICS[topic].split(), 2)
     count = rng.randint(2, 3)
-    # A title comes first, but only the whole text says what it is: hard to plan, easy to add.
+    # A title comes first, but depends on the whole text: hard to plan, easy to add.
     first = rng.choice(['"Title:" and your last word'] * 3 + [f"the word {rng.choice(OPENERS)}"])
     kinds = [
         f"Avoid the word {rng.choice(['the', 'and', 'my', 'was'])}.",
@@ -142,7 +142,7 @@ def tell(draft):
 
 
 def change(draft, pool, rng):
-    """Change one part at random, for better or worse, or one sentence, which may come or go."""
+    """Change one part at random, for better or worse, or replace, add or remove one sentence."""
     part = rng.choice(["sentences", *PARTS])
     if part != "sentences":
         return draft | {part: rng.choice(PARTS[part])}
@@ -175,9 +175,9 @@ def garble(text, rng):
 
 
 def draw_pair(prompt, pool, rng):
-    """A better and a worse text: the worse one is the better one with flaws, in most pairs one.
+    """A better and a worse text: the worse one is the better one with flaws, mostly just one.
 
-    What PIT changes is mostly one word. A reward model that has seen no such pair cannot judge it.
+    PIT mostly changes one word. A reward model that has seen no such pair cannot judge that.
     """
     draft = {part: rng.choice(values) for part, values in PARTS.items()}
     draft |= {"sentences": rng.sample(pool, rng.randint(1, 3))}
@@ -187,7 +187,7 @@ def draw_pair(prompt, pool, rng):
 
 
 def draw_rows(pools, pairs, prompts, rng):
-    """Rows with a prompt, a chosen and a rejected answer, and rows with a prompt of no pair."""
+    """Rows with a prompt, a chosen and a rejected answer, and rows with a prompt in no pair."""
     fresh = dict.fromkeys(draw_prompt(rng)[0] for _ in range(prompts))
     rows, drawn, lead = [], set(fresh), 0
     while len(rows) < pairs:
@@ -204,7 +204,7 @@ def draw_rows(pools, pairs, prompts, rng):
 
 
 def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int = 0):
-    """Make OUT/pairs.jsonl and OUT/prompts.jsonl: 15 minutes on one core; a second call goes on."""
+    """Make OUT/pairs.jsonl and OUT/prompts.jsonl: 15 minutes on one core; rerun to continue."""
     out.mkdir(parents=True, exist_ok=True)
     write_sentences(model, out / "sentences.jsonl")
     pools = fluent_sentences(out / "sentences.jsonl")

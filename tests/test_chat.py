@@ -78,7 +78,7 @@ def test_a_conversation_survives_what_it_cannot_answer_and_says_what_is_cut(
     prompts = converse(able, cfg, monkeypatch, ["x" * 200, "north " * 60 + "ends here."])
     assert len(prompts) == 1 and prompts[0][0].endswith("ends here.")
     out = capsys.readouterr().out
-    assert "even cut" in out and "cut to the last 20 tokens" in out
+    assert "even after cutting" in out and "cut to the last 20 tokens" in out
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_prompt_is_cut_to_what_the_run_was_trained_on_or_refused(lm, capsys):
     assert cut[0]["content"].endswith("in the end?") and len(lm.encode_prompt(cut)) <= 40
     assert "Prompts cut to the last 40 tokens (--max-prompt): 1." in capsys.readouterr().out
     for turns, response, said in (
-        ([{"role": "user", "content": "x" * 200}], None, "row 3: even cut"),
+        ([{"role": "user", "content": "x" * 200}], None, "row 3: even after cutting"),
         ([{"role": "assistant", "content": "x"}], None, "row 3: user and assistant"),
         (long, "north " * 9, "row 3: the response is longer than 8"),
     ):

@@ -134,7 +134,7 @@ def test_cuts_are_counted(capsys):
     assert beginnings == [pair.prompt for pair in (*pairs[:3], pairs[5])]  # not cut
     assert capsys.readouterr().out == (
         "pairs.jsonl: 2 dropped (an answer over 2 tokens), 3 with a prompt cut to 5 tokens, "
-        "1 dropped (a prompt that no cut brings to 5 tokens), 4 kept\n"
+        "1 dropped (a prompt that cannot be cut to 5 tokens), 4 kept\n"
     )
 
 

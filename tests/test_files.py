@@ -146,7 +146,9 @@ def test_a_prompt_may_be_all_of_the_conversation_its_beginning_or_its_end(whole)
         row = {"prompt": prompt, "chosen": [*whole, said("a")], "rejected": [*whole, said("b")]}
         assert read(row)[1] == Pair(whole, "a", "b")
     human = "Human: y\n\nAssistant: "
-    with pytest.raises(files.BadRow, match="turns of user"):  # two conversations in a row
+    with pytest.raises(
+        files.BadRow, match="user and assistant must take turns"
+    ):  # two conversations in a row
         read({"prompt": "x", "chosen": human + "a", "rejected": human + "b"})
 
 
@@ -223,11 +225,11 @@ BAD = {
     '{"prompt": "x", "chosen": 3, "rejected": "b"}': "`chosen` must be",
     '{"prompt": "\\ud800", ' + ANSWERS: "`prompt` is not in UTF-8",
     '{"prompt": [1], ' + ANSWERS: "`prompt` must be",
-    '{"prompt": [{"role": "tool", "content": "x"}], ' + ANSWERS: "a turn of a tool",
-    '{"prompt": {"role": "assistant", "tool_calls": [{"id": 1}]}, ' + ANSWERS: "a turn of a tool",
+    '{"prompt": [{"role": "tool", "content": "x"}], ' + ANSWERS: "a turn by a tool",
+    '{"prompt": {"role": "assistant", "tool_calls": [{"id": 1}]}, ' + ANSWERS: "a turn by a tool",
     '{"prompt": {"role": "user", "content": [{"type": "image"}]}, ' + ANSWERS: "must be text",
-    '{"prompt": {"role": "assistant", "content": "x"}, ' + ANSWERS: "turns of user",
-    '{"prompt": {"role": "system", "content": "x"}, ' + ANSWERS: "turns of user",
+    '{"prompt": {"role": "assistant", "content": "x"}, ' + ANSWERS: "must take turns",
+    '{"prompt": {"role": "system", "content": "x"}, ' + ANSWERS: "must take turns",
     RESPONSES + "}": "no prompt with two answers in these columns: prompt, response_0",
     RESPONSES + ', "label": 2}': "`label` must be a number from 0 to 1: 2",
     RESPONSES + ', "label": NaN}': "`label` must be a number",
@@ -246,7 +248,7 @@ def test_a_bad_line_is_named_and_can_be_skipped(tmp_path, line):
     # the forms only where the columns are the trouble
     assert len(said) == 1 or "no prompt with two answers in these" in said[0]
     pairs, notes = read_pairs(str(path), skip_bad=True)
-    assert len(pairs) == 1 and notes["dropped (no pair)"] == 1
+    assert len(pairs) == 1 and notes["dropped (not a pair)"] == 1
 
 
 def test_a_first_row_of_no_form_brings_the_list_of_forms_and_not_skip_bad(tmp_path):
@@ -396,7 +398,7 @@ def test_parquet_folders_and_home(tmp_path, monkeypatch):
         assert read_pairs("~/" + name)[0] == expected
     for name in ("b.csv", "a.json"):
         (tmp_path / "one" / name).touch()
-    with pytest.raises(UserError, match="a folder with 3 files of data. Give one"):
+    with pytest.raises(UserError, match="a folder with 3 data files. Give one"):
         read_pairs(str(tmp_path / "one"))
     (tmp_path / "saved" / "train" / "state.json").write_text("{")
     with pytest.raises(UserError, match="saved: it cannot be read after the start"):
@@ -416,7 +418,9 @@ def test_messages_that_break_off_are_one_bad_row(tmp_path):
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
         broken = [cells[0][:-3], *cells[1:]]
         csv.writer(file).writerows([["prompt", "chosen", "rejected"], broken, cells])
-    with pytest.raises(UserError, match="line 2: `prompt` holds messages that are no JSON: broken"):
+    with pytest.raises(
+        UserError, match="line 2: `prompt` holds messages that are not JSON: cut off"
+    ):
         read_pairs(str(tmp_path / "pairs.csv"))
     assert read_pairs(str(tmp_path / "pairs.csv"), skip_bad=True)[0] == [Pair(TURNS[2:], "a", "b")]
 

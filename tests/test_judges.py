@@ -200,7 +200,7 @@ def test_a_rule_reads_the_last_message_and_is_exact():
 
 def test_a_score_that_is_no_number_is_told():
     judge = judges.Judge(lambda prompts, texts: [float("nan")])
-    with pytest.raises(UserError, match="no finite number"):
+    with pytest.raises(UserError, match="not a finite number"):
         judge.score([TALK], ["y"])
 
 

@@ -239,7 +239,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
     assert "license: apache-2.0\n" in card and "the built-in base `tiny`" in card
     assert "AutoModelForCausalLM.from_pretrained(folder)" in card
     code, _, err = pit(*words)
-    assert code == 2 and "there already" in err
+    assert code == 2 and "already exists" in err
     works(*words[:4], "policy_sft", "--to", tmp_path / "policy")
     assert "held-out prompts, by the" not in (tmp_path / "policy" / "README.md").read_text()
 
@@ -256,20 +256,6 @@ def test_an_export_without_its_weights_gets_a_line(mini, tmp_path, is_listed):
     code, _, err = pit("export", "--run", tmp_path / "run", *words)
     assert code == 2 and str(folder) in err and len(err.splitlines()) <= 2
     assert not (tmp_path / "whole").exists()
-
-
-@pytest.mark.parametrize("theirs, mine", [("reward_gap", "pit_rl1"), ("pit_rl1", "judge")])
-def test_an_adapter_in_the_place_of_another_kind_gets_a_line(mini, tmp_path, theirs, mine):
-    """Even where somebody wrote new checksums."""
-    folder = tmp_path / "run" / "adapters"
-    shutil.copytree(mini[0], tmp_path / "run")
-    shutil.rmtree(folder / mine)
-    shutil.copytree(folder / theirs, folder / mine)
-    sums = run_module.checksums(folder / mine) | {"role": mine}
-    (folder / mine / "sha256.json").write_text(json.dumps(sums))
-    words = "--adapter", mine, "--to", tmp_path / "whole"
-    code, _, err = pit("export", "--run", tmp_path / "run", *words)
-    assert code == 2 and f"{mine} holds" in err and len(err.splitlines()) == 1
 
 
 def test_with_stdin_closed_the_input_is_at_its_end(mini, monkeypatch):
@@ -341,7 +327,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("infer --run {root}/tiny", "no run in"),
         ("rl --run nowhere", "no run in"),
         ("runs {tmp}", "no runs in"),
-        ("all --run {tmp}", "is no run, but holds metrics.jsonl"),
+        ("all --run {tmp}", "is not a run, but holds metrics.jsonl"),
         ("all --run {mini} --seed 5", "other settings"),
         ("all --run {tmp}/new --from {tmp}/nowhere", "no run in"),
         # models
@@ -369,7 +355,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
         ("infer --run {mini} Human:", "the prompt: user and assistant must take turns"),
-        ("""infer --run {mini} '[{{"role": "tool", "content": "x"}}]'""", "a turn of a tool"),
+        ("""infer --run {mini} '[{{"role": "tool", "content": "x"}}]'""", "a turn by a tool"),
         ("all --run {root}/README.md", "is a file"),
     ],
 )

@@ -456,11 +456,11 @@ def test_a_run_that_has_learned_nothing_yet_may_have_other_options(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_other_programs_files_are_never_touched(tmp_path, name, overwrite):
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"no run, but holds {name}"):
+    with pytest.raises(UserError, match=f"not a run, but holds {name}"):
         Run.start(tmp_path, MINI, overwrite)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
     (tmp_path / name).rmdir()
-    with pytest.raises(UserError, match="no run, but holds config.json"):
+    with pytest.raises(UserError, match="not a run, but holds config.json"):
         Run.start(tmp_path, MINI, overwrite)
     assert (tmp_path / "config.json").exists()
 
