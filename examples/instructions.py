@@ -29,6 +29,7 @@ OPENERS = ["Today", "Sometimes", "Now", "Well"]
 
 # ---- What a prompt may ask for, and whether a text does it
 def words_of(text):
+    """In lower case; an apostrophe is part of a word."""
     return re.findall(r"[\w']+", text.lower())
 
 
@@ -93,7 +94,9 @@ def write_sentences(model, path, batch=64):
     lm = load_model(model, bits=16)
     jobs = [(topic, word) for topic in TOPICS for word in TOPICS[topic].split() * 8]
     path.touch()
-    for start in trange(len(path.read_text().splitlines()), len(jobs), batch):
+    text = path.read_text()
+    path.write_text(text[: text.rfind("\n") + 1])  # without what a kill left of a line
+    for start in trange(text.count("\n"), len(jobs), batch):
         prompts = [lm.encode_prompt(writer_prompt(*job)) for job in jobs[start : start + batch]]
         torch.manual_seed(start)
         texts = lm.decode(lm.generate("blank", prompts, 22, temperature=0.7).responses)
@@ -204,7 +207,10 @@ def draw_rows(pools, pairs, prompts, rng):
 
 
 def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int = 0):
-    """Make OUT/pairs.jsonl and OUT/prompts.jsonl: 15 minutes on one core; rerun to continue."""
+    """Make OUT/pairs.jsonl and OUT/prompts.jsonl: 15 minutes on one core; rerun to continue.
+
+    OUT is for one base. Another number of prompts, or another seed, also gives other pairs.
+    """
     out.mkdir(parents=True, exist_ok=True)
     write_sentences(model, out / "sentences.jsonl")
     pools = fluent_sentences(out / "sentences.jsonl")
