@@ -1,8 +1,8 @@
 """Judges from outside, who say which of two answers is better: a language model, or a person.
 
-They need only a run's answers.jsonl, and no model. Each vote is a line of votes.jsonl, written as
-it comes and never asked for again: a stopped session resumes there. evaluate.add_votes turns
-votes into rows of Table 1.
+They need only a run's answers.jsonl and results.json, no model. Each vote is a line of votes.jsonl,
+written as it comes and never asked for again: a stopped session resumes there. evaluate.add_votes
+turns votes into rows of Table 1.
 
     python pit.py judge --run RUN --by http://localhost:8000/v1 --llm NAME
     python pit.py judge --run RUN --by me
