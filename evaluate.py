@@ -373,7 +373,7 @@ def add_votes(run):
         verdicts = said[voter]
         # questions of two rows that show the same texts share a vote
         counted = {question.id(): question for question in verdicts}
-        notes[voter] = [f"{len(counted)} votes. A row of Table 1 needs {ENOUGH} of its own."]
+        notes[voter] = [f"{len(counted)} votes. A row of Table 1 needs {ENOUGH}."]
         # 1. rows of Table 1, where there are enough votes
         for a, b in ROWS:
             on_row = [vote for question, vote in verdicts.items() if question.sides == (a, b)]

@@ -130,7 +130,7 @@ def test_a_language_model_becomes_rows_of_table_1(run, serve):
     }
     assert rows["pit", "original"]["n"] == N
     number, agrees, bias = run.results()["votes"]["some/model"]
-    assert number == f"18 votes. A row of Table 1 needs {N} of its own."
+    assert number == f"18 votes. A row of Table 1 needs {N}."
     assert agrees == "agrees with quality on 100% of 18 pairs."
     assert "decided 0% of 18 pairs, and 0 replies could not be read" in bias
     # nothing is asked again
@@ -220,7 +220,7 @@ def test_who_does_not_answer_is_named(run, serve, monkeypatch):
     slow = serve(lambda prompt, number: threading.Event().wait(0.1) or "A")
     with pytest.raises(UserError, match="No verdict from x at"):
         votes.ask_llm(run, slow.url, "x", n=1)
-    # every worker's question once more, no longer: each attempt takes TIMEOUT
+    # at most twice for each worker's question: an attempt takes TIMEOUT
     assert 2 <= len(slow.requests) <= 2 * 3
 
 
@@ -345,7 +345,7 @@ def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch)
     evaluate.add_votes(run)
     assert rows_by(run, "me") == {}
     total, *by_row = run.results()["votes"]["me"][:5]
-    assert f"A row of Table 1 needs {N + 1} of its own." in total
+    assert f"A row of Table 1 needs {N + 1}." in total
     assert f"pit over original, {N} votes so far: +0 [-39, +39] points." in by_row
 
 
