@@ -1,4 +1,4 @@
-"""All sides of a comparison: PIT and its rounds, Self-Refine, best-of-n, a second sample.
+"""All sides of a comparison: PIT's rounds, Self-Refine, best-of-n, a second sample, given answers.
 
 A side is one answer to each held-out prompt, by one method, at one temperature, after a number of
 rounds. Its texts are sampled once, and kept in runs/NAME/answers.json until the adapter that wrote

@@ -10,7 +10,7 @@ curriculum is a list of sources of y_ref: "annotated" (y_w and y_l), "policy" (M
 (M_P^SFT), or "given" (the column `response` of the data, by any other writer). That a round starts
 where the last one ended, and is held to M_PIT^SFT all along, is our reading of the paper.
 
-Run: python pit.py rl --run runs/tiny (a run that `all` has begun), under two minutes. On
+Run: python pit.py rl --run runs/tiny (a run that `all` has begun), a minute or two. On
 held-out prompts the mean R_P rises by 1.3 (its zero is arbitrary), and the mean gap over the
 policy's answers from 3.0 to 4.5 and 5.3.
 """

@@ -4,7 +4,7 @@ Every side of a comparison answers the same held-out prompts once (baselines.py)
 scores each text once (judges.py). The tables are views of these texts and scores. Numbers go to
 results.json, which report.py draws; texts and scores go to answers.jsonl.
 
-Run: python pit.py eval --run runs/tiny, about a minute
+Run: python pit.py eval --run runs/tiny, a minute or less
 """
 
 from collections import defaultdict
@@ -398,12 +398,11 @@ def add_votes(run):
         asked = [cast[key] for key in counted if "order_decides" in cast[key]]
         if asked:
             both_read = [vote["order_decides"] for vote in asked if not vote["unreadable"]]
-            bias = sum(both_read) / max(1, len(both_read))
+            if both_read:
+                bias = f"{mean(both_read):.0%} of {len(both_read)} pairs"
+                notes[voter].append(f"the order of the answers decided {bias}, counted as ties.")
             unreadable = sum(vote["unreadable"] for vote in asked)
-            notes[voter].append(
-                f"the order of the answers decided {bias:.0%} of {len(both_read)} pairs, and "
-                f"{unreadable} replies could not be read. These count as ties."
-            )
+            notes[voter].append(f"{unreadable} replies could not be read, counted as ties.")
     run.add_results(table1=table1, votes=notes)
 
 

@@ -1,10 +1,10 @@
 """Every form in which people keep preference pairs, and rows to improve.
 
-FILE                 .json, .jsonl, .csv, .tsv or .parquet, plain or in gzip, bzip2 or zstd
+FILE                 .json, .jsonl, .csv, .tsv or .parquet, also in gzip, bzip2 or zstd
 FOLDER               with one such file, or written by `save_to_disk` of the library `datasets`
 hh, tldr, a hub id   through the same library; hh:test names a split other than train
 
-To read one more form, add a line to TABLE. The tests cover every line.
+To read one more form, add a line to TABLE. The tests go through it line by line.
 """
 
 import codecs
@@ -177,7 +177,7 @@ def rows_of_folder(path):
 
 
 def rows_of_file(path):
-    """Rows of one file, which may be packed (ENDINGS)."""
+    """Rows of one file, which may be compressed (ENDINGS)."""
     kind = kind_of(path)
     if kind not in KINDS:
         raise UserError(f"{path}: the ending must be {ENDINGS}.")

@@ -1,4 +1,4 @@
-"""Using PIT: answer, improve, round by round, and stop.
+"""Using PIT: answer, improve round by round, stop.
 
 answer      y_0 ~ M_P^RL(x)
 improve     y_{k+1} ~ M_PIT^RL(x, y_k)

@@ -70,7 +70,7 @@ def judges_by_name(names, lm, cfg):
 
 
 def judge_named(name, lm, cfg):
-    """The Judge of one name of --judge. A new kind of judge gets its line here."""
+    """The Judge of one name of --judge. A new kind gets its line here and in `check_names`."""
     if name == "quality":  # the built-in task's rule, which no stage of training sees
         return function_judge(task.quality)
     if name == "judge":

@@ -119,7 +119,9 @@ class LM:
 
     def describe(self):
         """The base in one line."""
-        kind = "4-bit" if getattr(self.base, "is_loaded_in_4bit", False) else self.base.dtype
+        kind = str(self.base.dtype).removeprefix("torch.")
+        if getattr(self.base, "is_loaded_in_4bit", False):
+            kind = f"4-bit and {kind}"
         size = f"{self.size / 1e6:.1f}M parameters"
         end = self.tokenizer.decode([self.eos])
         return f"{size} in {kind} on {self.device.type}, LoRA r={self.lora.r}, EOS {end}"
@@ -492,7 +494,8 @@ def load_model(name="tiny", bits=4, lora_r=16, lora_alpha=32, target_modules="al
     """Load a base, freeze it, and wrap it for adapters -> LM.
 
     name: see find_model. bits: 4 (NF4 through bitsandbytes) or 16 (not quantised: bf16, or fp32
-    where there is no bf16). Raises UserError, in one or two lines, when there is no such model.
+    where there is no bf16). The built-in base is in fp32 on every CPU.
+    Raises UserError, in one or two lines, when there is no such model.
     Never runs code from a hub, never opens a pickle.
     """
     source = check_model(name)
@@ -529,7 +532,7 @@ def load_tokenizer(source):
 
 
 def best_device():
-    """The device to run on, and the dtype of an unquantised base there.
+    """The device to run on, and the dtype of what is not quantised there.
 
     fp16's range is too small for gradients that are not rescaled: without bf16, all is in fp32.
     """
@@ -617,7 +620,7 @@ def export(lm, role, folder, merge):
     """Write `role` for plain peft, or merged for plain transformers.
 
     Merging consumes this LM, which must be unquantised: merging into 4-bit weights would shift the
-    logits.
+    logits. The merged weights are in the base's dtype, so in bf16 they are rounded, too.
     """
     tokenizer = lm.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(lm.eos)

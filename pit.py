@@ -355,7 +355,7 @@ def open_run(path):
 
 
 StageRun = option(Path, "Folder of a run that `all` has started.")
-Judges = option(list[str], "Who judges; a wrong name lists the choices. The first one decides.")
+Judges = option(list[str], "quality, judge, FILE.py, folder, hub id; the first one decides.")
 
 
 @app.command(name="sft")
@@ -397,7 +397,9 @@ def open_to_judge(path, names):
     voters = votes.read_votes(run)
     for name in names:
         if name in voters:
-            raise UserError(f"--judge {name}: votes.jsonl of {path} has a voter of that name.")
+            raise UserError(
+                f"--judge {name}: votes.jsonl of {path} has a voter of that name. Use another path."
+            )
     roles = run.trained_by()
     if "judge" not in names:  # the run's own judge may be missing where it has no say
         del roles["judge"]

@@ -212,6 +212,8 @@ def plan_stages(cfg, x, y, pairs):
         stages.append(stage)
     # judged by a model of answers, and by R_PIT
     texts = EVAL_TEXTS if cfg.model == "tiny" else EVAL_TEXTS + SELF_REFINE_TEXTS
+    if "given" in cfg.rounds:  # PIT's improvement of them
+        texts += 1
     rows = cfg.eval_n * texts
     stages.append(Stage("eval", "eval", 0, rows=rows, trained=0, read=both + prompt, written=R))
     return stages

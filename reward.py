@@ -10,7 +10,7 @@ output at the last token.
 R_P and the judge start from the base, not from M_P^SFT: on the built-in task, a policy that had
 learned to write y_w, flaws included, saw fewer flaws than the base. R_PIT starts from R_P.
 
-Run: python pit.py reward --run runs/tiny (a run that `all` has begun), two minutes. On held-out
+Run: python pit.py reward --run runs/tiny (a run that `all` has begun), a minute or two. On held-out
 pairs R_P is right on 96%, R_PIT on 96% of its comparisons.
 """
 

@@ -259,7 +259,8 @@ class Run:
         """Save the trained `role` as an adapter of this run."""
         with new_folder(self.adapter(role), role) as folder:
             lm.save(role, folder)
-            self.add_seconds()  # first: a kill in between must not leave an adapter without them
+            # first: a kill in between must not leave an adapter without its seconds
+            self.add_seconds()
         remove(self.path / "checkpoints" / role)
         remove(self.path / REPLACED)
 

@@ -1,8 +1,8 @@
 """Judges from outside, who say which of two answers is better: a language model, or a person.
 
 They need only a run's answers.jsonl and results.json, no model. Each vote is a line of votes.jsonl,
-written as it comes and never asked for again: a stopped session resumes there. evaluate.add_votes
-turns votes into rows of Table 1.
+written as it comes and never asked for again: a stopped session resumes where it stopped.
+evaluate.add_votes turns votes into rows of Table 1.
 
     python pit.py judge --run RUN --by http://localhost:8000/v1 --llm NAME
     python pit.py judge --run RUN --by me
@@ -155,17 +155,19 @@ def ask_llm(run, url, llm, n=128):
     key = os.environ.get(KEY, "").strip() or "none"
     client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
     ask_one = partial(ask_both_orders, run, client, llm)
-    left = questions_left(run, llm, n)
+    # a mistyped name ends at the first question, before any tie is recorded
+    differ = [question for question in questions_left(run, llm, n) if not question.is_tie()]
+    for question in differ[:1]:
+        ask_one(question)
     # each vote goes to votes.jsonl as it comes; an error ends the loop, and asks no more
-    differ = [question for question in left if not question.is_tie()]
-    thread_map(ask_one, differ, max_workers=WORKERS, ncols=80, disable=None)
-    # only now, so that a mistyped name casts no votes
-    for question in filter(Question.is_tie, left):
-        add_vote(run, llm, question, 0)
+    thread_map(ask_one, questions_left(run, llm, n), max_workers=WORKERS, ncols=80, disable=None)
 
 
 def ask_both_orders(run, client, llm, question):
     """Add the language model's vote to votes.jsonl: a tie if the order changes its mind."""
+    if question.is_tie():
+        add_vote(run, llm, question, 0)
+        return
     prompt = question.prompt
     a, b = question.texts
     votes = [ask(client, llm, prompt, a, b), ask(client, llm, prompt, b, a)]
@@ -190,7 +192,8 @@ def ask(client, llm, prompt, first, second):
 
 def send(client, llm, messages):
     """The model's reply. Failures that may pass (429, 5xx) are tried again; a timeout, once."""
-    for attempt, pause in enumerate(PAUSES, 1):
+    timeouts = 0
+    for pause in PAUSES:
         time.sleep(pause)
         try:
             reply = client.chat_completion(messages, model=llm, max_tokens=REPLY, temperature=0.0)
@@ -198,8 +201,9 @@ def send(client, llm, messages):
         except Exception as error:  # HTTP, network, or a reply of another form
             failure = error
         status = getattr(getattr(failure, "response", None), "status_code", 0)
-        first_timeout = attempt == 1 and isinstance(failure, TimeoutError)
-        if not (status == 429 or status >= 500 or first_timeout):
+        is_timeout = isinstance(failure, TimeoutError)
+        timeouts += is_timeout
+        if not (status == 429 or status >= 500 or is_timeout) or timeouts == 2:
             break
     said = getattr(failure, "server_message", None) or first_line(failure)
     raise UserError(

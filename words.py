@@ -24,7 +24,7 @@ def words_of(text):
 
 def shape_of(text):
     """How a text ends, and how long it is."""
-    mark = re.search(r"\W*$", text)[0].strip() or "no mark"
+    mark = re.search(r"[^\w\s]*$", text.rstrip())[0] or "no mark"
     low = len(text.split()) // 10 * 10
     return [f"ends with {mark}", f"{low} to {low + 9} words"]
 

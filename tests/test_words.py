@@ -81,6 +81,7 @@ def test_endings_and_lengths_stand_out_too():
     assert {"ends with !", "10 to 19 words"} < set(features)
     assert words.shape_of("Yes.") == ["ends with .", "0 to 9 words"]
     assert words.shape_of("Well...")[0] == "ends with ..."
+    assert words.shape_of("So.\n\n*\n")[0] == "ends with *"
 
 
 def test_log_odds_against_a_plain_second_computation():
