@@ -94,9 +94,10 @@ def write_sentences(model, path, batch=64):
     lm = load_model(model, bits=16)
     jobs = [(topic, word) for topic in TOPICS for word in TOPICS[topic].split() * 8]
     path.touch()
-    text = path.read_text()
-    path.write_text(text[: text.rfind("\n") + 1])  # without what a kill left of a line
-    for start in trange(text.count("\n"), len(jobs), batch):
+    lines = path.read_text().splitlines(keepends=True)
+    lines = lines[: len(lines) // batch * batch]  # a kill may have cut a batch off
+    path.write_text("".join(lines))
+    for start in trange(len(lines), len(jobs), batch):
         prompts = [lm.encode_prompt(writer_prompt(*job)) for job in jobs[start : start + batch]]
         torch.manual_seed(start)
         texts = lm.decode(lm.generate("blank", prompts, 22, temperature=0.7).responses)
