@@ -486,10 +486,11 @@ def versions():
 
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     found = {name: metadata.version(name) for name in libraries}
-    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    machine = f"{platform.system()}, {os.cpu_count()} cores of {processor}"
     if torch.cuda.is_available():
-        machine += f", {torch.cuda.get_device_name()}"
+        processor = torch.cuda.get_device_name()
+    else:
+        processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    machine = f"{platform.system()}, {os.cpu_count()} cores, {processor}"
     return {"machine": machine, "python": platform.python_version()} | found
 
 
