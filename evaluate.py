@@ -91,13 +91,13 @@ def mean(numbers):
 def elo(scores, margin=SAME):
     """Scores of K sides for the same N prompts, (K, N) -> their Elo ratings (K,), the first 1000.
 
-    All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for both, so the
-    order of games does not matter. P(i beats j) = sigmoid(r_i - r_j), as in a reward model: that is
+    All K (K - 1) / 2 comparisons are fitted at once, a tie being half a win for both, so the order
+    of games does not matter. P(i beats j) = sigmoid(r_i - r_j), as in a reward model: that is
     s_i / (s_i + s_j) with strengths s = exp(r).
     """
     scores = np.array(scores)
-    # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; half an extra
-    # drawn game keeps the rating finite for a side that never wins
+    # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; half an extra drawn
+    # game keeps the rating finite for a side that never wins
     points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
     wins = points.sum(2) + 0.25  # (K, K)
     # 2. the likeliest strengths, by the iteration of Newman (2023), "Efficient computation of
@@ -368,6 +368,7 @@ def add_votes(run):
     results = run.results()
     said = all_verdicts(votes, read_answers(run), results["judges"])
     table1 = [row for row in results["table1"] if row["judge"] not in votes]
+    few = []
     notes = {}
     for voter, cast in votes.items():
         verdicts = said[voter]
@@ -379,13 +380,11 @@ def add_votes(run):
             on_row = [vote for question, vote in verdicts.items() if question.sides == (a, b)]
             if not on_row:
                 continue
-            row = compare(on_row, 0)
+            row = {"a": a, "b": b, "judge": voter} | compare(on_row, 0)
             if len(on_row) >= ENOUGH:
-                table1.append({"a": a, "b": b, "judge": voter} | row)
+                table1.append(row)
             else:
-                low, high = row["ci95"]
-                delta = f"{100 * row['delta']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
-                notes[voter].append(f"{a} over {b}, {len(on_row)} votes so far: {delta} points.")
+                few.append(row)
         # 2. how far to trust them: do they agree with other judges?
         # (not about two answers that are the same text: there everybody sees a tie)
         differ = [question for question in counted.values() if not question.is_tie()]
@@ -403,7 +402,7 @@ def add_votes(run):
                 notes[voter].append(f"the order of the answers decided {bias}, counted as ties.")
             unreadable = sum(vote["unreadable"] for vote in asked)
             notes[voter].append(f"{unreadable} replies could not be read, counted as ties.")
-    run.add_results(table1=table1, votes=notes)
+    run.add_results(table1=table1, few_votes=few, votes=notes)
 
 
 def all_verdicts(votes, lines, judges):

@@ -8,6 +8,7 @@ the estimates for later stages of its kind.
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 
 import psutil
@@ -177,6 +178,7 @@ def plan_stages(cfg, x, y, pairs):
     improved = prompt + y
     both = x + 2 * y  # x with both answers, as R_P reads a pair
     four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
+    ppo = partial(Stage, kind="rl", passes=over_rl, rows=rl, written=R)
     stages = [
         Stage("policy_sft", "sft", over_sft, rows=sft, trained=answer),
         Stage("pit_sft", "sft", over_sft, rows=sft, trained=improved),
@@ -184,27 +186,11 @@ def plan_stages(cfg, x, y, pairs):
         Stage("reward_gap", "reward", over_rm, rows=rm, trained=four),
         Stage("judge", "reward", rm / pairs["judge"], rows=rm, trained=both),
         # read by the reward model, the policy and the reference
-        Stage(
-            "policy_rl",
-            "rl",
-            over_rl,
-            rows=rl,
-            trained=epochs * answer,
-            read=3 * answer,
-            written=R,
-        ),
+        ppo("policy_rl", trained=epochs * answer, read=3 * answer),
     ]
     for k, source in enumerate(cfg.rounds.split(",")):
         # one more reading, by R_PIT: y_ref, for the score of "no change"
-        stage = Stage(
-            f"pit_rl{k}",
-            "rl",
-            over_rl,
-            rows=rl,
-            trained=epochs * improved,
-            read=4 * improved,
-            written=R,
-        )
+        stage = ppo(f"pit_rl{k}", trained=epochs * improved, read=4 * improved)
         if source == "annotated":  # each pair serves twice
             stage.passes = over_rl / 2
         elif source != "given":  # y_ref is written, too

@@ -81,6 +81,7 @@ def results():
         ],
         "words": learned_words(),
         "votes": {"me": ["agrees with judge on 80% of 50 pairs."]},
+        "few_votes": [dict(a="pit", b="y_w", judge="me") | compared(0.1)],
         "time_s": {"pit_sft": 30.0, "eval": 90.0},
     }
 
@@ -334,6 +335,7 @@ def test_the_console_has_table_1_and_2_with_what_to_know_of_them(drawn, capsys):
         assert re.findall(r"judged by ([^:]*):", said) == [name]
         assert "Without Self-Refine" in said and 'Warning: without the word "indeed"' in said
         assert "me: agrees with judge on 80% of 50 pairs." in said
+        assert "me: pit over y_w +10.0 [+5.0, +15.0] points, by " in said
         assert "annotated,policy +20.0 [+15.0, +25.0] +10.0 [+5.0, +15.0]" in said
         assert "smoke run" not in said
         assert said.endswith(f"All tables and figures: {drawn / 'report.md'}")

@@ -344,9 +344,9 @@ def test_too_few_votes_make_no_row_but_say_how_many_are_needed(run, monkeypatch)
     type_in(run, monkeypatch, "t" * 99)
     evaluate.add_votes(run)
     assert rows_by(run, "me") == {}
-    total, *by_row = run.results()["votes"]["me"][:5]
-    assert f"A row of Table 1 needs {N + 1}." in total
-    assert f"pit over original, {N} votes so far: +0 [-39, +39] points." in by_row
+    assert f"A row of Table 1 needs {N + 1}." in run.results()["votes"]["me"][0]
+    row, *_ = [row for row in run.results()["few_votes"] if row["a"] == "pit"]
+    assert (row["judge"], row["b"], row["n"], row["delta"]) == ("me", "original", N, 0)
 
 
 def test_the_order_on_the_screen_is_a_fair_coin():
