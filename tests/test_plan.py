@@ -50,6 +50,10 @@ def test_tokens_and_passes_are_those_of_the_options():
     assert sft.rows * sft.trained == 60 * 32 * (33 + 24) and sft.passes == 60 * 32 / 3000
     assert rl.rows * rl.written == 2 * 16 * 64 * 30  # y_ref is written too
     assert rl.passes == 2 * by_name["pit_rl0"].passes  # there, each pair serves twice
+    # given answers are not written, but evaluated: one text more
+    given = {stage.name: stage for stage in stages(rounds="annotated,given")}
+    assert given["pit_rl1"].written == 30
+    assert given["eval"].rows == by_name["eval"].rows / plan.EVAL_TEXTS * (plan.EVAL_TEXTS + 1)
     names = [stage.name for stage in stages(rounds="policy")]
     assert "pit_rl0" in names and "pit_rl1" not in names
 

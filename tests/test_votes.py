@@ -220,8 +220,7 @@ def test_who_does_not_answer_is_named(run, serve, monkeypatch):
     slow = serve(lambda prompt, number: threading.Event().wait(0.1) or "A")
     with pytest.raises(UserError, match="No verdict from x at"):
         votes.ask_llm(run, slow.url, "x", n=1)
-    # at most twice for each worker's question: an attempt takes TIMEOUT
-    assert 2 <= len(slow.requests) <= 2 * 3
+    assert len(slow.requests) <= 2  # an attempt takes TIMEOUT: one more, and no third
 
 
 def test_the_key_comes_from_the_environment_and_the_hubs_is_never_sent(run, serve, monkeypatch):
