@@ -202,7 +202,8 @@ def send(client, llm, messages):
             failure = error
         status = getattr(getattr(failure, "response", None), "status_code", 0)
         is_timeout = isinstance(failure, TimeoutError)
-        timeouts += is_timeout
+        if is_timeout:
+            timeouts += 1
         if not (status == 429 or status >= 500 or is_timeout) or timeouts == 2:
             break
     said = getattr(failure, "server_message", None) or first_line(failure)
