@@ -68,9 +68,10 @@ def standing_out(features, sides):
 
 def without(word, text):
     """The text with every `word` deleted, and a comma or space that would then begin it."""
-    # an apostrophe between letters is part of a word, one at its end is a quotation mark
+    # The blanks before it go, too, but no line break. An apostrophe between letters is part of a
+    # word, one at its end is a quotation mark.
     spelled = word.replace("'", "['’]")
-    pattern = rf"\s*(?<!\w)(?<!\w['’]){spelled}(?!['’]?\w)"
+    pattern = rf"[^\S\n]*(?<!\w)(?<!\w['’]){spelled}(?!['’]?\w)"
     rest = re.sub(pattern, "", text, flags=re.IGNORECASE)
     return text if rest == text else rest.lstrip(" ,")
 

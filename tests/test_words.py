@@ -122,6 +122,7 @@ def test_the_same_shares_have_a_z_of_0_and_chance_rarely_exceeds_2():
         ("It is so, indeed", "It is so,"),
         (", there is no such word, ", ", there is no such word, "),
         ("He said 'indeed' twice.", "He said '' twice."),
+        ("Title: so\nIndeed it is so.", "Title: so\n it is so."),
     ],
 )
 def test_only_the_whole_word_is_deleted(text, rest):
