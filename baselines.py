@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import improve_prompt, talk
+from reward import encode_written
 from run import crc_of, read_json, seed_all, write_text
 
 # Self-Refine (arXiv 2303.17651) asks the policy itself: for feedback, then for a new answer
@@ -157,8 +158,8 @@ class Answers:
         return list(map(improve_prompt, self.prompts, self.before(key).texts))
 
     def lengths(self, texts):
-        """The tokens of each text, EOS included -> (N,)."""
-        return np.array([len(self.lm.encode_response(text)) for text in texts])
+        """The tokens of each text, EOS included if it was written -> (N,)."""
+        return np.array([len(encode_written(self.lm, text, self.run.config)) for text in texts])
 
     def write(self, key, role, chats, after=()):
         """One answer by `role` to each chat -> Side; `after`: tokens of the texts before it."""

@@ -90,6 +90,12 @@ def test_generations_and_tokens_are_counted_exactly(run, pairs):
     assert len(lm.calls) == len(pairs) * (4 + 4 + 6 + 4 + 2 * (1 + 6 + 4) + 2 + 5)
 
 
+def test_an_answer_that_was_cut_off_has_no_eos(run, pairs):
+    run.config.max_response = 3
+    answers = Answers(Scribe(), run, pairs)
+    assert answers.lengths(["a b", "a b c", "a b c d"]).tolist() == [3, 3, 3]
+
+
 def test_each_improvement_reads_the_side_before_it(run, pairs):
     lm, answers = all_sides(run, pairs)
     texts = texts_of(answers)
