@@ -227,6 +227,9 @@ def split(pairs, beginnings, seed):
     start = 0.0
     for name, share in PARTS.items():
         chosen = groups[round(start * n) : round((start + share) * n)]
+        if name == "held_out":
+            # one pair of each: answers to one prompt or dialogue are not independent evidence
+            chosen = [group[:1] for group in chosen]
         parts[name] = [pair for group in chosen for pair in group]
         start += share
         if len(parts[name]) < 8:
@@ -249,14 +252,6 @@ def load_parts(cfg, lm, pairs):
     parts = split(*filter_by_length(pairs, lm, cfg), cfg.seed)
     print(", ".join(f"{len(part):,} for {name}" for name, part in parts.items()))
     return parts
-
-
-def one_per_prompt(pairs):
-    """The first pair of each prompt: answers to one prompt are not independent evidence."""
-    first = {}
-    for pair in pairs:
-        first.setdefault(json.dumps(pair.prompt), pair)
-    return list(first.values())
 
 
 def fingerprint(pairs):

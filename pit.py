@@ -268,7 +268,7 @@ def prepare(run, roles=()):
     parts = data.load_parts(cfg, lm, pairs)
     run.lock()  # model and data are good: only now does a new run get its folder
     # enough to measure the accuracy of a reward model
-    parts["held_out"] = data.one_per_prompt(parts["held_out"])[: 8 * cfg.eval_n]
+    parts["held_out"] = parts["held_out"][: 8 * cfg.eval_n]
     return lm, run, parts
 
 
