@@ -57,7 +57,7 @@ def results():
             compared(0.4, method="pit", temperature=1.0) | {"04_over_it": compared(0.1)},
         ],
         "table3": [
-            one_round | {"method": "original", "round": 0},
+            one_round | {"method": "original", "round": 0, "mean": 0.6},
             one_round | {"method": "pit", "round": 1, "over_original": compared(0.5)},
             one_round
             | {"method": "pit", "round": 2, "over_original": compared(0.03)}
@@ -135,6 +135,7 @@ def drawn(tmp_path_factory):
         pairs=2000,
         seed=7,
         rl_steps=10,
+        eval_n=100,
         max_response=30,
         rounds="annotated,policy",
         versions={"machine": "Linux x86_64, 2 cores", "torch": "2.13"},
@@ -234,6 +235,14 @@ def test_table_1_by_hand(drawn):
     ) in page_of(Run(drawn), found)
 
 
+def test_judges_whose_names_differ_in_case_alone_have_a_table_each(drawn):
+    found = results()
+    for voter in ("GPT-4", "gpt-4"):
+        found["table1"] += table1_rows(voter, {("pit", "original"): 0.5})
+    page = page_of(Run(drawn), found)
+    assert "Judged by GPT-4" in page and "Judged by gpt-4" in page
+
+
 def test_an_answer_that_ends_in_a_bar_breaks_no_table(drawn):
     run = Run(drawn)
     found = results()
@@ -243,6 +252,9 @@ def test_an_answer_that_ends_in_a_bar_breaks_no_table(drawn):
 
 def test_the_best_stop_rule_is_named(drawn):
     assert "`--stop rounds`, at most 1 round." in (drawn / "report.md").read_text()
+    found = results()
+    found["table3"][0]["mean"] = 9.0
+    assert "No rule has a higher mean score than the original." in page_of(Run(drawn), found)
 
 
 def test_a_word_that_wins_more_than_a_third_of_delta_is_warned_of():
