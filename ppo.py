@@ -45,6 +45,7 @@ VALUE_CLIP = 0.2  # Huang et al.
 SCORE_CLIP = 5.0  # in standard deviations, so that one outlier does not dominate a batch
 NO_EOS = -1.0  # added to the normalised score of an answer that was cut off
 WILD_KL = 1.0  # nats per token from the reference: a healthy run stays several times lower
+NO_SPREAD = 1e-3  # a standard deviation of raw scores; it can be no more than rounding
 STOP_KL = 0.1  # nats per token from the policy that sampled: above it, updates on this sample end
 
 
@@ -321,9 +322,11 @@ def train(
         # Scores in standard deviations of the first batch, which is sampled before any update.
         # Centred: a reward that all answers of a batch share is no reason to change any of them.
         # Left in, at lambda < 1, it favours short or long answers until the critic learns it.
-        if state["scale"] is None:
-            state["scale"] = sample.scores.std().item() + 1e-6
-        scores = normalise(sample.scores, state["scale"]) + penalty(tokens, lm.eos)
+        # (A batch of copies of y_ref has gaps of 0, up to rounding: then the next batch counts.)
+        spread = sample.scores.std().item() + 1e-6
+        if state["scale"] is None and spread > NO_SPREAD:
+            state["scale"] = spread
+        scores = normalise(sample.scores, state["scale"] or 1.0) + penalty(tokens, lm.eos)
         scores = scores - scores.mean()
 
         # update; the learning rate decays linearly to 0

@@ -561,6 +561,30 @@ def test_equal_scores_are_no_division_by_0(lm, monkeypatch):
     assert scores.tolist() == [0, 0, 0]
 
 
+def test_a_first_batch_of_copies_sets_no_scale(lm, monkeypatch):
+    """Copies of y_ref have gaps of 0, up to rounding. The second batch counts, not the third."""
+    lm.add("policy")
+    raw = torch.tensor([[0.0, 1e-7, 0.0], [0.0, 2.0, 4.0], [0.0, 1.0, 2.0]])
+    seen = []
+
+    def update(lm, policy, critic, optimizers, sample, scores, **settings):
+        seen.append(scores)
+        return {}
+
+    def problem(step):
+        return [[5, 6]] * 3, lambda tokens, states: raw[step]
+
+    def none(tokens, eos):
+        return torch.zeros(3)
+
+    monkeypatch.setattr(ppo, "ppo_update", update)
+    run = FakeRun(**CFG | dict(max_response=2))
+    models = dict(reference="policy", reward_role="policy")
+    ppo.train(lm, run, "policy", problem, 3, penalty=none, **models)
+    expected = torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 1.0], [-0.5, 0.0, 0.5]])
+    torch.testing.assert_close(torch.stack(seen), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_the_penalty_comes_after_the_clip(lm, monkeypatch):
     raw = torch.tensor([0.0] * 63 + [-100.0])  # mean -1.5625, standard deviation 12.5
 
