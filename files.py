@@ -72,9 +72,10 @@ ROLES = {
 }
 
 
-# text that begins like this holds chat messages as JSON, as cells of tables do, or as Python prints
-# them
+# Text that begins like this, and has the other key of a message, too, holds chat messages: as JSON,
+# as cells of tables do, or as Python prints them.
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
 
 
 class BadRow(UserError):
@@ -223,10 +224,15 @@ def rows_of_object(table):
         if isinstance(table.get(name), list):
             return table[name]
     # a column is [cell, ...] or, as pandas writes it, {"0": cell, ...}; a list of dicts is messages
-    firsts = [find(cells, "0") for cells in table.values()]
-    if None in firsts or all(isinstance(cell, dict) for cell in firsts):
+    columns = []
+    for cells in table.values():
+        if isinstance(cells, dict) and all(map(str.isdigit, cells)):
+            cells = [*cells.values()]
+        columns.append(cells)
+    if not all(isinstance(cells, list) for cells in columns):
         return [table]
-    columns = [cells.values() if isinstance(cells, dict) else cells for cells in table.values()]
+    if all(isinstance(cell, dict) for cells in columns for cell in cells):
+        return [table]
     return [dict(zip(table, cells)) for cells in zip(*columns, strict=True)]
 
 
@@ -262,9 +268,8 @@ def form_of_columns(text):
     """--columns prompt=...,chosen=...,rejected=... -> its form."""
     try:
         form = Form("--columns", **dict(part.split("=") for part in text.split(",")))
-        # both must be numbers
-        float(form.low)
-        float(form.high)
+        if float(form.low) == float(form.high):
+            raise ValueError("both answers are preferred by one label")
         return form
     except (TypeError, ValueError):
         raise UserError(
@@ -304,9 +309,7 @@ def read_pair(row, form):
         raise TeachesNothing("conversations that differ before the last answer")
     if not before:
         raise TeachesNothing("no prompt")
-    # the conversation may have a system message; if not, the row may have one in a column
-    if before[0]["role"] != "system":
-        before = read_turns(row.get("system", ""), "system", "system") + before
+    before = with_system_message(before, row)
     if not is_prompt(before):
         raise BadRow(
             "in the prompt, user and assistant must take turns, the user first and last; "
@@ -315,6 +318,13 @@ def read_pair(row, form):
     given = row.get("response")
     given = real_text(given, "response") if isinstance(given, str) else ""
     return before, chosen, rejected, given or None
+
+
+def with_system_message(turns, row):
+    """The conversation may have a system message. If not, the row may have one in a column."""
+    if turns[0]["role"] != "system":
+        turns = read_turns(row.get("system", ""), "system", "system") + turns
+    return turns
 
 
 def is_prompt(turns):
@@ -344,17 +354,18 @@ def label_is_high(row, form):
         label = float(json.loads(text))
     except (ValueError, TypeError, OverflowError):
         label = math.nan
-    if not low <= label <= high:
+    # 0 at `low`, 1 at `high`, whichever is the larger number
+    position = (label - low) / (high - low)
+    if not 0 <= position <= 1:
         raise BadRow(f"`{form.label}` must be a number from {form.low} to {form.high}: {text[:20]}")
-    middle = (low + high) / 2
-    if label == middle:
+    if position == 0.5:
         raise TeachesNothing("no preference")
-    return label > middle
+    return position > 0.5
 
 
 def read_turns(value, column, speaker="user"):
     """Text, a message or a list of messages -> messages by speakers in turn, no empty ones."""
-    if isinstance(value, str) and MESSAGES.match(value):
+    if isinstance(value, str) and holds_messages(value):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -366,6 +377,12 @@ def read_turns(value, column, speaker="user"):
         value = read_transcript(value) or {"role": speaker, "content": value}
     messages = value if isinstance(value, list) else [value]
     return join_turns([read_message(message, column) for message in messages])
+
+
+def holds_messages(text):
+    """Whether text is made of messages, not merely of JSON."""
+    start = MESSAGES.match(text)
+    return start and re.search(rf"""["']{OTHER_KEY[start[1]]}["']\s*:""", text)
 
 
 def read_transcript(text):
@@ -432,6 +449,7 @@ def read_rows(source):
             response = real_text(row.get("response", ""), "response")
             if not prompt:
                 raise BadRow(f"no `prompt` in these columns: {', '.join(row)[:200]}")
+            prompt = with_system_message(prompt, row)
         except BadRow as error:
             raise UserError(f"{place}: {error}.") from None
         requests.append(Request(row, prompt, response or None, place))

@@ -163,6 +163,19 @@ def test_a_label_may_be_written_as_tables_write_it(label):
     assert read(row)[1].chosen == "b"
 
 
+@pytest.mark.parametrize("low, high", [(0, 1), (1, 0), (-3, 2.0)])
+def test_either_end_of_a_label_may_be_the_larger_number(low, high):
+    columns = f"prompt=x,chosen=a,rejected=b,label=win,low={low},high={high}"
+    form = files.form_of_columns(columns)
+    row = {"x": "?", "a": "first", "b": "second"}
+    for win, better in ((low, "first"), (0.6 * low + 0.4 * high, "first"), (high, "second")):
+        assert files.read_pair(row | {"win": win}, form)[1] == better
+    with pytest.raises(files.TeachesNothing, match="no preference"):
+        files.read_pair(row | {"win": (low + high) / 2}, form)
+    with pytest.raises(files.BadRow, match="must be a number from"):
+        files.read_pair(row | {"win": 3}, form)
+
+
 def test_an_answer_by_another_model_is_kept():
     row = {"prompt": "x", "chosen": "a", "rejected": "b"}
     for response, given_answer in ((" c ", "c"), ("", None), (None, None), ([1], None)):
@@ -364,6 +377,10 @@ COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
         "train.json": json.dumps({"train": ROWS, "test": ROWS[:2]}).encode(),
         "columns.json": json.dumps(COLUMNS).encode(),
         "pandas.json": json.dumps({k: dict(enumerate(v)) for k, v in COLUMNS.items()}).encode(),
+        "filtered.json": json.dumps(
+            {k: dict(enumerate(v, 7)) for k, v in COLUMNS.items()}
+        ).encode(),
+        "null.json": json.dumps(COLUMNS | {"note": [None, *"abcd"]}).encode(),
         "utf16.jsonl": LINES.encode("utf-16"),
         "packed.jsonl.gz": gzip.compress(LINES.encode()),
         "packed.jsonl": gzip.compress(LINES.encode()),
@@ -441,7 +458,13 @@ def test_a_cell_may_hold_one_message_without_a_list(tmp_path):
     assert read_pairs(str(tmp_path / "pairs.csv"))[0] == [Pair(TURNS[2:], "a", "b")]
 
 
-@pytest.mark.parametrize("text", ["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[x](y)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["[1]", "[]", "3", "[{}]", '[{"a": 1}]', "[x](y)", '{"value": 5}'],
+        *['{"from": "Paris", "to": "Rome"}', '{"content": "x"} in YAML, please'],
+    ],
+)
 def test_other_json_is_text(text):
     assert files.read_turns(text, "prompt") == [{"role": "user", "content": text}]
 
@@ -458,7 +481,7 @@ def test_absurd_rows_are_bad_rows(tmp_path, row):
     assert len(read_pairs(str(tmp_path / "pairs.jsonl"), skip_bad=True)[0]) == 1
 
 
-@pytest.mark.parametrize("end", ["low=bad", "high=good"])
+@pytest.mark.parametrize("end", ["low=bad", "high=good", "low=1", "high=0"])
 def test_the_ends_of_a_label_must_be_numbers(end):
     with pytest.raises(UserError, match="name your columns"):
         files.form_of_columns(f"prompt=a,chosen=b,rejected=c,label=d,{end}")
@@ -536,12 +559,15 @@ def test_rows_to_improve(tmp_path):
         {"prompt": "hey", "response": " x ", "id": 7},
         {"prompt": TURNS, "response": ""},
         {"prompt": TEXT},
+        {"prompt": "hey", "system": "Be brief."},
     ]
     path = write(tmp_path / "in.jsonl", rows)
+    system = {"role": "system", "content": "Be brief."}
     assert files.read_rows(path) == [
         (rows[0], TURNS[2:], "x", f"{path}, line 1"),
         (rows[1], TURNS, None, f"{path}, line 2"),
         (rows[2], TURNS, None, f"{path}, line 3"),
+        (rows[3], [system, *TURNS[2:]], None, f"{path}, line 4"),
     ]
 
 
