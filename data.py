@@ -209,7 +209,7 @@ def shorten(prompt, lm, longest):
 def split(pairs, beginnings, seed):
     """Split the pairs, so that no beginning of a dialogue is in two parts -> {part: [Pair]}.
 
-    UserError where a part would get fewer than 8 pairs.
+    UserError where a part would get fewer than 8 dialogues.
 
     Where two dialogues begin alike, one often goes on with the answer that was chosen in the other:
     that would leak it. The parts depend on neither the order of the pairs nor the machine.
@@ -232,10 +232,10 @@ def split(pairs, beginnings, seed):
             chosen = [group[:1] for group in chosen]
         parts[name] = [pair for group in chosen for pair in group]
         start += share
-        if len(parts[name]) < 8:
+        if len(chosen) < 8:
             raise UserError(
                 f"Too few pairs: {len(pairs)}, dialogues: {n}. The part {name} would get "
-                f"{len(parts[name])}, but needs 8.\n"
+                f"{len(chosen)} of these, but needs 8.\n"
                 "Give more --data, or raise --pairs, --max-prompt or --max-response."
             )
     return parts
