@@ -34,9 +34,10 @@ right. Eva south: left back right."""
 def answer(lm, cfg, settings, turns, response=None):
     """Answer one prompt, or take `response`, and show each improvement -> the last text."""
     if cfg.data == "synthetic" and turns:  # that task has no follow-up questions
-        # a prompt from samples.md may come with the line breaks that it has there
+        # text from samples.md may come with the line breaks that it has there
         question = " ".join(turns[-1]["content"].split())
         turns = [{"role": "user", "content": question}]
+        response = response and " ".join(response.split())
     prompts = fit_prompts(lm, cfg, [Request({}, turns, response, "the prompt")])
     seed_all(settings.seed, "infer")
     rounds = improve_rounds(lm, cfg, settings, prompts, [response])
@@ -60,6 +61,8 @@ def is_other_task(question, response):
     """Whether a question is not of the built-in task, or a response has no line of an answer."""
     people = task.read(question)
     known = question == task.ask(people) and people.keys() <= set(task.NAMES)
+    for look, turns in people.values():
+        known = known and look in task.LOOKS and set(turns) <= set(task.TURNS)
     return not known or response is not None and not task.read(response)
 
 

@@ -89,6 +89,8 @@ def test_a_conversation_survives_what_it_cannot_answer_and_says_what_is_cut(
         (ROWS[0]["prompt"], ROWS[1]["response"], False),
         ("What is the capital of France?", None, True),
         (ROWS[0]["prompt"].replace("Ann", "Alice"), None, True),
+        (ROWS[0]["prompt"].replace("north:", "nroth:"), None, True),
+        (ROWS[0]["prompt"].replace("left", "lft"), None, True),
         (ROWS[0]["prompt"], "<|end|>", True),
     ],
 )
@@ -99,6 +101,14 @@ def test_the_built_in_task_is_told_from_other_questions(able, capsys, prompt, re
     with refused:
         chat.answer(able, cfg, settings(1), turns, response)
     assert ("gap " in capsys.readouterr().out) != told
+
+
+def test_a_response_of_the_built_in_task_may_come_with_line_breaks(able, capsys):
+    cfg = SimpleNamespace(**vars(CFG) | {"data": "synthetic"})
+    response = ROWS[1]["response"]
+    turns = [{"role": "user", "content": ROWS[0]["prompt"]}]
+    chat.answer(able, cfg, settings(1), turns, response.replace(": ", ":\n  ") + "\n")
+    assert f"\noriginal\n{response}\n" in capsys.readouterr().out
 
 
 # ---- prompts that do not fit -------------------------------------------------------------------
