@@ -193,6 +193,12 @@ def test_too_few_pairs_are_told_on_a_line_of_their_own(capsys):
     assert capsys.readouterr().out == "pairs.jsonl: 34 kept\n"
 
 
+def test_many_pairs_of_a_few_prompts_are_too_few():
+    pairs = [data.Pair(user(f"{i % 40}"), f"{i}", "no") for i in range(4000)]
+    with pytest.raises(UserError, match="^Too few pairs: 4000, dialogues: 40.* held_out .* 4 of"):
+        data.split(pairs, [pair.prompt for pair in pairs], seed=0)
+
+
 @pytest.mark.parametrize("module", ["data", "votes", "report"])
 def test_what_needs_no_model_is_imported_without_torch_and_datasets(module):
     code = f"import {module}, sys; sys.exit(bool({{'torch', 'datasets'}} & sys.modules.keys()))"

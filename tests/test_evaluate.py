@@ -284,6 +284,11 @@ def measured(miniature, tmp_path_factory):
     return run, lm, pairs, asked
 
 
+def written_tokens(run, lm, text):
+    """With the EOS, if there was room for it."""
+    return min(len(lm.encode_response(text)), run.config.max_response)
+
+
 def stored_texts(run, pairs):
     """The texts of every side by its name in answers.json, y_w and y_l, and the best of samples."""
     kept = json.loads((run.path / "answers.json").read_text())
@@ -347,13 +352,13 @@ def test_table_1_from_texts(measured):
         assert row["delta"] == pytest.approx(delta) == pytest.approx(row["win"] - row["lose"])
     for (judge, side), of_side in scores.items():
         row = results["sides"][side]
-        lengths = [len(lm.encode_response(text)) for text in texts[side]]
+        lengths = [written_tokens(run, lm, text) for text in texts[side]]
         assert row["length"] == pytest.approx(np.mean(lengths))
         same = [y == y_0 or not y for y, y_0 in zip(texts[side], texts["original"])]
         assert row["unchanged"] == np.mean(same)
         assert row["scores"][judge] == pytest.approx(np.mean(of_side), abs=1e-5)
     pit = results["sides"]["pit"]
-    spent = [len(lm.encode_response(y)) for y in texts["pit"] + texts["original"]]
+    spent = [written_tokens(run, lm, y) for y in texts["pit"] + texts["original"]]
     assert (pit["tokens"], pit["texts"]) == (pytest.approx(sum(spent) / len(pairs)), 2)
 
 
@@ -429,7 +434,7 @@ def test_stop_rules_from_texts(measured):
     prompts = [pair.prompt for pair in pairs]
     names = ["original", "pit", "pit#2", "pit#3", "pit#4", "pit#5"]
     scores = np.array([exact_scores(pairs, texts[name]) for name in names])
-    tokens = np.array([[len(lm.encode_response(y)) for y in texts[name]] for name in names])
+    tokens = np.array([[written_tokens(run, lm, y) for y in texts[name]] for name in names])
     gaps = []
     for old, new in zip(names, names[1:]):
         gaps.append(reward.gaps(lm, prompts, texts[new], texts[old], run.config).tolist())
