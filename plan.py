@@ -200,7 +200,7 @@ def plan_stages(cfg, x, y, pairs):
     texts = EVAL_TEXTS if cfg.model == "tiny" else EVAL_TEXTS + SELF_REFINE_TEXTS
     if "given" in cfg.rounds:  # PIT's improvement of them
         texts += 1
-    rows = cfg.eval_n * texts
+    rows = min(cfg.eval_n, pairs["held_out"]) * texts
     stages.append(Stage("eval", "eval", 0, rows=rows, trained=0, read=both + prompt, written=R))
     return stages
 
@@ -292,9 +292,11 @@ def make_plan(lm, run, parts, commands):
     stages = []
     for stage in plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()}):
         stage.memory = max(gib[work] for work in WORK[stage.kind])
-        stage.seconds = seconds.get(stage.name, 0)
+        done = run.done(stage.name)
+        if done:
+            stage.seconds = seconds.get(stage.name, 0)
         # an adapter that took no time was taken over from another run (--from)
-        taken_over = not stage.seconds and run.done(stage.name)
+        taken_over = done and not stage.seconds
         if stage.kind in commands and not taken_over:
             stages.append(stage)
     plan = Plan(stages)

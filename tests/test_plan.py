@@ -115,6 +115,17 @@ def test_a_plan_knows_what_is_done_and_what_was_taken_over(lm, capsys):
     assert made.left() == pytest.approx(sum(made.expect(s) for s in made.stages[1:]))
 
 
+def test_what_is_to_be_done_again_counts_as_left(lm):
+    made = made_for(lm, done=list(MEASURED)[:-1], seconds=MEASURED | {"eval": 100.0})
+    again = [stage for stage in made.stages if stage.name in ("pit_rl1", "eval")]
+    assert made.left() == pytest.approx(sum(map(made.expect, again))) and made.left() > 0
+
+
+def test_no_more_prompts_are_evaluated_than_are_held_out():
+    few = plan.plan_stages(SimpleNamespace(**CFG), x=33, y=24, pairs=PARTS | {"held_out": 10})
+    assert few[-1].rows == stages(eval_n=10)[-1].rows
+
+
 def test_a_damaged_adapter_that_was_taken_over_is_in_the_plan(lm):
     made = made_for(lm, done=list(MEASURED)[1:], seconds={})  # policy_sft is damaged
     assert [stage.name for stage in made.stages] == ["policy_sft", "eval"]
