@@ -115,7 +115,9 @@ class Run:
         """Write config.json, now that options, model and data are known to be good."""
         self.path.mkdir(parents=True, exist_ok=True)
         config = vars(self.config)
-        if self.replace:
+        # a kill may have stopped an --overwrite halfway
+        halfway = (self.path / REPLACED).exists() and not learned(self.path)
+        if self.replace or halfway:
             self.move_aside()
         elif learned(self.path) and differing(config, read_config(self.path)):
             raise UserError(f"{self.path} was begun by another process meanwhile. {WAYS_OUT}")

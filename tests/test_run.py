@@ -445,6 +445,28 @@ def test_an_overwritten_run_stays_until_there_is_a_new_adapter(tmp_path):
     assert not aside.exists() and (folder / "mine.txt").exists()
 
 
+def test_an_overwrite_that_a_kill_cut_short_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    toy(folder)
+    (folder / "samples.md").write_text("of the old run")
+    replace = os.replace
+    moved = []
+
+    def third_is_cut_short(source, target):
+        moved.append(source)
+        if len(moved) == 3:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_module.os, "replace", third_is_cut_short)
+        toy(folder, seed=1, overwrite=True)
+    assert toy(folder, seed=1) == toy(tmp_path / "whole", seed=1)
+    assert not (folder / "samples.md").exists()
+    stages = [json.loads(line)["stage"] for line in open(folder / "metrics.jsonl")]
+    assert len(stages) == len(open(tmp_path / "whole" / "metrics.jsonl").readlines())
+
+
 def test_a_run_that_has_learned_nothing_yet_may_have_other_options(tmp_path):
     expected = toy(tmp_path / "whole", seed=1)
     with pytest.raises(Killed):
