@@ -4,9 +4,9 @@ import shlex
 import sys
 from contextlib import contextmanager
 
-OUT_OF_MEMORY = """In training, repeat `all` with half the --micro-batch: results change only by
-rounding, and finished work is kept. If it is already 1, or texts were being written, start a new
---run with a lower --rl-batch, --max-prompt or --max-response."""
+OUT_OF_MEMORY = """In training, repeat `all`, without --overwrite, with half the --micro-batch:
+results change only by rounding, and finished work is kept. If it is already 1, or texts were being
+written, start a new --run with a lower --rl-batch, --max-prompt or --max-response."""
 
 FULL = ("No space left on device", "Disk quota exceeded")
 
