@@ -163,23 +163,32 @@ def run_all(
 
 def start(ctx, run, smoke, overwrite, from_run, until, **options):
     """What `all` does: the named arguments are those in NOT_STORED; options go to config.json."""
-    from run import Run, read_config
+    from run import Run, learned, read_config
 
-    if ctx and from_run and not smoke:
-        # the options that were not typed are those of that run
+    if ctx and from_run:
+        # the options that were not typed are those of that run, or of a run in miniature
         config = read_config(from_run)
-        for name in options.keys() & config.keys():
+        own = PRESETS["smoke"].keys() if smoke else set()
+        for name in options.keys() & config.keys() - own:
             if ctx.get_parameter_source(name).name == "DEFAULT":
                 options[name] = config[name]
+    options["model"] = options["model"].rstrip("/")
     model = Path(options["model"]).resolve()
     if model == Path(__file__).with_name("tiny"):
         options["model"] = "tiny"
     folder = run or Path("runs") / (model.name + ("-smoke" if smoke else ""))
 
     # fail early, in the order a person thinks: options, model, data (in `prepare`); then the base
-    if not overwrite:  # continued with more or less free memory, a run keeps its presets
-        options["vram"] = options["vram"] or read_config(folder).get("vram")
+    if not overwrite:
+        # continued with more or less free memory, a run keeps its presets
+        old = read_config(folder)
+        options["vram"] = options["vram"] or old.get("vram")
+        for name in PRESETS["small"].keys() - {"micro_batch"}:
+            if options[name] is None and learned(folder):
+                options[name] = old.get(name)
     options = fill_in(options, smoke)
+    if options["columns"] and options["data"] == "synthetic":
+        raise UserError("--columns names the columns of your --data: give that, too.")
     if options["model"] == "tiny" and options["data"] != "synthetic":
         print("Warning: the built-in base knows the built-in task only. For your data: --model")
     started = Run.start(folder, options, overwrite, from_run)
@@ -218,9 +227,13 @@ def fill_in(options, smoke):
 
 def is_finished(run):
     """Whether a run that `all` is to continue has nothing left to do."""
-    if run.replace or "eval" not in run.results().get("time_s", {}):
+    stages = [*run.results().get("time_s", {})]  # in the order in which they ended
+    if run.replace or "eval" not in stages:
         return False
-    return (run.path / "report.md").exists() and all(map(run.done, run.trained_by()))
+    roles = run.trained_by().keys()
+    if roles & stages[stages.index("eval") :]:  # trained again since
+        return False
+    return (run.path / "report.md").exists() and all(map(run.done, roles))
 
 
 def improver(cfg):

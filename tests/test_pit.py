@@ -128,6 +128,38 @@ def test_a_run_whose_results_were_lost_is_evaluated_again(mini, tmp_path):
     assert json.loads((folder / "results.json").read_text())["table1"]
 
 
+def test_a_run_with_a_new_adapter_is_evaluated_again(mini, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(mini[0], folder)
+    assert command_line.is_finished(Run(folder))
+    results = json.loads((folder / "results.json").read_text())
+    times = results["time_s"]
+    for role, finished in (("ablate_policy_0", True), ("pit_rl1", False)):  # trained last
+        times[role] = times.pop(role, 1.0)
+        (folder / "results.json").write_text(json.dumps(results))
+        assert command_line.is_finished(Run(folder)) == finished
+
+
+@pytest.mark.parametrize("words", [[], ["--smoke"]])
+def test_the_options_of_a_run_hold_in_one_from_it_in_miniature_too(mini, tmp_path, words):
+    folder = tmp_path / "copy"
+    shutil.copytree(mini[0], folder)
+    config = json.loads((folder / "config.json").read_text()) | {"seed": 5, "pairs": 99}
+    config["checksum"] = run_module.checksum(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    filled = []
+
+    def fill_in(options, smoke):
+        filled.append(options)
+        raise UserError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "fill_in", fill_in)
+        pit("all", "--from", folder, "--run", tmp_path / "new", "--kl", 0.3, *words)
+    assert filled[0]["seed"] == 5 and filled[0]["kl"] == 0.3
+    assert filled[0]["pairs"] == (None if words else 99)  # of the preset
+
+
 def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
     folder, _ = mini
     # what is not typed is as in that run
@@ -342,6 +374,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("judge --run {mini} --by localhost:8000 --llm NAME", "--by http://"),
         # data
         ("all --run {tmp}/new --data no-such-file.jsonl", "no-such-file.jsonl"),
+        ("all --run {tmp}/new --columns prompt=a,chosen=b,rejected=c", "give that, too"),
         # prompts, files, exports
         ("infer --run {mini} 'What is the capital of France?'", "the built-in task only"),
         ("infer --run {mini} Where? --response -", "nothing came"),
@@ -469,6 +502,37 @@ def test_a_continued_run_keeps_its_presets_whatever_is_free_now(tmp_path, monkey
         with pytest.raises(UserError) as error:
             command_line.run_all(run=tmp_path, **words)
         assert error.value.args == (vram,)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_has_begun_keeps_its_lengths_whatever_vram_is_now(tmp_path, begun):
+    filled = []
+
+    def fill_in(options, smoke):
+        filled.append(options)
+        raise UserError("enough")
+
+    if begun:
+        (tmp_path / "adapters").mkdir()
+    old = {"vram": 8.0, "max_prompt": 384, "max_response": 128, "rl_batch": 64, "micro_batch": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "fill_in", fill_in)
+        patch.setattr(run_module, "read_config", lambda folder: old)
+        with pytest.raises(UserError):
+            command_line.run_all(run=tmp_path, vram=4.0, max_prompt=100)
+    options = [filled[0][name] for name in ("max_prompt", "max_response", "rl_batch")]
+    assert options == ([100, 128, 64] if begun else [100, None, None])
+    assert filled[0]["micro_batch"] is None and filled[0]["vram"] == 4.0
+
+
+def test_a_slash_at_the_end_of_a_folder_changes_nothing(tmp_path, monkeypatch):
+    def fill_in(options, smoke):
+        raise UserError(options["model"])
+
+    monkeypatch.setattr(command_line, "fill_in", fill_in)
+    for model in ("some/model", "some/model/"):
+        with pytest.raises(UserError, match="^some/model$"):
+            command_line.run_all(run=tmp_path, model=model)
 
 
 def test_a_stage_without_its_inputs_names_the_command_to_run(mini, tmp_path):
