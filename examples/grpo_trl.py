@@ -16,7 +16,7 @@ from accelerate import PartialState
 from trl import GRPOConfig, GRPOTrainer
 
 import pit
-from data import improve_prompt, load_pairs, load_parts, one_per_prompt
+from data import improve_prompt, load_pairs, load_parts
 from evaluate import compare
 from judges import default_judges, judges_by_name
 from models import export
@@ -72,7 +72,7 @@ if state.is_main_process:
     grpo = pit.load_base(run, bits=16)
     grpo.load("grpo", out)
     judge = next(iter(judges_by_name(default_judges(cfg), lm, cfg).values()))
-    prompts = [pair.prompt for pair in one_per_prompt(parts["held_out"])[: cfg.eval_n]]
+    prompts = [pair.prompt for pair in parts["held_out"][: cfg.eval_n]]
     originals = lm.answer("policy_rl", prompts, cfg)
     chats = [improve_prompt(x, y) for x, y in zip(prompts, originals)]
     for model, role in ((lm, "pit_sft"), (lm, "pit_rl0"), (grpo, "grpo")):
