@@ -484,7 +484,7 @@ def judge_command(
         )
     first = votes.read_answers(opened)[0]
     if any(judge not in known for judge in first["scores"]):
-        raise UserError(f"An evaluation was cut short. First run: python pit.py eval --run {run}")
+        raise UserError(f"An evaluation was cut short. First run: {opened.command('eval')}")
     # 2. their votes
     if by == "me":
         votes.ask_person(opened, n)

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -175,9 +176,13 @@ class Run:
                 "Put back the old data to continue, or give a new --run, or --overwrite."
             )
 
+    def command(self, name):
+        """A command for this run, to be copied from a message."""
+        return shlex.join(["python", "pit.py", name, "--run", str(self.path)])
+
     def results(self):
         """What results.json holds, a dict."""
-        remedy = f"Delete it, then run: python pit.py eval --run {self.path}"
+        remedy = f"Delete it, then run: {self.command('eval')}"
         return read_json(self.path / "results.json", remedy)
 
     def add_results(self, **parts):
@@ -237,11 +242,8 @@ class Run:
         """UserError where one of these roles has not been trained."""
         for role in roles:
             if not self.done(role):
-                command = self.trained_by().get(role, "ablate")
-                raise UserError(
-                    f"{self.adapter(role)} is missing or damaged. First run: "
-                    f"python pit.py {command} --run {self.path}"
-                )
+                first = self.command(self.trained_by().get(role, "ablate"))
+                raise UserError(f"{self.adapter(role)} is missing or damaged. First run: {first}")
 
     def load_trained(self, lm, role):
         """Whether `lm` has the trained `role` now; loads it if need be."""

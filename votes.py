@@ -63,7 +63,7 @@ class Question(NamedTuple):
 def read_answers(run):
     """The lines of answers.jsonl, a dict each."""
     path = run.path / "answers.jsonl"
-    again = f"Write it with: python pit.py eval --run {run.path}"
+    again = f"Write it with: {run.command('eval')}"
     with explained(path, again), open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -610,6 +611,13 @@ def test_held_out_prompts_come_once(whole, monkeypatch):
     prompts = [pair.prompt for pair in parts["held_out"]]
     assert len(prompts) == 8 and all(prompts.count(prompt) == 1 for prompt in prompts)
     assert len(parts["sft"]) == 40
+
+
+def test_commands_in_messages_can_be_copied(tmp_path):
+    run = Run.start(tmp_path / "my run", MINI)
+    said = f"First run: python pit.py reward --run '{tmp_path}/my run'"
+    with pytest.raises(UserError, match=re.escape(said)):
+        run.check(["judge"])
 
 
 def test_missing_given_answers_are_told_before_training(tmp_path):

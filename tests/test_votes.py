@@ -15,6 +15,7 @@ from huggingface_hub import constants
 import evaluate
 import votes
 from errors import UserError
+from run import Run
 
 N = 6  # prompts
 
@@ -39,7 +40,9 @@ def run(tmp_path, monkeypatch):
     def add_results(**parts):
         results.update(parts)
 
-    return SimpleNamespace(path=tmp_path, results=lambda: results, add_results=add_results)
+    made = SimpleNamespace(path=tmp_path, results=lambda: results, add_results=add_results)
+    made.command = lambda name: Run.command(made, name)
+    return made
 
 
 class Server:
