@@ -209,7 +209,8 @@ def shorten(prompt, lm, longest):
 def split(pairs, beginnings, seed):
     """Split the pairs, so that no beginning of a dialogue is in two parts -> {part: [Pair]}.
 
-    UserError where a part would get fewer than 8 dialogues.
+    The held-out part gets one pair of each dialogue. UserError where a part would get fewer than 8
+    dialogues.
 
     Where two dialogues begin alike, one often goes on with the answer that was chosen in the other:
     that would leak it. The parts depend on neither the order of the pairs nor the machine.

@@ -269,7 +269,7 @@ def form_of_columns(text):
     try:
         form = Form("--columns", **dict(part.split("=") for part in text.split(",")))
         if float(form.low) == float(form.high):
-            raise ValueError("both answers are preferred by one label")
+            raise UserError("--columns: low and high must be two different numbers.")
         return form
     except (TypeError, ValueError):
         raise UserError(

@@ -559,9 +559,9 @@ def infer_command(
     rows = read_rows(input) if input else []
     if response == "-":
         response = sys.stdin.read()
-        if not response.strip():
-            raise UserError("--response -: nothing came through the pipe.")
     response = response and response.strip()
+    if response == "":
+        raise UserError("--response -: nothing came through the pipe.")
 
     # in the order in which they are trained
     lm = load_base(opened, ["reward_gap", infer.POLICY, settings.pit])

@@ -322,7 +322,8 @@ def train(
         # Scores in standard deviations of the first batch, which is sampled before any update.
         # Centred: a reward that all answers of a batch share is no reason to change any of them.
         # Left in, at lambda < 1, it favours short or long answers until the critic learns it.
-        # (A batch of copies of y_ref has gaps of 0, up to rounding: then the next batch counts.)
+        # A batch whose scores differ by rounding alone sets no scale: copies of y_ref, for example,
+        # all have a gap of 0.
         spread = sample.scores.std().item() + 1e-6
         if state["scale"] is None and spread > NO_SPREAD:
             state["scale"] = spread

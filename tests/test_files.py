@@ -481,9 +481,17 @@ def test_absurd_rows_are_bad_rows(tmp_path, row):
     assert len(read_pairs(str(tmp_path / "pairs.jsonl"), skip_bad=True)[0]) == 1
 
 
-@pytest.mark.parametrize("end", ["low=bad", "high=good", "low=1", "high=0"])
-def test_the_ends_of_a_label_must_be_numbers(end):
-    with pytest.raises(UserError, match="name your columns"):
+@pytest.mark.parametrize(
+    "end, said",
+    [
+        ("low=bad", "name your columns"),
+        ("high=good", "name your columns"),
+        ("low=1", "two different numbers"),
+        ("high=0", "two different numbers"),
+    ],
+)
+def test_the_ends_of_a_label_must_be_two_numbers(end, said):
+    with pytest.raises(UserError, match=said):
         files.form_of_columns(f"prompt=a,chosen=b,rejected=c,label=d,{end}")
 
 
