@@ -41,18 +41,28 @@ def check_given(sources, pairs):
         raise UserError("--rounds given: every row of --data needs a column `response`.")
 
 
-def rounds(sources, total, prefix):
-    """Share out `total` PPO iterations, one round per source.
+def round_steps(cfg):
+    """The PPO iterations of each round of a run -> list of numbers."""
+    *others, _ = cfg.rounds.split(",")
+    return [cfg.rl_steps] * len(others) + [cfg.last_steps or cfg.rl_steps]
+
+
+def share_out(total, n):
+    """`total` PPO iterations for n rounds -> n whole numbers, as equal as can be."""
+    # where round k ends, round k + 1 begins
+    ends = [total * k // n for k in range(n + 1)]
+    return [end - first for first, end in zip(ends, ends[1:])]
+
+
+def rounds(sources, steps, prefix):
+    """One round per source of y_ref, with these numbers of PPO iterations.
 
     -> yields (role, source, start, iterations); start is the role that a round starts from.
     """
     start = "pit_sft"
-    # whole numbers whose sum is `total`: where round k ends, round k + 1 begins
-    for number, source in enumerate(sources):
+    for number, (source, iterations) in enumerate(zip(sources, steps)):
         role = f"{prefix}{number}"
-        first = total * number // len(sources)
-        end = total * (number + 1) // len(sources)
-        yield role, source, start, end - first
+        yield role, source, start, iterations
         start = role
 
 

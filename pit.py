@@ -85,6 +85,7 @@ PRESETS = {
         rm_steps=2,
         rm_batch=2,
         rl_steps=2,
+        last_steps=2,
         rl_batch=2,
         minibatch=2,
         micro_batch=2,
@@ -144,6 +145,9 @@ def run_all(
         str, f"Who writes y_ref, by round: {', '.join(SOURCES)}.", "RL", callback=check_rounds
     ) = "annotated,policy",
     rl_steps: option(int, "PPO iterations of each RL stage.", "RL", min=1) = None,
+    last_steps: option(
+        int, "PPO iterations of the last round (default: --rl-steps).", "RL", min=1
+    ) = None,
     rl_batch: option(int, "Answers per iteration.", "RL", min=2) = None,
     rl_lr: option(float, "Learning rate of the policy.", "RL", min=0, max=1) = None,
     critic_lr: option(float, "Learning rate of the critic.", "RL", min=0, max=1) = None,
@@ -324,9 +328,11 @@ def train_rounds(lm, run, parts, sources, prefix):
     """PIT's rounds, one per source of y_ref (SOURCE,SOURCE) -> the adapter of the last one."""
     import curriculum
 
-    # as many iterations for every curriculum as for the rounds of this run
-    total = run.config.rl_steps * len(run.config.rounds.split(","))
-    for role, source, start, steps in curriculum.rounds(sources.split(","), total, prefix):
+    writers = sources.split(",")
+    iterations = curriculum.round_steps(run.config)
+    if sources != run.config.rounds:  # another curriculum: as many in all
+        iterations = curriculum.share_out(sum(iterations), len(writers))
+    for role, source, start, steps in curriculum.rounds(writers, iterations, prefix):
         curriculum.train_pit_round(
             lm, run, parts["rl"], role=role, source=source, start=start, steps=steps
         )

@@ -8,13 +8,13 @@ the estimates for later stages of its kind.
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 from statistics import mean
 
 import psutil
 import torch
 from tqdm import tqdm
 
+import curriculum
 from data import IMPROVE_TOKENS, max_length
 from errors import UserError
 from models import LOGIT_CHUNK, PREFILL, rows_at_a_time
@@ -168,9 +168,9 @@ def plan_stages(cfg, x, y, pairs):
     sft = cfg.sft_steps * cfg.sft_batch
     rm = cfg.rm_steps * cfg.rm_batch
     rl = cfg.rl_steps * cfg.rl_batch
+    of_rounds = [steps * cfg.rl_batch for steps in curriculum.round_steps(cfg)]
     over_sft = sft / pairs["sft"]
     over_rm = rm / pairs["rm"]
-    over_rl = rl / pairs["rl"]
     R = cfg.max_response
     epochs = cfg.epochs
     answer = x + y
@@ -178,7 +178,10 @@ def plan_stages(cfg, x, y, pairs):
     improved = prompt + y
     both = x + 2 * y  # x with both answers, as R_P reads a pair
     four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
-    ppo = partial(Stage, kind="rl", passes=over_rl, rows=rl, written=R)
+
+    def ppo(name, rows, **tokens):
+        return Stage(name, "rl", rows / pairs["rl"], rows, written=R, **tokens)
+
     stages = [
         Stage("policy_sft", "sft", over_sft, rows=sft, trained=answer),
         Stage("pit_sft", "sft", over_sft, rows=sft, trained=improved),
@@ -186,13 +189,13 @@ def plan_stages(cfg, x, y, pairs):
         Stage("reward_gap", "reward", over_rm, rows=rm, trained=four),
         Stage("judge", "reward", rm / pairs["judge"], rows=rm, trained=both),
         # read by the reward model, the policy and the reference
-        ppo("policy_rl", trained=epochs * answer, read=3 * answer),
+        ppo("policy_rl", rows=rl, trained=epochs * answer, read=3 * answer),
     ]
-    for k, source in enumerate(cfg.rounds.split(",")):
+    for k, (source, rows) in enumerate(zip(cfg.rounds.split(","), of_rounds)):
         # one more reading, by R_PIT: y_ref, for the score of "no change"
-        stage = ppo(f"pit_rl{k}", trained=epochs * improved, read=4 * improved)
+        stage = ppo(f"pit_rl{k}", rows=rows, trained=epochs * improved, read=4 * improved)
         if source == "annotated":  # each pair serves twice
-            stage.passes = over_rl / 2
+            stage.passes /= 2
         elif source != "given":  # y_ref is written, too
             stage.written = 2 * R
         stages.append(stage)

@@ -60,7 +60,7 @@ ONLY = {
     "sft_steps sft_lr sft_batch": ("policy", "pit", "ablate"),
     "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),
     OF_RL: ("policy_rl", "pit_rl", "ablate"),
-    "rounds": ("pit_rl", "ablate"),
+    "rounds last_steps": ("pit_rl", "ablate"),
     "eval_n": (),
 }
 

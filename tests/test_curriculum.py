@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FakeRun, equal, shake, weights
+from hypothesis import given
+from hypothesis import strategies as st
 
 import curriculum
 import infer
@@ -149,8 +151,26 @@ def test_training_evaluation_and_infer_measure_the_same_gap(lm, pairs, calls, mo
     near(torch.tensor(gaps), expected)
 
 
-def test_rounds_follow_each_other_and_share_out_all_iterations():
-    plan = list(curriculum.rounds(["annotated", "sft", "policy"], 32, "pit_rl"))
-    assert [role for role, *_ in plan] == ["pit_rl0", "pit_rl1", "pit_rl2"]
-    assert [start for _, _, start, _ in plan] == ["pit_sft", "pit_rl0", "pit_rl1"]
-    assert [steps for *_, steps in plan] == [10, 11, 11]
+def test_rounds_follow_each_other():
+    plan = list(curriculum.rounds(["annotated", "sft", "policy"], [4, 5, 6], "pit_rl"))
+    assert plan == [
+        ("pit_rl0", "annotated", "pit_sft", 4),
+        ("pit_rl1", "sft", "pit_rl0", 5),
+        ("pit_rl2", "policy", "pit_rl1", 6),
+    ]
+
+
+@given(st.integers(1, 500), st.integers(1, 6))
+def test_iterations_are_shared_out_to_the_last_and_equally(total, n):
+    shares = curriculum.share_out(total, n)
+    assert len(shares) == n and sum(shares) == total
+    assert max(shares) - min(shares) <= 1
+
+
+def test_only_the_last_round_has_iterations_of_its_own():
+    cfg = SimpleNamespace(rounds="annotated,sft,policy", rl_steps=12, last_steps=48)
+    assert curriculum.round_steps(cfg) == [12, 12, 48]
+    cfg.last_steps = None
+    assert curriculum.round_steps(cfg) == [12, 12, 12]
+    cfg.rounds = "policy"
+    assert curriculum.round_steps(cfg) == [12]

@@ -112,7 +112,7 @@ def train_all(lm, folder):
     reward.train_policy_reward(lm, run, pairs["rm"], pairs["held_out"])
     reward.train_gap_reward(lm, run, pairs["rm"], pairs["held_out"])
     curriculum.train_policy_rl(lm, run, pairs["rl"])
-    for role, source, start, steps in curriculum.rounds(["annotated", "policy"], 2, "pit_rl"):
+    for role, source, start, steps in curriculum.rounds(["annotated", "policy"], [1, 1], "pit_rl"):
         how = dict(role=role, source=source, start=start, steps=steps)
         curriculum.train_pit_round(lm, run, pairs["rl"], **how)
     prompts = [pair.prompt for pair in pairs["held_out"]]

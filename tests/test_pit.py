@@ -465,7 +465,11 @@ def options(**given):
 def test_presets_fill_in_every_number_and_what_is_given_holds(model, smoke):
     filled = command_line.fill_in(options(model=model, minibatch=3), smoke)
     assert filled["minibatch"] == 3
-    assert {name for name, value in filled.items() if value is None} <= {"vram", "columns"}
+    assert {name for name, value in filled.items() if value is None} <= {
+        "vram",
+        "columns",
+        "last_steps",
+    }
 
 
 def test_the_curricula_of_table_2_are_sources_that_rounds_may_name():

@@ -19,6 +19,7 @@ CFG = dict(
     rm_batch=32,
     rounds="annotated,policy",
     rl_steps=16,
+    last_steps=None,
     rl_batch=64,
     epochs=2,
     micro_batch=64,
@@ -49,7 +50,12 @@ def test_tokens_and_passes_are_those_of_the_options():
     rl = by_name["pit_rl1"]
     assert sft.rows * sft.trained == 60 * 32 * (33 + 24) and sft.passes == 60 * 32 / 3000
     assert rl.rows * rl.written == 2 * 16 * 64 * 30  # y_ref is written too
-    assert rl.passes == 2 * by_name["pit_rl0"].passes  # there, each pair serves twice
+    assert rl.passes == 16 * 64 / 3000
+    assert by_name["pit_rl0"].passes == rl.passes / 2  # there, each pair serves twice
+    # a longer last round, and nothing else
+    longer = {stage.name: stage for stage in stages(last_steps=48)}
+    assert [longer[name].rows / by_name[name].rows for name in MEASURED] == [1] * 7 + [3]
+    assert longer["pit_rl1"].passes == 3 * rl.passes
     # given answers are not written, but evaluated: one text more
     given = {stage.name: stage for stage in stages(rounds="annotated,given")}
     assert given["pit_rl1"].written == 30

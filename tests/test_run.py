@@ -52,6 +52,7 @@ MINI = dict(
     rm_batch=2,
     rounds="annotated,policy",
     rl_steps=2,
+    last_steps=None,
     rl_batch=2,
     rl_lr=1e-3,
     critic_lr=3e-3,

@@ -63,13 +63,17 @@ def test_the_evaluation_asks_held_out_prompts_of_the_last_round(monkeypatch):
 def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
     trained = []
     trained_for = Counter()
+    steps_of = {}
     evaluated = []
 
     def train_pit_round(lm, run, pairs, role, source, start, steps):
         curriculum_of = role.rpartition("_")[0]
         trained_for[curriculum_of] += steps
+        steps_of[role] = steps
 
-    monkeypatch.setattr(pit, "open_to_judge", lambda run, judge: (*shared(rl_steps=3), {}))
+    monkeypatch.setattr(
+        pit, "open_to_judge", lambda run, judge: (*shared(rl_steps=3, last_steps=5), {})
+    )
     monkeypatch.setattr(pit, "eval_stage", lambda *shared: evaluated.append(shared[-1]))
     monkeypatch.setattr(pit, "show", lambda *_: None)
     monkeypatch.setattr(reward, "train_gap_reward", lambda lm, run, *how: trained.append(how))
@@ -79,9 +83,11 @@ def test_what_ablate_trains_on_what_and_for_how_long(monkeypatch):
         (["rm"], ["held_out"], "reward_gap2", reward.gap_loss),
         (["rm"], ["held_out"], "reward_gap3", reward.three_terms),
     ]
-    # every curriculum has as many iterations as the two rounds of the run
+    # every curriculum has as many iterations as the two rounds of the run, which keep their own
     assert len(trained_for) == len(curriculum.CURRICULA)
-    assert set(trained_for.values()) == {6}
+    assert set(trained_for.values()) == {3 + 5}
+    assert [steps_of[f"ablate_annotated-policy_{k}"] for k in (0, 1)] == [3, 5]
+    assert [steps_of[f"ablate_policy-annotated_{k}"] for k in (0, 1)] == [4, 4]
     (lasts,) = evaluated
     assert list(lasts) == curriculum.CURRICULA
     assert lasts["annotated,policy"] == "ablate_annotated-policy_1"
