@@ -172,7 +172,7 @@ def revise(draft, prompt, pool, steps, rng, sign=1):
 
 
 def garble(text, rng):
-    """Move some of the words to the end: no reader would prefer that."""
+    """Move some of the words to the end."""
     words = text.split()
     start, end = sorted(rng.sample(range(len(words)), 2))
     return " ".join(words[:start] + words[end:] + words[start:end])
@@ -182,12 +182,22 @@ def draw_pair(prompt, pool, rng):
     """A better and a worse text: the worse one is the better one with flaws, mostly just one.
 
     PIT mostly changes one word. A reward model that has seen no such pair cannot judge that.
+    What differs only where it matters seems to matter everywhere. So the marks of two texts
+    mostly differ where any mark will do.
     """
     draft = {part: rng.choice(values) for part, values in PARTS.items()}
     draft |= {"sentences": rng.sample(pool, rng.randint(1, 3))}
     better = revise(draft, prompt, pool, rng.randint(3, 8), rng)
-    worse = tell(revise(better, prompt, pool, rng.choice([1, 1, 1, 1, 2, 3]), rng, sign=-1))
-    return tell(better), garble(worse, rng) if rng.random() < 0.1 else worse
+    worse = revise(better, prompt, pool, rng.choice([1, 1, 1, 1, 2, 3]), rng, sign=-1)
+    other = worse | {"mark": rng.choice(PARTS["mark"])}
+    if quality(prompt, tell(other)) == quality(prompt, tell(worse)):
+        worse = other
+    # In one pair in ten, what no reader would prefer: a sentence twice, or words out of order.
+    spoil = rng.random()
+    if spoil < 0.05:
+        worse["sentences"] = [*worse["sentences"], rng.choice(worse["sentences"])]
+    text = tell(worse)
+    return tell(better), garble(text, rng) if 0.05 <= spoil < 0.1 else text
 
 
 def draw_rows(pools, pairs, prompts, rng):
@@ -207,7 +217,7 @@ def draw_rows(pools, pairs, prompts, rng):
     return rows, [{"prompt": prompt} for prompt in fresh]
 
 
-def main(model: str, out: Path, pairs: int = 3000, prompts: int = 400, seed: int = 0):
+def main(model: str, out: Path, pairs: int = 6000, prompts: int = 400, seed: int = 0):
     """Make OUT/pairs.jsonl and OUT/prompts.jsonl: 15 minutes on one core; rerun to continue.
 
     OUT is for one base. Another number of prompts, or another seed, also gives other pairs.

@@ -1,8 +1,10 @@
 """The example of your own task: its rule by hand, and its pairs from a stub writer."""
 
 import importlib.util
+import itertools
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +142,31 @@ def test_most_pairs_differ_in_one_part(pools):
             same_but_mark = better[-1].rstrip(".!") == worse[-1].rstrip(".!")
             kinds["mark" if same_but_mark else "sentence"] += 1
     assert min(kinds.values()) > 0.08 * len(rows), kinds
+
+
+def test_marks_differ_where_any_will_do(pools, monkeypatch):
+    """Or a reward model takes what it never saw differ for what matters."""
+    monkeypatch.setattr(example, "revise", lambda draft, *_, sign=1: draft)  # no flaws
+    rng = random.Random(0)
+    others = 0
+    for topic, pool in [*pools.items()] * 3:
+        prompt = f"Write about {topic}. {WORDS} End with three dots."
+        for free in (False, True):
+            x = prompt.partition(" End")[0] if free else prompt
+            better, worse = example.draw_pair(x, pool, rng)
+            assert example.quality(x, better) >= example.quality(x, worse)
+            better, worse = (re.search(r"\W*$", text)[0] for text in (better, worse))
+            others += free and better != worse
+    assert others > len(pools)
+
+
+def test_what_no_reader_would_prefer_loses(pools):
+    rows, _ = example.draw_rows(pools, pairs=400, prompts=0, rng=random.Random(0))
+    twice = {"chosen": 0, "rejected": 0}
+    for row, side in itertools.product(rows, twice):
+        sentences = re.findall(r"[^.!\n]+", row[side].lower())
+        twice[side] += len(sentences) > len({sentence.strip() for sentence in sentences})
+    assert twice["chosen"] == 0 < twice["rejected"] / len(rows) < 0.1
 
 
 def test_a_flaw_costs_requirements(pools):
