@@ -85,7 +85,6 @@ PRESETS = {
         rm_steps=2,
         rm_batch=2,
         rl_steps=2,
-        last_steps=2,
         rl_batch=2,
         minibatch=2,
         micro_batch=2,
@@ -172,7 +171,7 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     if ctx and from_run:
         # the options that were not typed are those of that run, or of a run in miniature
         config = read_config(from_run)
-        own = PRESETS["smoke"].keys() if smoke else set()
+        own = PRESETS["smoke"].keys() | {"last_steps"} if smoke else set()
         for name in options.keys() & config.keys() - own:
             if ctx.get_parameter_source(name).name == "DEFAULT":
                 options[name] = config[name]
@@ -609,7 +608,7 @@ def export_command(
     opened = open_run(run)
     roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
     if adapter not in roles:
-        raise UserError(f"--adapter {adapter}: choose one of {', '.join(roles)}.")
+        raise UserError(f"--adapter {adapter}: the run has {', '.join(roles) or 'none yet'}.")
     if to.exists():
         raise UserError(f"--to {to} already exists. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():

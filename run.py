@@ -60,7 +60,7 @@ ONLY = {
     "sft_steps sft_lr sft_batch": ("policy", "pit", "ablate"),
     "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),
     OF_RL: ("policy_rl", "pit_rl", "ablate"),
-    "rounds last_steps": ("pit_rl", "ablate"),
+    "rounds": ("pit_rl", "ablate"),
     "eval_n": (),
 }
 
@@ -435,7 +435,9 @@ def differing(old, new, role=None):
     role: of these, the options on which that adapter depends.
     """
     skipped = [*FACTS, *FREE]
-    for options, beginnings in ONLY.items():
+    last = len(new["rounds"].split(",")) - 1
+    only = ONLY | {"last_steps": (f"pit_rl{last}", "ablate")}
+    for options, beginnings in only.items():
         if role and not role.startswith(beginnings):
             skipped += options.split()
     return [name for name in new if name not in skipped and old.get(name) != new[name]]
@@ -443,7 +445,8 @@ def differing(old, new, role=None):
 
 def is_smoke(config):
     """Whether these are the options of a smoke run."""
-    return config.rl_steps < MINIATURE
+    last = getattr(config, "last_steps", None)  # runs of earlier versions have none
+    return max(config.rl_steps, last or 0) < MINIATURE
 
 
 # ---- checks of a folder ------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -144,7 +145,8 @@ def test_a_run_with_a_new_adapter_is_evaluated_again(mini, tmp_path):
 def test_the_options_of_a_run_hold_in_one_from_it_in_miniature_too(mini, tmp_path, words):
     folder = tmp_path / "copy"
     shutil.copytree(mini[0], folder)
-    config = json.loads((folder / "config.json").read_text()) | {"seed": 5, "pairs": 99}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"seed": 5, "pairs": 99, "last_steps": 7}
     config["checksum"] = run_module.checksum(config)
     (folder / "config.json").write_text(json.dumps(config))
     filled = []
@@ -158,6 +160,7 @@ def test_the_options_of_a_run_hold_in_one_from_it_in_miniature_too(mini, tmp_pat
         pit("all", "--from", folder, "--run", tmp_path / "new", "--kl", 0.3, *words)
     assert filled[0]["seed"] == 5 and filled[0]["kl"] == 0.3
     assert filled[0]["pairs"] == (None if words else 99)  # of the preset
+    assert filled[0]["last_steps"] == (None if words else 7)  # as --rl-steps, of the preset
 
 
 def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
@@ -385,7 +388,10 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("infer --run {mini} --input {tmp}/in.jsonl --output /dev/null", "give a file"),
         ("infer --run {mini} --input {tmp}/in.jsonl --output {tmp}/o.csv", "FILE.jsonl"),
         ("export --run {mini} --adapter policy --to {tmp}/x", "policy_rl, policy_sft"),
-        ("export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x", "choose one of"),
+        (
+            "export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x",
+            "the run has judge",
+        ),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
         ("infer --run {mini} Human:", "the prompt: user and assistant must take turns"),
         ("""infer --run {mini} '[{{"role": "tool", "content": "x"}}]'""", "a turn by a tool"),
@@ -463,8 +469,8 @@ def options(**given):
 @pytest.mark.parametrize("model", ["tiny", "Qwen2-0.5B"])
 @pytest.mark.parametrize("smoke", [False, True])
 def test_presets_fill_in_every_number_and_what_is_given_holds(model, smoke):
-    filled = command_line.fill_in(options(model=model, minibatch=3), smoke)
-    assert filled["minibatch"] == 3
+    filled = command_line.fill_in(options(model=model, minibatch=3, rl_steps=9), smoke)
+    assert filled["minibatch"] == 3 and curriculum.round_steps(SimpleNamespace(**filled)) == [9, 9]
     assert {name for name, value in filled.items() if value is None} <= {
         "vram",
         "columns",

@@ -359,6 +359,9 @@ def test_the_console_has_table_1_and_2_with_what_to_know_of_them(drawn, capsys):
 def test_a_smoke_run_says_so_and_has_no_verdicts(drawn, capsys):
     run = Run(drawn)
     run.config.rl_steps = 2
+    run.config.last_steps = 20
+    assert "> A smoke run" not in page_of(run, results())
+    run.config.last_steps = None
     page = page_of(run, results())
     assert "> A smoke run" in page and "| smoke run |" in page
     assert "| holds |" not in page and "| cannot tell |" not in page

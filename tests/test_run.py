@@ -516,6 +516,7 @@ def test_a_run_takes_over_what_its_options_would_give(whole, tmp_path, capsys):
     for change, retrained in {
         "kl": ["policy_rl", "pit_rl0", "pit_rl1"],
         "rounds": ["pit_rl0", "pit_rl1"],
+        "last_steps": ["pit_rl1"],
         "rm_lr": ["reward_policy", "reward_gap", "judge", "policy_rl", "pit_rl0", "pit_rl1"],
         "sft_lr": ["policy_sft", "pit_sft", "policy_rl", "pit_rl0", "pit_rl1"],
         "eval_n": [],
