@@ -183,7 +183,7 @@ def ask(client, llm, prompt, first, second):
     messages = [{"role": "user", "content": ASK.format(prompt, first, second) + FORM}]
     for _ in range(2):
         reply = send(client, llm, messages)
-        letter = re.fullmatch(r"\W*(?:answer )?(a|b|tie)\W*", reply.lower())
+        letter = re.fullmatch(r"\W*(?:answer\W+)?(a|b|tie)\W*", reply.lower())
         if letter:
             return REPLIES[letter[1]]
         messages = talk(messages, reply, FORM)

@@ -147,7 +147,8 @@ def test_a_language_model_becomes_rows_of_table_1(run, serve):
 
 
 def test_who_likes_the_first_answer_sees_ties_and_all_of_it_is_bias(run, serve):
-    votes.ask_llm(run, serve(lambda prompt, number: "Answer A.").url, "first", n=N)
+    replies = ["Answer A.", "**Answer:** A"]
+    votes.ask_llm(run, serve(lambda prompt, number: replies[number % 2]).url, "first", n=N)
     evaluate.add_votes(run)
     assert "decided 100% of 18 pairs" in run.results()["votes"]["first"][-2]
     assert {row["tie"] for row in rows_by(run, "first").values()} == {1}
