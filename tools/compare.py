@@ -11,6 +11,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from errors import UserError
 from run import Run
 
 PANELS = {
@@ -47,4 +48,7 @@ def lines_of(run, stage):
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
