@@ -435,7 +435,7 @@ def differing(old, new, role=None):
     role: of these, the options on which that adapter depends.
     """
     skipped = [*FACTS, *FREE]
-    last = len(new["rounds"].split(",")) - 1
+    last = len(new.get("rounds", "").split(",")) - 1
     only = ONLY | {"last_steps": (f"pit_rl{last}", "ablate")}
     for options, beginnings in only.items():
         if role and not role.startswith(beginnings):

@@ -390,7 +390,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("export --run {mini} --adapter policy --to {tmp}/x", "policy_rl, policy_sft"),
         (
             "export --run {mini} --adapter ../adapters/pit_rl1 --to {tmp}/x",
-            "the run has judge",
+            ": the run has ",
         ),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
         ("infer --run {mini} Human:", "the prompt: user and assistant must take turns"),
