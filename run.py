@@ -436,6 +436,7 @@ def differing(old, new, role=None):
     """
     skipped = [*FACTS, *FREE]
     last = len(new.get("rounds", "").split(",")) - 1
+    # --last-steps matters only to the last round, whichever that is
     only = ONLY | {"last_steps": (f"pit_rl{last}", "ablate")}
     for options, beginnings in only.items():
         if role and not role.startswith(beginnings):

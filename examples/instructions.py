@@ -195,9 +195,11 @@ def draw_pair(prompt, pool, rng):
     # In one pair in ten, what no reader would prefer: a sentence twice, or words out of order.
     spoil = rng.random()
     if spoil < 0.05:
-        worse["sentences"] = [*worse["sentences"], rng.choice(worse["sentences"])]
+        worse = worse | {"sentences": [*worse["sentences"], rng.choice(worse["sentences"])]}
     text = tell(worse)
-    return tell(better), garble(text, rng) if 0.05 <= spoil < 0.1 else text
+    if 0.05 <= spoil < 0.1:
+        text = garble(text, rng)
+    return tell(better), text
 
 
 def draw_rows(pools, pairs, prompts, rng):

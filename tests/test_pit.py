@@ -179,6 +179,15 @@ def test_a_run_from_another_trains_only_what_differs(mini, tmp_path):
         assert (folder / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
 
 
+def test_a_run_without_adapters_has_none_to_export(mini, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(mini[0], folder)
+    shutil.rmtree(folder / "adapters")
+    words = "export", "--run", folder, "--adapter", "pit_rl1", "--to", tmp_path / "x"
+    code, _, err = pit(*words)
+    assert code == 2 and "the run has none yet" in err
+
+
 def test_rl_does_without_the_judge(mini, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(mini[0], folder)

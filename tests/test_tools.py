@@ -1,6 +1,8 @@
 """tools/: what the pages tell people to run still runs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +49,13 @@ def test_the_page_has_the_hours_that_the_defaults_take(capsys):
         *hours, minutes, _ = time.split(":")
         columns.setdefault(name, []).append(f"{int(*hours or [0])}:{minutes}")
     assert columns == {{"evaluation": "eval"}.get(name, name): list(two) for name, *two in on_page}
+
+
+def test_compare_names_a_run_that_is_not_there(tmp_path):
+    command = [sys.executable, "tools/compare.py", tmp_path / "nope"]
+    done = subprocess.run(command, cwd=mutants.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: There is no run in ") and "Traceback" not in done.stderr
 
 
 def test_compare_draws_a_stage_of_several_runs(miniature, tmp_path):
