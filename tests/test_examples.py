@@ -155,6 +155,10 @@ def test_marks_differ_where_any_will_do(pools, monkeypatch):
             x = prompt.partition(" End")[0] if free else prompt
             better, worse = example.draw_pair(x, pool, rng)
             assert example.quality(x, better) >= example.quality(x, worse)
+            # where a sentence comes twice, it is added at the end, and no word is moved
+            words, more = map(example.words_of, (better, worse))
+            twice = "Title" not in better and len(more) > len(words)
+            assert not twice or more[: len(words)] == words
             better, worse = (re.search(r"\W*$", text)[0] for text in (better, worse))
             others += free and better != worse
     assert others > len(pools)
