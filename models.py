@@ -114,8 +114,7 @@ class LM:
         self.peft = get_peft_model(base, lora, adapter_name="blank")
         self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
-        self.roles = {"blank"}
-        self.active = "blank"
+        self.roles = self.peft.peft_config.keys()  # a view: peft knows its adapters
 
     def describe(self):
         """The base in one line."""
@@ -138,7 +137,6 @@ class LM:
         The head is a copy of `like`'s where that has one, else a new one.
         """
         self.peft.add_adapter(role, self.lora)
-        self.roles.add(role)
         self.set_weights(role, self.weights(like))
         if head and like in self.heads:
             self.heads[role] = copy.deepcopy(self.heads[like])
@@ -161,7 +159,6 @@ class LM:
         All adapters share one set of layers: a forward pass and its backward pass must see the same
         active adapter.
         """
-        self.active = role
         self.peft.set_adapter(role, inference_mode=not train)
         # Dropout is 0 everywhere, so eval mode loses nothing, and sampling in training mode is
         # wrong under checkpointing. But checkpointing itself asks for `training` of each layer
@@ -294,7 +291,7 @@ class LM:
     def scores_at(self, states, places):
         """The active role's scalar head at k places, (B, k), in each row of states: (B, k)."""
         states = states.take_along_dim(places[:, :, None], 1)  # (B, k, D)
-        return self.heads[self.active](states.float()).squeeze(-1)
+        return self.heads[self.peft.active_adapter](states.float()).squeeze(-1)
 
     def scores_of_candidates(self, prompts, candidates):
         """The scores of k responses to each prompt by the active reward model: (B, k).
