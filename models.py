@@ -93,7 +93,9 @@ class LM:
         self.lora = lora
         self.device = base.device
         self.base = base
-        tokenizer.chat_template = STEADY + chat_template(tokenizer)
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_DIALOGUE
+        # of several templates, the default one
+        tokenizer.chat_template = STEADY + tokenizer.get_chat_template()
         self.control = control_tokens(tokenizer)
         self.eos = end_of_turn(tokenizer)
         rows = base.get_output_embeddings().weight  # (V, D)
@@ -400,12 +402,6 @@ def zero_head(hidden_size, device):
 
 
 # ---- what the tokenizer says -------------------------------------------------------------------
-
-
-def chat_template(tokenizer):
-    """Its own template, the default one of several, or a plain dialogue."""
-    template = tokenizer.chat_template or PLAIN_DIALOGUE
-    return template["default"] if isinstance(template, dict) else template
 
 
 def end_of_turn(tokenizer):
