@@ -273,11 +273,10 @@ class LM:
         real = tokens.response_mask.bool()  # (B, R)
         states = self.hidden(tokens)[:, :-1][real]  # (N, D), N real response tokens
         targets = tokens.responses[real]  # (N,)
-        chosen = []
-        for h, y in zip(states.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):
-            chosen.append(
-                checkpoint(token_logprobs, self.lm_head, h, y, temperature, use_reentrant=False)
-            )
+        chosen = [
+            checkpoint(token_logprobs, self.lm_head, h, y, temperature, use_reentrant=False)
+            for h, y in zip(states.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))
+        ]
         empty = torch.zeros(real.shape, device=self.device)
         return empty.masked_scatter(real, torch.cat(chosen))
 
@@ -411,7 +410,7 @@ def end_of_turn(tokenizer):
     model is why: its EOS, <|endoftext|>, is also its padding, while its template ends turns in
     <|im_end|>.
     """
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    turns = talk([{"role": "user", "content": "Q"}], "ANSWER")
     after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
     ids = tokenizer.encode(after, add_special_tokens=False)
     # not `all_special_ids`, where those of Gemma 3 and Phi-3 are missing

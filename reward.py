@@ -196,9 +196,8 @@ def score_batch(lm, contexts_of, pairs, cfg):
         [encode_written(lm, pair.chosen, cfg), encode_written(lm, pair.rejected, cfg)]
         for pair in pairs
     ]
-    scores = []
-    for prompts in zip(*contexts):
-        scores.append(lm.scores_of_candidates(prompts, candidates).T)  # (2, B)
+    # (2, B) for each context
+    scores = [lm.scores_of_candidates(prompts, candidates).T for prompts in zip(*contexts)]
     return torch.stack(scores)
 
 
