@@ -143,7 +143,7 @@ def evaluate(lm, run, pairs, last, judges, lasts=None):
     from `ablate`, the last adapter of each curriculum.
     """
     cfg = run.config
-    reward_policy, reward_gap = [adapter_judge(lm, r, cfg) for r in ("reward_policy", "reward_gap")]
+    reward_policy = adapter_judge(lm, "reward_policy", cfg)
     answers = Answers(lm, run, pairs[: cfg.eval_n], last, reward_policy)
     views = [View(name, judge, answers) for name, judge in judges.items()]
     main = views[0]
@@ -165,7 +165,7 @@ def evaluate(lm, run, pairs, last, judges, lasts=None):
         # 2. the tables look at these scores in every way, and at those of the gap models
         bar.set_postfix_str("  tables")
         r_p = View("R_P", reward_policy, answers)
-        r_pit = View("R_PIT", reward_gap, answers)
+        r_pit = View("R_PIT", adapter_judge(lm, "reward_gap", cfg), answers)
         scores = {view.name: view.scores for view in (*views, r_p)} | {"gap": r_pit.gaps}
         cool_sides = sides_table(answers, {main.name: main.scores}, all_cool)
         run.add_results(
