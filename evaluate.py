@@ -374,7 +374,7 @@ def add_votes(run):
         verdicts = said[voter]
         # questions of two rows that show the same texts share a vote
         counted = {question.id(): question for question in verdicts}
-        notes[voter] = [f"{len(counted)} votes. A row of Table 1 needs {ENOUGH}."]
+        of_voter = [f"{len(counted)} votes. A row of Table 1 needs {ENOUGH}."]
         # 1. rows of Table 1, where there are enough votes
         for a, b in ROWS:
             on_row = [vote for question, vote in verdicts.items() if question.sides == (a, b)]
@@ -392,16 +392,17 @@ def add_votes(run):
             both = [question for question in differ if question in others]
             if both and judge != voter:
                 same = mean([verdicts[question] == others[question] for question in both])
-                notes[voter].append(f"agrees with {judge} on {same:.0%} of {len(both)} pairs.")
+                of_voter.append(f"agrees with {judge} on {same:.0%} of {len(both)} pairs.")
         # 3. a language model is asked in both orders
         asked = [cast[key] for key in counted if "order_decides" in cast[key]]
         if asked:
             both_read = [vote["order_decides"] for vote in asked if not vote["unreadable"]]
             if both_read:
                 bias = f"{mean(both_read):.0%} of {len(both_read)} pairs"
-                notes[voter].append(f"the order of the answers decided {bias}, counted as ties.")
+                of_voter.append(f"the order of the answers decided {bias}, counted as ties.")
             unreadable = sum(vote["unreadable"] for vote in asked)
-            notes[voter].append(f"{unreadable} replies could not be read, counted as ties.")
+            of_voter.append(f"{unreadable} replies could not be read, counted as ties.")
+        notes[voter] = of_voter
     run.add_results(table1=table1, few_votes=few, votes=notes)
 
 
