@@ -87,13 +87,14 @@ def all_keys(methods, last, sources=()):
     methods: those of Fig. 3 and Table 3. last: the adapter of PIT's last round. sources: who wrote
     y_ref in its rounds.
     """
-    keys = [Key(name) for name in ("y_w", "y_l", *SAMPLES, *BEST_OF, "base", "pit_sft")]
+    names = ["y_w", "y_l", *SAMPLES, *BEST_OF, "base", "pit_sft"]
     if last != "pit_rl0":  # after one round alone, that is PIT itself
-        keys.append(Key("pit_rl0"))
+        names.append("pit_rl0")
     if "given" in sources:  # answers by any other writer, and PIT's improvement of them
-        keys += [Key("given"), Key("pit_given")]
+        names += ["given", "pit_given"]
     if "self_refine" in methods:
-        keys.append(Key("self_refine_base"))
+        names.append("self_refine_base")
+    keys = [Key(name) for name in names]
     for method in methods:
         keys += round_keys(method)
         keys += [Key(method, temperature=T) for T in TEMPERATURES if T != 1.0]
