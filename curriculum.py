@@ -57,13 +57,11 @@ def share_out(total, n):
 def rounds(sources, steps, prefix):
     """One round per source of y_ref, with these numbers of PPO iterations.
 
-    -> yields (role, source, start, iterations); start is the role that a round starts from.
+    -> (role, source, start, iterations) of each; start is the role that it starts from.
     """
-    start = "pit_sft"
-    for number, (source, iterations) in enumerate(zip(sources, steps)):
-        role = f"{prefix}{number}"
-        yield role, source, start, iterations
-        start = role
+    roles = [f"{prefix}{number}" for number in range(len(sources))]
+    # the first starts from M_PIT^SFT, each other where the last one ended
+    return zip(roles, sources, ["pit_sft", *roles], steps)
 
 
 # ---- the policy --------------------------------------------------------------------------------
