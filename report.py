@@ -120,13 +120,13 @@ def write_report(run, voter=None):
         plot(run, results)
     if "table2" in results:
         plot_fig4(run, results, metrics)
-    write_text(run.path / "report.md", PAGE.render(run=run, cfg=run.config, results=results))
+    write_text(run.path / "report.md", PAGE.render(run=run, results=results))
     print_tables(run, results, voter or results["main"])
 
 
 def print_tables(run, results, judge):
     """Print some blocks of the page, as a terminal shows Markdown."""
-    context = PAGE.new_context(dict(run=run, cfg=run.config, results=results, judge=judge))
+    context = PAGE.new_context(dict(run=run, results=results, judge=judge))
     for name in ("table1", "table2", "caveats", "banner"):
         Console().print(Markdown("".join(PAGE.blocks[name](context))))
     print(f"\nAll tables and figures: {run.path / 'report.md'}")

@@ -220,7 +220,7 @@ def test_a_vote_after_an_evaluation_that_was_cut_short_has_a_page(drawn):
 
 def page_of(run, found):
     """The page of a run with these results."""
-    return report.PAGE.render(run=run, cfg=run.config, results=found)
+    return report.PAGE.render(run=run, results=found)
 
 
 def test_table_1_by_hand(drawn):
