@@ -188,22 +188,23 @@ def shorten(prompt, lm, longest):
     system = [turn for turn in prompt if turn["role"] == "system"]
     last = prompt[-1]
 
-    def fits(turns):
-        return len(lm.encode_prompt([*system, *turns])) <= longest
+    def fits(shorter):
+        return len(lm.encode_prompt(shorter)) <= longest
 
     # drop the oldest turns; what is left begins with a turn of the user
     for i, turn in enumerate(prompt):
-        if turn["role"] == "user" and fits(prompt[i:]):
-            return [*system, *prompt[i:]]
+        shorter = [*system, *prompt[i:]]
+        if turn["role"] == "user" and fits(shorter):
+            return shorter
 
     # then the first words of the last turn. Later starts fit better, so the first that fits is
     # found by bisection: `fits` is False up to it, and True from it on
     def from_character(start):
-        return [last | {"content": last["content"][start:]}]
+        return [*system, last | {"content": last["content"][start:]}]
 
     starts = [space.end() for space in re.finditer(r"\s+", last["content"])]
     first = bisect_left(starts, True, key=lambda start: fits(from_character(start)))
-    return [*system, *from_character(starts[first])] if first < len(starts) else None
+    return from_character(starts[first]) if first < len(starts) else None
 
 
 def split(pairs, beginnings, seed):
