@@ -104,8 +104,9 @@ class Form:
         names = (first_of_prompt, self.chosen, self.rejected, self.label)
         return [name for name in names if name not in ("", "-")]
 
-    def fits(self, row):
-        return all(find(row, name) is not None for name in self.columns())
+    def missing(self, row):
+        """Which of these a row lacks."""
+        return [name for name in self.columns() if find(row, name) is None]
 
     def __str__(self):
         return f"{', '.join(self.columns())} ({self.name})"
@@ -282,12 +283,12 @@ def find_form(row, forms):
     """The first of `forms` that fits a row."""
     columns = ", ".join(row)[:200]
     for form in forms:
-        if form.fits(row):
+        missing = form.missing(row)
+        if not missing:
             if form.rejected == "-":
                 raise BadRow(f"{form.name} data has one answer per row, a pair has two: {columns}")
             return form
     if len(forms) == 1:  # that of --columns
-        missing = [name for name in form.columns() if find(row, name) is None]
         raise BadRow(f"no {', '.join(missing)} in these columns: {columns}")
     raise BadRow(f"no prompt with two answers in these columns: {columns}\n{FORMS_HELP}")
 
