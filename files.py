@@ -353,7 +353,7 @@ def label_is_high(row, form):
     high = float(form.high)
     try:
         label = float(json.loads(text))
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         label = math.nan
     # 0 at `low`, 1 at `high`, whichever is the larger number
     position = (label - low) / (high - low)

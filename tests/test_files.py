@@ -470,7 +470,12 @@ def test_other_json_is_text(text):
 
 
 @pytest.mark.parametrize(
-    "row", ["[" * 200_000, '{"prompt": "p", "response_0": "a", "response_1": "b", "label": 1%s}']
+    "row",
+    [
+        "[" * 200_000,
+        '{"prompt": "p", "response_0": "a", "response_1": "b", "label": 1%s}',
+        '{"prompt": "p", "response_0": "a", "response_1": "b", "label": "' + "[" * 200_000 + '"}',
+    ],
 )
 def test_absurd_rows_are_bad_rows(tmp_path, row):
     good = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
