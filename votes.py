@@ -102,9 +102,10 @@ def read_votes(run):
         with suppress(ValueError, KeyError, TypeError):  # empty, cut off by a kill, or not a vote
             vote = json.loads(line)
             cast = votes[vote["judge"]]
-            cast[vote["question"]] = vote
             if vote["vote"] is None:
                 del cast[vote["question"]]
+            else:
+                cast[vote["question"]] = vote
     return votes
 
 

@@ -403,7 +403,8 @@ def test_a_key_with_a_line_end_is_sent_without_it_and_an_odd_one_never(run, serv
 
 
 def test_lines_that_are_no_votes_are_passed_over(run):
-    (run.path / "votes.jsonl").write_text('{}\n5\nnull\n{"judge": "me"}\n')
+    lines = ["{}", "5", "null", '{"judge": "me"}', '{"judge": "me", "question": "0123"}']
+    (run.path / "votes.jsonl").write_text("\n".join(lines))
     assert not votes.read_votes(run).get("me")
 
 
