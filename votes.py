@@ -156,12 +156,12 @@ def ask_llm(run, url, llm, n=128):
     key = os.environ.get(KEY, "").strip() or "none"
     client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
     ask_one = partial(ask_both_orders, run, client, llm)
-    # a mistyped name ends at the first question, before any tie is recorded
-    differ = [question for question in questions_left(run, llm, n) if not question.is_tie()]
-    for question in differ[:1]:
+    # ties last: a mistyped name ends at the first question, before any tie is recorded
+    questions = sorted(questions_left(run, llm, n), key=Question.is_tie)
+    for question in questions[:1]:
         ask_one(question)
     # each vote goes to votes.jsonl as it comes; an error ends the loop, and asks no more
-    thread_map(ask_one, questions_left(run, llm, n), max_workers=WORKERS, ncols=80, disable=None)
+    thread_map(ask_one, questions[1:], max_workers=WORKERS, ncols=80, disable=None)
 
 
 def ask_both_orders(run, client, llm, question):
