@@ -169,11 +169,10 @@ def ask_both_orders(run, client, llm, question):
     if question.is_tie():
         add_vote(run, llm, question, 0)
         return
-    prompt = question.prompt
     a, b = question.texts
-    votes = [ask(client, llm, prompt, a, b), ask(client, llm, prompt, b, a)]
-    forward, turned = votes
-    unreadable = votes.count(None)
+    forward = ask(client, llm, question.prompt, a, b)
+    turned = ask(client, llm, question.prompt, b, a)
+    unreadable = [forward, turned].count(None)
     order_decides = not unreadable and forward != -turned
     vote = 0 if unreadable or order_decides else forward
     add_vote(run, llm, question, vote, order_decides=order_decides, unreadable=unreadable)
