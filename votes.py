@@ -201,10 +201,11 @@ def send(client, llm, messages):
         except Exception as error:  # HTTP, network, or a reply of another form
             failure = error
         status = getattr(getattr(failure, "response", None), "status_code", 0)
-        is_timeout = isinstance(failure, TimeoutError)
-        if is_timeout:
+        if isinstance(failure, TimeoutError):
             timeouts += 1
-        if not (status == 429 or status >= 500 or is_timeout) or timeouts == 2:
+            if timeouts == 2:
+                break
+        elif status != 429 and status < 500:
             break
     said = getattr(failure, "server_message", None) or first_line(failure)
     raise UserError(
