@@ -113,13 +113,13 @@ def file_judge(path):
     """
     sys.path.append(str(Path(path).resolve().parent))  # its own imports; ours come first
     with blaming(path):
-        module = runpy.run_path(path)
-    if not callable(module.get("quality")):
+        quality = runpy.run_path(path).get("quality")
+    if not callable(quality):
         raise UserError(f"--judge {path}: the file has no function quality(prompt, answer).")
 
     def checked(prompt, answer):
         with blaming(path):
-            value = module["quality"](prompt, answer)
+            value = quality(prompt, answer)
             is_number = isinstance(value, Real | np.bool_) and isfinite(value)
         if not is_number:
             raise UserError(
