@@ -105,7 +105,8 @@ def spoil(lines, flaws, rng, kinds=FLAWS):
         if kind == "end":
             end = wrong
         elif kind == "turn":
-            way = [*way[:at], wrong, *way[at + 1 :]]
+            way = list(way)
+            way[at] = wrong
         elif kind == "short" and len(way) > 1:
             way = way[:-1]
         lines[name] = (end, way)
