@@ -61,8 +61,10 @@ def is_other_task(question, response):
     """Whether a question is not of the built-in task, or a response has no line of an answer."""
     people = task.read(question)
     known = question == task.ask(people) and people.keys() <= set(task.NAMES)
-    for look, turns in people.values():
-        known = known and look in task.LOOKS and set(turns) <= set(task.TURNS)
+    try:
+        task.solve(people)
+    except (ValueError, KeyError):  # it has other words for directions or turns
+        known = False
     return not known or response is not None and not task.read(response)
 
 
