@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 
 import task
-from data import shorten
+from data import shorten, talk
 from errors import UserError
 from files import Request, is_prompt
 from infer import POLICY, end_of, goes_on, improve, improve_rounds
@@ -94,10 +94,9 @@ def converse(lm, cfg, settings):
         if not said:
             turns = []
             continue
-        question = {"role": "user", "content": said}
+        asked = [*turns, {"role": "user", "content": said}]
         try:
-            text = answer(lm, cfg, settings, [*turns, question])
-            turns += [question, {"role": "assistant", "content": text}]
+            turns = talk(asked, answer(lm, cfg, settings, asked))
         except UserError as error:
             print(error)
 
