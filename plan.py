@@ -168,32 +168,33 @@ def plan_stages(cfg, x, y, pairs):
     sft = cfg.sft_steps * cfg.sft_batch
     rm = cfg.rm_steps * cfg.rm_batch
     rl = cfg.rl_steps * cfg.rl_batch
-    of_rounds = [steps * cfg.rl_batch for steps in curriculum.round_steps(cfg)]
-    over_sft = sft / pairs["sft"]
-    over_rm = rm / pairs["rm"]
     R = cfg.max_response
-    epochs = cfg.epochs
     answer = x + y
     prompt = answer + IMPROVE_TOKENS  # (x, y_ref)
     improved = prompt + y
     both = x + 2 * y  # x with both answers, as R_P reads a pair
     four = 2 * (prompt + 2 * y)  # (x, y_w) and (x, y_l), each with both answers, as R_PIT does
 
-    def ppo(name, rows, **tokens):
-        return Stage(name, "rl", rows / pairs["rl"], rows, written=R, **tokens)
+    def train(name, kind, part, rows, **tokens):
+        """A stage that goes through `rows` of a part of the pairs."""
+        return Stage(name, kind, rows / pairs[part], rows, **tokens)
 
     stages = [
-        Stage("policy_sft", "sft", over_sft, rows=sft, trained=answer),
-        Stage("pit_sft", "sft", over_sft, rows=sft, trained=improved),
-        Stage("reward_policy", "reward", over_rm, rows=rm, trained=both),
-        Stage("reward_gap", "reward", over_rm, rows=rm, trained=four),
-        Stage("judge", "reward", rm / pairs["judge"], rows=rm, trained=both),
+        train("policy_sft", "sft", "sft", sft, trained=answer),
+        train("pit_sft", "sft", "sft", sft, trained=improved),
+        train("reward_policy", "reward", "rm", rm, trained=both),
+        train("reward_gap", "reward", "rm", rm, trained=four),
+        train("judge", "reward", "judge", rm, trained=both),
         # read by the reward model, the policy and the reference
-        ppo("policy_rl", rows=rl, trained=epochs * answer, read=3 * answer),
+        train("policy_rl", "rl", "rl", rl, trained=cfg.epochs * answer, read=3 * answer, written=R),
     ]
-    for k, (source, rows) in enumerate(zip(cfg.rounds.split(","), of_rounds)):
+    rounds = curriculum.rounds(cfg.rounds.split(","), curriculum.round_steps(cfg), "pit_rl")
+    for role, source, _, steps in rounds:
+        rows = steps * cfg.rl_batch
         # one more reading, by R_PIT: y_ref, for the score of "no change"
-        stage = ppo(f"pit_rl{k}", rows=rows, trained=epochs * improved, read=4 * improved)
+        stage = train(
+            role, "rl", "rl", rows, trained=cfg.epochs * improved, read=4 * improved, written=R
+        )
         if source == "annotated":  # each pair serves twice
             stage.passes /= 2
         elif source != "given":  # y_ref is written, too
