@@ -201,7 +201,9 @@ def plan_stages(cfg, x, y, pairs):
             stage.written = 2 * R
         stages.append(stage)
     # judged by a model of answers, and by R_PIT
-    texts = EVAL_TEXTS if cfg.model == "tiny" else EVAL_TEXTS + SELF_REFINE_TEXTS
+    texts = EVAL_TEXTS
+    if cfg.model != "tiny":
+        texts += SELF_REFINE_TEXTS
     if "given" in cfg.rounds:  # PIT's improvement of them
         texts += 1
     rows = min(cfg.eval_n, pairs["held_out"]) * texts
