@@ -185,10 +185,11 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     if not overwrite:
         # continued with more or less free memory, a run keeps its presets
         old = read_config(folder)
-        options["vram"] = options["vram"] or old.get("vram")
-        for name in PRESETS["small"].keys() - {"micro_batch"}:
-            if options[name] is None and learned(folder):
-                options[name] = old.get(name)
+        kept = {"vram"}
+        if learned(folder):
+            kept |= PRESETS["small"].keys() - {"micro_batch"}
+        for name in kept:
+            options[name] = options[name] or old.get(name)
     options = fill_in(options, smoke)
     if options["columns"] and options["data"] == "synthetic":
         raise UserError("--columns names the columns of your --data: give that, too.")
