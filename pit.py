@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -667,7 +668,7 @@ def licence_of(base):
 
 def check_words(words):
     """Complain about empty words, which unset variables leave, and about broken UTF-8."""
-    for before, word in zip(words, words[1:]):
+    for before, word in pairwise(words):
         if re.fullmatch(r"\s*|--[\w-]+=", word):
             raise UserError(f"{before} {word!r}: there is no value. Is a shell variable unset?")
         if re.search("[\ud800-\udfff]", word):
