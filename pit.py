@@ -24,7 +24,6 @@ import typer
 
 from errors import UserError, explain
 
-StageName = Literal["sft", "reward", "rl", "eval"]
 StopRule = Literal["gap", "same", "rounds"]
 SOURCES = ("annotated", "policy", "sft", "given")  # of y_ref, see curriculum.py
 NOT_STORED = {"ctx", "run", "smoke", "overwrite", "from_run", "until"}  # how `all` starts
@@ -116,7 +115,7 @@ def run_all(
     smoke: option(bool, "Every stage in miniature, to see that it works.", "Run") = False,
     overwrite: option(bool, "Replace the run in that folder.", "Run") = False,
     from_run: option(Path, "A run: reuse its options and adapters.", "Run", "--from") = None,
-    until: option(StageName, "The last stage to run.", "Run") = "eval",
+    until: option(Literal["sft", "reward", "rl", "eval"], "The last stage to run.", "Run") = "eval",
     save_every: option(int, "Steps between checkpoints.", "Run", min=1) = None,
     seed: option(int, "Seed for data, sampling, initialisation.", "Run", min=0, max=2**32) = 0,
     model: option(str, "tiny (built in), Qwen2-0.5B, a local folder, a hub id.", "Model") = "tiny",
