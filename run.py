@@ -160,10 +160,12 @@ class Run:
         aside = self.path / REPLACED
         aside.mkdir(exist_ok=True)
         for name in RUN_FILES:
+            file = self.path / name
+            kept = aside / name
             # keep what is already there: that run had an adapter, this one has none yet
-            if (self.path / name).exists() and not (aside / name).exists():
-                os.replace(self.path / name, aside / name)
-            remove(self.path / name)
+            if file.exists() and not kept.exists():
+                os.replace(file, kept)
+            remove(file)
         print(f"The old run is kept in {aside} until there is a new adapter.")
 
     # ---- options and results -------------------------------------------------------------------
