@@ -517,16 +517,16 @@ def new_folder(path, role=None):
     remove(beside)
     beside.mkdir(parents=True)
     yield beside
-    write_json(beside / "sha256.json", checksums(beside) | {"role": role})
+    write_json(beside / "sha256.json", checksums(beside, role))
     for file in filter(Path.is_file, beside.iterdir()):
         to_disk(file)
     remove(path)
     os.replace(beside, path)
 
 
-def checksums(folder):
-    """The SHA-256 of each file in `folder`, by name."""
-    sums = {}
+def checksums(folder, role):
+    """What sha256.json says of `folder`: its role, and the SHA-256 of each file, by name."""
+    sums = {"role": role}
     for file in filter(Path.is_file, folder.iterdir()):
         if file.name != "sha256.json":
             sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -540,7 +540,7 @@ def is_intact(folder, role):
     """
     with suppress(OSError, ValueError, AttributeError):  # no checksums, or damaged ones
         stored = json.loads((folder / "sha256.json").read_bytes())
-        if stored.items() <= (checksums(folder) | {"role": role}).items():
+        if stored.items() <= checksums(folder, role).items():
             return True
     if folder.exists():
         print(f"{folder} is damaged, or another role's.")
