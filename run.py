@@ -71,13 +71,13 @@ class Run:
     plan = None  # a plan.Plan, where the time left is to be shown
     replace = False  # whether `begin` is to move an old run aside
     source = None  # another run, whose adapters `begin` is to take over
-    lock_file = None
     in_step = False
     stop_signal = None
 
     def __init__(self, path, config=None):
         """Open the run in `path`. `start` gives the config of a run that has yet to begin."""
         self.path = Path(path)
+        self.lock_file = FileLock(self.path / ".lock")
         config = config or read_config(self.path)
         if not config:
             raise UserError(f"There is no run in {path}. To list yours: python pit.py runs")
@@ -131,7 +131,6 @@ class Run:
     def lock(self):
         """Keep other processes out, and let Ctrl-C and SIGTERM wait for the end of a step."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock_file = FileLock(self.path / ".lock")
         try:
             self.lock_file.acquire(blocking=False)
         except Timeout:
@@ -142,8 +141,7 @@ class Run:
 
     def close(self):
         """Let other processes in; when this process ends, that happens anyway."""
-        if self.lock_file:
-            self.lock_file.release()
+        self.lock_file.release()
 
     def on_signal(self, number, frame):
         """Stop after the step in progress; outside a step, or at a second signal, at once."""
