@@ -297,14 +297,14 @@ def make_plan(lm, run, parts, commands):
     gib = totals(estimate_memory(lm, run.config))
     stages = []
     for stage in plan_stages(run.config, x, y, {name: len(part) for name, part in parts.items()}):
+        if stage.kind not in commands:
+            continue
         stage.memory = max(gib[work] for work in WORK[stage.kind])
-        done = run.done(stage.name)
-        if done:
+        if run.done(stage.name):
             stage.seconds = seconds.get(stage.name, 0)
-        # an adapter that took no time was taken over from another run (--from)
-        taken_over = done and not stage.seconds
-        if stage.kind in commands and not taken_over:
-            stages.append(stage)
+            if not stage.seconds:  # it took no time: taken over from another run (--from)
+                continue
+        stages.append(stage)
     plan = Plan(stages)
     print(plan.table())
     return plan
