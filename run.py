@@ -108,7 +108,7 @@ class Run:
         run.replace = overwrite and bool(old)
         if source:
             run.source = Run(source)
-            if run.source.path.resolve() == path.resolve():
+            if source.resolve() == path.resolve():
                 raise UserError(f"{path} cannot take over its own adapters. Give a new --run.")
         return run
 
