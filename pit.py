@@ -427,10 +427,7 @@ def open_to_judge(path, names):
 
 
 @app.command(name="eval")
-def eval_command(
-    run: StageRun,
-    judge: Judges = None,
-):
+def eval_command(run: StageRun, judge: Judges = None):
     """Judge a run again: scorecard, tables, figures.
 
     Example: python pit.py eval --run runs/tiny --judge judge
