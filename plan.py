@@ -180,20 +180,33 @@ def plan_stages(cfg, x, y, pairs):
         return Stage(name, kind, rows / pairs[part], rows, **tokens)
 
     stages = [
-        train("policy_sft", "sft", "sft", sft, trained=answer),
-        train("pit_sft", "sft", "sft", sft, trained=improved),
-        train("reward_policy", "reward", "rm", rm, trained=both),
-        train("reward_gap", "reward", "rm", rm, trained=four),
-        train("judge", "reward", "judge", rm, trained=both),
+        train("policy_sft", "sft", "sft", rows=sft, trained=answer),
+        train("pit_sft", "sft", "sft", rows=sft, trained=improved),
+        train("reward_policy", "reward", "rm", rows=rm, trained=both),
+        train("reward_gap", "reward", "rm", rows=rm, trained=four),
+        train("judge", "reward", "judge", rows=rm, trained=both),
         # read by the reward model, the policy and the reference
-        train("policy_rl", "rl", "rl", rl, trained=cfg.epochs * answer, read=3 * answer, written=R),
+        train(
+            "policy_rl",
+            "rl",
+            "rl",
+            rows=rl,
+            trained=cfg.epochs * answer,
+            read=3 * answer,
+            written=R,
+        ),
     ]
     rounds = curriculum.rounds(cfg.rounds.split(","), curriculum.round_steps(cfg), "pit_rl")
     for role, source, _, steps in rounds:
-        rows = steps * cfg.rl_batch
         # one more reading, by R_PIT: y_ref, for the score of "no change"
         stage = train(
-            role, "rl", "rl", rows, trained=cfg.epochs * improved, read=4 * improved, written=R
+            role,
+            "rl",
+            "rl",
+            rows=steps * cfg.rl_batch,
+            trained=cfg.epochs * improved,
+            read=4 * improved,
+            written=R,
         )
         if source == "annotated":  # each pair serves twice
             stage.passes /= 2
