@@ -551,7 +551,7 @@ def load_frozen(source, bits):
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if device == "cpu" else dtype,
+            bnb_4bit_compute_dtype=dtype,
         )
     base, report = AutoModelForCausalLM.from_pretrained(
         source,

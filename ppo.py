@@ -245,7 +245,7 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
 
     -> (3,): its loss, its KL to the policy that sampled, its share of clipped tokens. All sums are
     divided by the minibatch's tokens, so that the micro-batch size changes the gradient only by
-    rounding: in 4-bit, which multiplies in bf16, that was 4 to 5% of it.
+    rounding: where 4-bit weights are multiplied in bf16, that was 4 to 5% of it.
     """
     n_tokens = sample.tokens.response_mask[rows].sum()
     totals = 0.0

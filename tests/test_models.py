@@ -673,6 +673,10 @@ def test_cards_without_bf16_compute_in_fp32_and_none_by_cudnn(monkeypatch):
     assert models.best_device() == ("cuda", torch.float32)
 
 
+def multiplies_in(lm):
+    return {layer.compute_dtype for layer in lm.peft.modules() if hasattr(layer, "compute_dtype")}
+
+
 def test_a_cpu_with_bf16_computes_in_it_but_for_the_built_in_base(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -680,6 +684,9 @@ def test_a_cpu_with_bf16_computes_in_it_but_for_the_built_in_base(monkeypatch, t
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert models.best_device() == ("cpu", torch.bfloat16)
     shutil.copytree(models.TINY, tmp_path / "base")
-    copy = models.load_model(str(tmp_path / "base"), bits=16)
+    copy = models.load_model(str(tmp_path / "base"), bits=4)
     assert copy.lm_head.weight.dtype == torch.bfloat16
-    assert models.load_model("tiny", bits=16).lm_head.weight.dtype == torch.float32
+    assert multiplies_in(copy) == {torch.bfloat16}
+    tiny = models.load_model("tiny", bits=4)
+    assert tiny.lm_head.weight.dtype == torch.float32
+    assert multiplies_in(tiny) == {torch.float32}
