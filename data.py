@@ -155,8 +155,11 @@ def filter_by_length(pairs, lm, cfg):
     beginnings = []
     lengths = []
     for pair in pairs:
-        # its answers, as they are
-        lengths.append(longest_answer(pair, lm))
+        # its answers, as they are; a given one counts where a round improves it
+        answers = [pair.chosen, pair.rejected]
+        if "given" in cfg.rounds:
+            answers.append(pair.given)
+        lengths.append(max(len(lm.encode_response(answer)) for answer in answers))
         if lengths[-1] > cfg.max_response:
             notes[too_long] += 1
             continue
@@ -176,11 +179,6 @@ def filter_by_length(pairs, lm, cfg):
         enough = sorted(lengths)[int(0.9 * len(pairs))]
         print(f"Most pairs have a longer answer: --max-response {enough} would keep 90% of them.")
     return kept, beginnings
-
-
-def longest_answer(pair, lm):
-    answers = (pair.chosen, pair.rejected, pair.given or "")
-    return max(len(lm.encode_response(answer)) for answer in answers)
 
 
 def shorten(prompt, lm, longest):

@@ -99,8 +99,10 @@ LM = SimpleNamespace(
 )
 
 
-def limits(prompt, response):
-    return SimpleNamespace(max_prompt=prompt, max_response=response, data="pairs.jsonl", seed=0)
+def limits(prompt, response, rounds="annotated,policy"):
+    return SimpleNamespace(
+        max_prompt=prompt, max_response=response, rounds=rounds, data="pairs.jsonl", seed=0
+    )
 
 
 def test_long_prompts_lose_their_oldest_turns_then_words_and_never_their_end():
@@ -125,17 +127,23 @@ def test_cuts_are_counted(capsys):
     pairs = [data.Pair(user(f"{i} the end"), "yes", "no") for i in range(3)]
     pairs += [
         data.Pair(user("long"), "much too long", "no"),
-        data.Pair(user("long"), "yes", "no", given="much too long"),
-        data.Pair(user("xyz"), "yes", "no", given="maybe"),
+        data.Pair(user("xyz"), "yes", "no", given="however long"),
         data.Pair([{"role": "system", "content": "so many words"}, *user("xyz")], "yes", "no"),
     ]
     kept, beginnings = data.filter_by_length(pairs, LM, limits(5, 2))
-    assert kept == [data.Pair(user("the end"), "yes", "no")] * 3 + [pairs[5]]
-    assert beginnings == [pair.prompt for pair in (*pairs[:3], pairs[5])]  # not cut
+    assert kept == [data.Pair(user("the end"), "yes", "no")] * 3 + [pairs[4]]
+    assert beginnings == [pair.prompt for pair in (*pairs[:3], pairs[4])]  # not cut
     assert capsys.readouterr().out == (
-        "pairs.jsonl: 2 dropped (an answer over 2 tokens), 3 with a prompt cut to 5 tokens, "
+        "pairs.jsonl: 1 dropped (an answer over 2 tokens), 3 with a prompt cut to 5 tokens, "
         "1 dropped (a prompt that cannot be cut to 5 tokens), 4 kept\n"
     )
+
+
+def test_a_given_answer_must_fit_where_a_round_improves_it():
+    pairs = [data.Pair(user("x"), "yes", "no", given=text) for text in ("one", "one two three")]
+    kept, _ = data.filter_by_length(pairs, LM, limits(5, 2, "annotated,given"))
+    assert kept == pairs[:1]
+    assert data.filter_by_length(pairs, LM, limits(5, 2))[0] == pairs
 
 
 def test_where_most_answers_are_too_long_the_limit_that_would_do_is_told(capsys):
