@@ -524,7 +524,7 @@ def load_tokenizer(source):
 
 
 def best_device():
-    """The device to run on, and the dtype of what is not quantised there.
+    """The device to run on, and the dtype to compute in there.
 
     fp16's range is too small for gradients that are not rescaled: without bf16, all is in fp32.
     """
