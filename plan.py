@@ -72,6 +72,9 @@ def estimate_memory(lm, cfg):
     head_dim = getattr(shape, "head_dim", None) or D // heads
     length = max_length(cfg)
     rows = rows_at_a_time(cfg)
+    # a batch may be smaller than a micro-batch
+    answers = min(cfg.micro_batch, max(cfg.sft_batch, cfg.minibatch))
+    pairs = min(cfg.micro_batch, cfg.rm_batch)
 
     # some adapters are already there. In the end there are "blank", two of SFT, three reward
     # models, policy_rl, and PIT's rounds
@@ -92,10 +95,10 @@ def estimate_memory(lm, cfg):
     cache = 2 * size * layers * kv_heads * head_dim
     work = {
         "SFT, PPO update": {
-            "activations": cfg.micro_batch * length * kept,
+            "activations": answers * length * kept,
             "logits": 3 * 4 * LOGIT_CHUNK * shape.vocab_size,
         },
-        "reward models": {"activations": cfg.micro_batch * pair * kept},
+        "reward models": {"activations": pairs * pair * kept},
         "sampling": {
             "activations": rows * read_ahead * (size * (5 * D + 2 * W) + 2 * 4 * W),
             "keys and values": rows * length * cache,

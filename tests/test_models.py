@@ -537,10 +537,21 @@ def test_checkpointed_layers_change_no_gradient_and_no_sample(lm, lm4, pairs, bi
 
 def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
     cfg = SimpleNamespace(
-        max_prompt=64, max_response=32, micro_batch=4, rl_batch=1, rounds="annotated,policy"
+        max_prompt=64,
+        max_response=32,
+        micro_batch=4,
+        sft_batch=2,
+        minibatch=8,
+        rm_batch=2,
+        rl_batch=1,
+        rounds="annotated,policy",
     )
     base = lm.peft.get_base_model()
     before = plan.estimate_memory(lm, cfg)
+    # the largest batch in which an adapter is trained is two pairs, or four answers of eight
+    smaller = plan.estimate_memory(lm, SimpleNamespace(**vars(cfg) | dict(micro_batch=2)))
+    for work, times in ("SFT, PPO update", 2), ("reward models", 1):
+        assert before[work]["activations"] == times * smaller[work]["activations"]
     frozen = sum(
         p.numel() * p.element_size() for name, p in base.named_parameters() if "lora" not in name
     )

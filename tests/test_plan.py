@@ -23,6 +23,7 @@ CFG = dict(
     rl_batch=64,
     epochs=2,
     micro_batch=64,
+    minibatch=32,
     eval_n=256,
 )
 PARTS = dict(held_out=1200, judge=1800, sft=3000, rm=3000, rl=3000)
