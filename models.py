@@ -114,6 +114,8 @@ class LM:
         self.hidden_size = base.get_input_embeddings().embedding_dim
         # "blank" is the base itself: the B of a new LoRA is zero
         self.peft = get_peft_model(base, lora, adapter_name="blank")
+        if not isinstance(lora.target_modules, str):  # a set is written in no fixed order
+            lora.target_modules = sorted(lora.target_modules)
         self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
         self.roles = self.peft.peft_config.keys()  # a view: peft knows its adapters

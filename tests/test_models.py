@@ -134,6 +134,8 @@ def test_save_and_load_give_identical_outputs(lm4, pairs, tmp_path):
         "adapter_model.safetensors",
         "head.safetensors",
     }
+    layers = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(layers) == 7 and layers == sorted(layers)  # the same file in each process
 
 
 def test_a_copied_role_equals_the_original_and_then_goes_its_own_way(lm, pairs):
