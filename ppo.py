@@ -210,6 +210,7 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, decay, cfg, ad
     for rows in minibatches(len(mask), cfg.minibatch, cfg.epochs):
         # the policy; once it has moved too far, the whole update ends, the critic's too
         loss, kl, clip_fraction = policy_gradient(lm, sample, advantages, rows, cfg)
+        history["approx_kl"].append(kl)
         if kl > STOP_KL:
             policy_optimizer.zero_grad()  # drop this gradient, too
             break
@@ -226,7 +227,6 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, decay, cfg, ad
         take_step(critic_optimizer, cfg.critic_lr * decay)
         history["value_loss"].append(loss.detach())
     metrics = {name: torch.stack(values).mean() for name, values in history.items()}
-    metrics["approx_kl"] = distance_moved(lm, policy, sample, cfg)
     metrics["explained_variance"] = explained_variance(sample.values, returns, mask)
     return metrics
 
@@ -266,13 +266,6 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
             clipped = (outside * mask).sum() / n_tokens
             totals += torch.stack([loss.detach(), kl, clipped])
     return totals
-
-
-@torch.no_grad()
-def distance_moved(lm, policy, sample, cfg):
-    """The KL from the policy that sampled to the updated one, in nats per token -> scalar."""
-    logprobs = logprobs_by(lm, policy, sample.tokens, cfg)
-    return masked_mean(k3(sample.logprobs, logprobs), sample.tokens.response_mask)
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -349,7 +342,7 @@ def rollout_metrics(sample, eos):
         k3                  the same KL, nats per token
         length              tokens per answer, EOS included
         eos                 share of answers with an EOS
-        approx_kl           from the sampling policy to the updated one, nats per token
+        approx_kl           from the sampling policy, nats per token, before each step
         clip_fraction       share of tokens whose ratio left the clip range
         explained_variance  share of the returns' variance that the critic's values explain
     """
