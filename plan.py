@@ -53,11 +53,12 @@ def estimate_memory(lm, cfg):
     At all times there are the weights, the adapters of all roles, and for the one in training its
     gradients and AdamW's two moments; adapters are in fp32. What each kind of work adds:
 
-    training   what the backward pass needs, for each token of a micro-batch. In one layer of width
-               D that is ten vectors of D (the input, two normed copies, q, k, v, the attention's
-               output twice, the second norm's input, a spare) and four of the feed-forward's width
-               W, and the inputs of the LoRA matrices again, in fp32. With checkpointing, only
-               the layers' inputs are kept, and one layer at a time is in full.
+    training   what the backward pass needs, for each token of a micro-batch (or of a batch, where
+               that is smaller). In one layer of width D that is ten vectors of D (the input, two
+               normed copies, q, k, v, the attention's output twice, the second norm's input, a
+               spare) and four of the feed-forward's width W, and the inputs of the LoRA matrices
+               again, in fp32. With checkpointing, only the layers' inputs are kept, and one layer
+               at a time is in full.
     logits     of LOGIT_CHUNK tokens: themselves, their log-softmax, its gradient, in fp32.
     sampling   PREFILL tokens of each prompt at a time, in one layer; keys and values of all tokens.
     """
@@ -72,8 +73,7 @@ def estimate_memory(lm, cfg):
     head_dim = getattr(shape, "head_dim", None) or D // heads
     length = max_length(cfg)
     rows = rows_at_a_time(cfg)
-    # a batch may be smaller than a micro-batch
-    answers = min(cfg.micro_batch, max(cfg.sft_batch, cfg.minibatch))
+    texts = min(cfg.micro_batch, max(cfg.sft_batch, cfg.minibatch))
     pairs = min(cfg.micro_batch, cfg.rm_batch)
 
     # some adapters are already there. In the end there are "blank", two of SFT, three reward
@@ -95,7 +95,7 @@ def estimate_memory(lm, cfg):
     cache = 2 * size * layers * kv_heads * head_dim
     work = {
         "SFT, PPO update": {
-            "activations": answers * length * kept,
+            "activations": texts * length * kept,
             "logits": 3 * 4 * LOGIT_CHUNK * shape.vocab_size,
         },
         "reward models": {"activations": pairs * pair * kept},

@@ -342,7 +342,7 @@ def rollout_metrics(sample, eos):
         k3                  the same KL, nats per token
         length              tokens per answer, EOS included
         eos                 share of answers with an EOS
-        approx_kl           from the sampling policy, nats per token, before each step
+        approx_kl           KL to the sampling policy before each step, nats per token
         clip_fraction       share of tokens whose ratio left the clip range
         explained_variance  share of the returns' variance that the critic's values explain
     """

@@ -550,7 +550,9 @@ def test_memory_by_arithmetic_counts_weights_and_adapters_exactly(lm):
     )
     base = lm.peft.get_base_model()
     before = plan.estimate_memory(lm, cfg)
-    # the largest batch in which an adapter is trained is two pairs, or four answers of eight
+    # as many in memory as a micro-batch has, or the larger of SFT's and PPO's batches, or R_PIT's
+    swapped = SimpleNamespace(**vars(cfg) | dict(sft_batch=8, minibatch=2))
+    assert plan.estimate_memory(lm, swapped) == before
     smaller = plan.estimate_memory(lm, SimpleNamespace(**vars(cfg) | dict(micro_batch=2)))
     for work, times in ("SFT, PPO update", 2), ("reward models", 1):
         assert before[work]["activations"] == times * smaller[work]["activations"]
