@@ -20,19 +20,14 @@ import typer
 from tqdm import trange
 
 from data import talk
+from examples.drafts import OPENERS, PARTS, garble, revise, tell, words_of
 from models import load_model
 
 # One line per topic, with words that a text about it can use: "a rainy day: umbrella tea window".
 TOPICS = dict(re.findall("(.+): (.+)", Path(__file__).with_name("topics.txt").read_text()))
-OPENERS = ["Today", "Sometimes", "Now", "Well"]
 
 
 # ---- What a prompt may ask for, and whether a text does it
-def words_of(text):
-    """In lower case; an apostrophe is part of a word."""
-    return re.findall(r"[\w']+", text.lower())
-
-
 REQUIREMENTS = {
     r"Use the words (\w+) and": lambda text, words, word: word in words,
     r"Use the words \w+ and (\w+)": lambda text, words, word: word in words,
@@ -123,61 +118,7 @@ def fluent_sentences(path):
     return {topic: [*sentences.values()] for topic, sentences in pools.items()}
 
 
-# ---- Pairs of drafts. The parts of a draft, besides its sentences, and what each may be:
-# A title is the last word, as it should be, or a wrong one: a number picks from the other
-# sentences' last words and all long words.
-TITLES = ["last word", *range(12)]
-PARTS = {"opening": ["", *TITLES, *OPENERS], "mark": [".", "!", "..."]}
-
-
-def tell(draft):
-    """The text of a draft."""
-    text = " ".join(draft["sentences"])[:-1] + draft["mark"]
-    if draft["opening"] in TITLES:
-        *others, last = [words_of(sentence)[-1] for sentence in draft["sentences"]]
-        others += [word for word in words_of(text) if len(word) > 3]
-        others = [word for word in others if word != last] or [last]
-        right = draft["opening"] == "last word"
-        return f"Title: {last if right else others[draft['opening'] % len(others)]}\n{text}"
-    if draft["opening"]:
-        start = "I" if re.match(r"I\b", text) else text[0].lower()
-        text = f"{draft['opening']}, {start}{text[1:]}"
-    return text
-
-
-def change(draft, pool, rng):
-    """Change one part at random, for better or worse, or replace, add or remove one sentence."""
-    part = rng.choice(["sentences", *PARTS])
-    if part != "sentences":
-        return draft | {part: rng.choice(PARTS[part])}
-    sentences = [*draft["sentences"]]
-    at = rng.randrange(len(sentences))  # where one is replaced, put in, or taken out
-    sentences[at : at + rng.randint(0, 1)] = rng.sample(pool, rng.randint(0, 1))
-    allowed = 1 <= len(set(sentences)) == len(sentences) <= 3
-    return draft | {"sentences": sentences} if allowed else draft
-
-
-def revise(draft, prompt, pool, steps, rng, sign=1):
-    """Try 200 changes, and keep those that meet more requirements, `steps` of them at most.
-
-    With sign -1, those that meet fewer.
-    """
-    best = sign * quality(prompt, tell(draft))
-    for _ in range(200):
-        new = change(draft, pool, rng)
-        score = sign * quality(prompt, tell(new))
-        if steps and score > best:
-            draft, best, steps = new, score, steps - 1
-    return draft
-
-
-def garble(text, rng):
-    """Move some of the words to the end."""
-    words = text.split()
-    start, end = sorted(rng.sample(range(len(words)), 2))
-    return " ".join(words[:start] + words[end:] + words[start:end])
-
-
+# ---- Pairs of drafts
 def draw_pair(prompt, pool, rng):
     """A better and a worse text: the worse one is the better one with flaws, mostly just one.
 
@@ -185,12 +126,19 @@ def draw_pair(prompt, pool, rng):
     What differs only where it matters seems to matter everywhere. So the marks of two texts
     mostly differ where any mark will do.
     """
+
+    def good(text):
+        return quality(prompt, text)
+
+    def bad(text):
+        return -quality(prompt, text)
+
     draft = {part: rng.choice(values) for part, values in PARTS.items()}
     draft |= {"sentences": rng.sample(pool, rng.randint(1, 3))}
-    better = revise(draft, prompt, pool, rng.randint(3, 8), rng)
-    worse = revise(better, prompt, pool, rng.choice([1, 1, 1, 1, 2, 3]), rng, sign=-1)
+    better = revise(draft, good, pool, rng.randint(3, 8), rng)
+    worse = revise(better, bad, pool, rng.choice([1, 1, 1, 1, 2, 3]), rng)
     other = worse | {"mark": rng.choice(PARTS["mark"])}
-    if quality(prompt, tell(other)) == quality(prompt, tell(worse)):
+    if good(tell(other)) == good(tell(worse)):
         worse = other
     # In one pair in ten, what no reader would prefer: a sentence twice, or words out of order.
     spoil = rng.random()

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from examples import drafts
+
 PATH = Path(__file__).parent.parent / "examples" / "instructions.py"
 spec = importlib.util.spec_from_file_location("instructions", PATH)
 example = importlib.util.module_from_spec(spec)
@@ -103,9 +105,9 @@ def test_pairs_of_a_stub_writer(pools):
 def test_a_wrong_title_is_another_word_of_the_text():
     sentences = ["The street is wet.", "Rain fell on the street."]
     titles = []
-    for opening in example.TITLES[:5]:
+    for opening in drafts.TITLES[:5]:
         draft = {"sentences": sentences, "opening": opening, "mark": "!"}
-        first, text = example.tell(draft).split("\n")
+        first, text = drafts.tell(draft).split("\n")
         assert text == "The street is wet. Rain fell on the street!"
         titles.append(first)
     # the last word; then the last word of the other sentence, the other long words, and again
@@ -124,7 +126,7 @@ def test_a_title_alone_says_nothing(pools):
     titled = [row for row in rows if "Title" in row["prompt"]]
     wrong = 0
     for row in titled:
-        words = example.words_of(row["rejected"])
+        words = drafts.words_of(row["rejected"])
         wrong += words[0] == "title" and words[1] != words[-1]
     assert wrong / len(titled) > 0.2
 
@@ -146,7 +148,7 @@ def test_most_pairs_differ_in_one_part(pools):
 
 def test_marks_differ_where_any_will_do(pools, monkeypatch):
     """Or a reward model takes what it never saw differ for what matters."""
-    monkeypatch.setattr(example, "revise", lambda draft, *_, sign=1: draft)  # no flaws
+    monkeypatch.setattr(example, "revise", lambda draft, *_: draft)  # no flaws
     rng = random.Random(0)
     others = 0
     for topic, pool in [*pools.items()] * 3:
@@ -156,7 +158,7 @@ def test_marks_differ_where_any_will_do(pools, monkeypatch):
             better, worse = example.draw_pair(x, pool, rng)
             assert example.quality(x, better) >= example.quality(x, worse)
             # where a sentence comes twice, it is added at the end, and no word is moved
-            words, more = map(example.words_of, (better, worse))
+            words, more = map(drafts.words_of, (better, worse))
             twice = "Title" not in better and len(more) > len(words)
             assert not twice or more[: len(words)] == words
             better, worse = (re.search(r"\W*$", text)[0] for text in (better, worse))
@@ -174,22 +176,25 @@ def test_what_no_reader_would_prefer_loses(pools):
 
 
 def test_a_flaw_costs_requirements(pools):
-    """With sign -1, `revise` makes a draft worse, in as many steps as it may take."""
+    """`revise` also makes a draft worse, in as many steps as it may take."""
+    prompt = f"{WORDS} {TITLE} End with three dots. Use at least 8 words."
+
+    def bad(text):
+        return -example.quality(prompt, text)
+
     rng = random.Random(0)
-    for topic, pool in [*pools.items()][:20]:
-        prompt = f"Write about {topic}. {WORDS} {TITLE} End with three dots. Use at least 8 words."
+    for pool in [*pools.values()][:20]:
         draft = {"sentences": pool[:2], "opening": "last word", "mark": "..."}
-        before = example.quality(prompt, example.tell(draft))
-        worse = example.revise(draft, prompt, pool, 1, rng, sign=-1)
-        assert example.quality(prompt, example.tell(worse)) < before
+        worse = drafts.revise(draft, bad, pool, 1, rng)
+        assert bad(drafts.tell(worse)) > bad(drafts.tell(draft))
         changed = sum(draft[part] != worse[part] for part in draft)
         assert changed == 1
-        assert example.revise(draft, prompt, pool, 0, rng, sign=-1) == draft
+        assert drafts.revise(draft, bad, pool, 0, rng) == draft
 
 
 def test_garbling_keeps_the_words():
     text = "My tea is hot, and I like my coat."
-    garbled = {example.garble(text, random.Random(seed)) for seed in range(9)}
+    garbled = {drafts.garble(text, random.Random(seed)) for seed in range(9)}
     assert {tuple(sorted(words.split())) for words in garbled} == {tuple(sorted(text.split()))}
     assert len(garbled) > 5
 
