@@ -175,6 +175,18 @@ def test_what_no_reader_would_prefer_loses(pools):
     assert twice["chosen"] == 0 < twice["rejected"] / len(rows) < 0.1
 
 
+def test_changes_keep_one_to_three_different_sentences(pools):
+    rng = random.Random(0)
+    pool = max(pools.values(), key=len)
+    draft = {"sentences": pool[:1], "opening": "", "mark": "."}
+    counts = set()
+    for _ in range(300):
+        draft = drafts.change(draft, pool, rng)
+        assert len(set(draft["sentences"])) == len(draft["sentences"])
+        counts.add(len(draft["sentences"]))
+    assert counts == {1, 2, 3}
+
+
 def test_a_flaw_costs_requirements(pools):
     """`revise` also makes a draft worse, in as many steps as it may take."""
     prompt = f"{WORDS} {TITLE} End with three dots. Use at least 8 words."
