@@ -106,7 +106,7 @@ class Side:
     """One answer to each of N prompts, and what it took to write it."""
 
     texts: list
-    written: list  # (N,) tokens of each text that was generated on the way to it, itself included
+    written: list  # of (N,) arrays: the tokens of each text on the way to it, itself included
 
     @property
     def spent(self):

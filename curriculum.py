@@ -109,7 +109,7 @@ def draw_references(lm, pairs, source, step, cfg):
     chats = [pair.prompt for pair in batch]
     if source == "given":
         return chats, [pair.given for pair in batch]
-    # Eq. 5: a model writes y_ref
+    # Eq. 5: a model writes y_ref, at temperature 1, as in the evaluation
     return chats, lm.answer(WRITERS[source], chats, cfg)
 
 

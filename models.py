@@ -369,7 +369,10 @@ def adamw(parameters, lr, eps=1e-8):
 
 
 def take_step(optimizer, lr):
-    """One optimiser step on the gradients gathered so far -> their norm before clipping, scalar."""
+    """One optimiser step on the gradients gathered so far -> their norm before clipping, scalar.
+
+    They are clipped to a norm of 1, as in GPT-3 and in transformers' Trainer.
+    """
     (group,) = optimizer.param_groups
     norm = nn.utils.clip_grad_norm_(group["params"], max_norm=1.0)
     group["lr"] = lr

@@ -182,13 +182,10 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     folder = run or Path("runs") / (model.name + ("-smoke" if smoke else ""))
 
     # fail early, in the order a person thinks: options, model, data (in `prepare`); then the base
-    if not overwrite:
+    if learned(folder) and not overwrite:
         # continued with more or less free memory, a run keeps its presets
         old = read_config(folder)
-        kept = {"vram"}
-        if learned(folder):
-            kept |= PRESETS["small"].keys() - {"micro_batch"}
-        for name in kept:
+        for name in {"vram"} | PRESETS["small"].keys() - {"micro_batch"}:
             options[name] = options[name] or old.get(name)
     options = fill_in(options, smoke)
     if options["columns"] and options["data"] == "synthetic":
@@ -614,7 +611,7 @@ def export_command(
 
     from models import export
 
-    # merging into 4-bit weights would shift the logits; an adapter alone merges nothing
+    # a merge into 4-bit weights would round them once more; an adapter alone merges nothing
     lm = load_base(opened, [adapter], bits=16 if merge else None)
     with new_folder(to) as folder:
         export(lm, adapter, folder, merge)

@@ -152,6 +152,7 @@ class Stage:
     kind: str  # the command that runs it
     passes: float  # over its part of the data
     rows: int
+    # mean tokens per row:
     trained: float  # read, with a backward pass
     read: float = 0  # scored
     written: int = 0  # sampled, padding included
@@ -216,14 +217,14 @@ def plan_stages(cfg, x, y, pairs):
         elif source != "given":  # y_ref is written, too
             stage.written = 2 * R
         stages.append(stage)
-    # judged by a model of answers, and by R_PIT
+    # each text is read by a judge of answers, and by R_PIT
     texts = EVAL_TEXTS
     if cfg.model != "tiny":
         texts += SELF_REFINE_TEXTS
     if "given" in cfg.rounds:  # PIT's improvement of them
         texts += 1
     rows = min(cfg.eval_n, pairs["held_out"]) * texts
-    stages.append(Stage("eval", "eval", 0, rows=rows, trained=0, read=both + prompt, written=R))
+    stages.append(Stage("eval", "eval", 0, rows=rows, trained=0, read=answer + improved, written=R))
     return stages
 
 

@@ -4,7 +4,8 @@ The objective, for prompts x and responses y sampled from the policy pi:
 
     max E[ score(x, y) / scale - beta KL(pi || pi_ref) ]
 
-where the scale is the standard deviation of the first batch's scores. One iteration:
+where the scale is the standard deviation of the first batch's scores, so beta is in that unit, in
+each stage anew. At another temperature than 1, pi and pi_ref are both at it. One iteration:
     1. sample   responses y ~ pi(. | x)                                       lm.generate()
     2. rate     log-probs, values, and the reward model's score at the end    rate()
     3. reward   -beta (log pi - log pi_ref) per token, the score on the last  token_rewards()
@@ -21,8 +22,9 @@ All tensors of responses are (B, R). One mask serves rewards, KL, advantages, lo
 The critic is a linear head on the hidden states of the reward model, which is frozen: no second
 trunk is trained. Constants follow "The N implementation details of RLHF with PPO" (Huang et al.,
 2024). Unlike there, beta is fixed, critic and policy have optimisers of their own, the scores of
-each batch are centred, a missing EOS lowers the score instead of replacing it, there are two
-epochs, and gradients are clipped. Left out: reward whitening, entropy bonus, dropout.
+each batch are centred and clipped, a missing EOS lowers the score instead of replacing it, there
+are two epochs, updates on a batch end when the KL to its sampling policy gets large, and gradients
+are clipped. Left out: reward whitening, entropy bonus, dropout, a mix of pretraining data.
 
 Run: python -m pytest -q tests/test_ppo.py -k toy (PPO alone, on a toy problem, in seconds)
 """
@@ -56,7 +58,7 @@ class Rollout:
     tokens: Tokens
     logprobs: Tensor  # (B, R) by the policy
     ref_logprobs: Tensor  # (B, R) by the frozen reference
-    states: Tensor  # (B, R, D) by the reward model, for the critic; state t has seen t tokens
+    states: Tensor  # (B, R, D) by the reward model, for the critic; t as in values
     values: Tensor  # (B, R) by the critic
     scores: Tensor  # (B,) raw, by the reward model
 

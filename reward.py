@@ -25,7 +25,8 @@ from tokens import in_parts, micro_batches
 # weight of (r^ww)^2 + (r^ll)^2: the coefficient that TRL recommends for centring rewards, where
 # Eisenstein et al. (2023, Eq. 2) have (r_w + r_l)^2
 CENTRE = 0.01
-# share of the steps: Adam's first steps at full size would undo what R_PIT took over from R_P
+# share of the steps: Adam's first steps at full size would undo what R_PIT took over from R_P;
+# R_P and the judge, whose heads are random at first, warm up, too
 WARMUP = 0.2
 
 
@@ -113,7 +114,7 @@ def train(lm, run, role, pairs, *, contexts_of, loss_of):
             loss.backward()
             total += loss.detach()
             right += ranked_right(scores).float().mean(0).sum()
-        # warm up, then decay linearly to 0
+        # warm up while decaying linearly to 0: the highest rate is about 0.8 rm_lr
         done = step / cfg.rm_steps
         warm = min(1, (done + 1 / cfg.rm_steps) / WARMUP)
         norm = take_step(optimizer, cfg.rm_lr * warm * (1 - done))
@@ -135,7 +136,7 @@ def held_out_metrics(scores):
 
     accuracy           share of comparisons with y_w above y_l
     and for R_PIT alone:
-    order              share of pairs whose scores keep Eq. 1 in full
+    order              share of pairs whose scores keep the order of Eq. 1 in full
     middle             r^ww - r^ll as a share of r^wl - r^lw, means over the pairs
     no_change          mean of r^ww and r^ll, the scores of "no change"
     no_change_std      their standard deviation
@@ -143,7 +144,7 @@ def held_out_metrics(scores):
     measured = {"accuracy": ranked_right(scores).float().mean()}
     if len(scores) == 2:
         (ww, lw), (wl, ll) = scores
-        in_order = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)  # Eq. 1 in full
+        in_order = (wl > ww) & (wl > ll) & (ww > lw) & (ll > lw)  # Eq. 1, but for ww ~ ll: `middle`
         no_change = torch.cat([ww, ll])
         measured |= dict(
             order=in_order.float().mean(),

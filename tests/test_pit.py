@@ -273,6 +273,14 @@ def test_other_data_with_the_built_in_base_is_a_warning(tmp_path):
     assert "the built-in base knows the built-in task only" in pit(*words)[1]
 
 
+def test_the_card_of_a_4_bit_run_says_so(mini, lm):
+    run = command_line.open_run(mini[0])
+    run.config.bits = 4
+    card = command_line.card(lm, run, "pit_rl1", merge=True)
+    assert "trained on the base in 4-bit" in card and "at temperature 1, on the base in 4-" in card
+    run.close()
+
+
 def test_an_export_carries_a_card(mini, tmp_path):
     folder, _ = mini
     words = "export", "--run", folder, "--adapter", "pit_rl1", "--to", tmp_path / "whole"
@@ -282,6 +290,7 @@ def test_an_export_carries_a_card(mini, tmp_path):
     assert "Please improve your answer." in card and "8 held-out prompts, by the" in card
     assert "license: apache-2.0\n" in card and "the built-in base `tiny`" in card
     assert "AutoModelForCausalLM.from_pretrained(folder)" in card
+    assert "minus losses, at temperature 1.\n" in card and "4-bit" not in card
     code, _, err = pit(*words)
     assert code == 2 and "already exists" in err
     works(*words[:4], "policy_sft", "--to", tmp_path / "policy")
@@ -511,13 +520,19 @@ def test_with_little_memory_texts_are_shorter(monkeypatch):
     assert small["vram"] == 4.0 and filled(free=8, vram=4) == small
 
 
-def test_a_continued_run_keeps_its_presets_whatever_is_free_now(tmp_path, monkeypatch):
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_has_begun_keeps_its_presets_whatever_is_free_now(tmp_path, monkeypatch, begun):
+    """One that has not may have been stopped to free memory."""
+
     def fill_in(options, smoke):
         raise UserError(options["vram"])  # and no further
 
+    if begun:
+        (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(command_line, "fill_in", fill_in)
     monkeypatch.setattr(run_module, "read_config", lambda folder: {"vram": 5.5})
-    for words, vram in (({}, 5.5), ({"vram": 8.0}, 8.0), ({"overwrite": True}, None)):
+    kept = 5.5 if begun else None
+    for words, vram in (({}, kept), ({"vram": 8.0}, 8.0), ({"overwrite": True}, None)):
         with pytest.raises(UserError) as error:
             command_line.run_all(run=tmp_path, **words)
         assert error.value.args == (vram,)

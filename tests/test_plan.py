@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import plan
+from baselines import BEST_OF, all_keys
 from data import synthetic_pairs
 from errors import UserError
 
@@ -63,6 +64,14 @@ def test_tokens_and_passes_are_those_of_the_options():
     assert given["eval"].rows == by_name["eval"].rows / plan.EVAL_TEXTS * (plan.EVAL_TEXTS + 1)
     names = [stage.name for stage in stages(rounds="policy")]
     assert "pit_rl0" in names and "pit_rl1" not in names
+
+
+def test_the_plan_counts_what_the_evaluation_writes():
+    keys = all_keys(["pit", "self_refine"], "pit_rl1")
+    refined = [key for key in keys if key.method.startswith("self_refine")]
+    chosen = [key for key in keys if key.method in ["y_w", "y_l", *BEST_OF]]  # nothing new
+    assert plan.SELF_REFINE_TEXTS == 2 * len(refined)  # feedback, then the text
+    assert plan.EVAL_TEXTS == len(keys) - len(refined) - len(chosen)
 
 
 def test_the_first_stage_tells_the_time_of_the_others_within_30_percent():
