@@ -132,7 +132,7 @@ def run_all(
     skip_bad: option(bool, "Leave out rows that are not pairs.", "Data") = False,
     max_prompt: option(int, "Longest prompt in tokens; older turns are cut.", "Data", min=8) = None,
     max_response: option(
-        int, "Longest answer in tokens; longer pairs are dropped.", "Data", min=4
+        int, "Longest answer in tokens, with its EOS; longer pairs are dropped.", "Data", min=4
     ) = None,
     sft_steps: option(int, "Steps of each SFT stage.", "SFT", min=1) = None,
     sft_lr: option(float, "Learning rate.", "SFT", min=0, max=1) = None,
