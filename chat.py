@@ -185,7 +185,7 @@ def fit_prompts(lm, cfg, requests):
                 f"{place}: even after cutting, the prompt is longer than {cfg.max_prompt} tokens, "
                 "the --max-prompt of this run."
             )
-        # one more is the EOS: an answer that was cut off has max_response tokens without it
+        # + 1: an answer that was cut off has max_response tokens, and gets its EOS only here
         if response and len(lm.encode_response(response)) > cfg.max_response + 1:
             raise UserError(
                 f"{place}: the response is longer than {cfg.max_response} tokens, the "

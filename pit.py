@@ -611,7 +611,7 @@ def export_command(
 
     from models import export
 
-    # a merge into 4-bit weights would round them once more; an adapter alone merges nothing
+    # a merge into 4-bit weights would round them again; an adapter alone merges nothing
     lm = load_base(opened, [adapter], bits=16 if merge else None)
     with new_folder(to) as folder:
         export(lm, adapter, folder, merge)

@@ -4,8 +4,9 @@ The objective, for prompts x and responses y sampled from the policy pi:
 
     max E[ score(x, y) / scale - beta KL(pi || pi_ref) ]
 
-where the scale is the standard deviation of the first batch's scores, so beta is in that unit, in
-each stage anew. At another temperature than 1, pi and pi_ref are both at it. One iteration:
+where the scale is the standard deviation of the scores in a stage's first batch; so the same beta
+means something different in each stage. Both pi and pi_ref are taken at the sampling temperature.
+One iteration:
     1. sample   responses y ~ pi(. | x)                                       lm.generate()
     2. rate     log-probs, values, and the reward model's score at the end    rate()
     3. reward   -beta (log pi - log pi_ref) per token, the score on the last  token_rewards()
@@ -58,7 +59,7 @@ class Rollout:
     tokens: Tokens
     logprobs: Tensor  # (B, R) by the policy
     ref_logprobs: Tensor  # (B, R) by the frozen reference
-    states: Tensor  # (B, R, D) by the reward model, for the critic; t as in values
+    states: Tensor  # (B, R, D) by the reward model, for the critic; state t gives value t
     values: Tensor  # (B, R) by the critic
     scores: Tensor  # (B,) raw, by the reward model
 
