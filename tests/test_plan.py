@@ -6,7 +6,7 @@ import pytest
 
 import plan
 from baselines import BEST_OF, all_keys
-from data import synthetic_pairs
+from data import IMPROVE_TOKENS, synthetic_pairs
 from errors import UserError
 
 CFG = dict(
@@ -54,6 +54,8 @@ def test_tokens_and_passes_are_those_of_the_options():
     assert rl.rows * rl.written == 2 * 16 * 64 * 30  # y_ref is written too
     assert rl.passes == 16 * 64 / 3000
     assert by_name["pit_rl0"].passes == rl.passes / 2  # there, each pair serves twice
+    # an answer is judged after x, and its gap after x, y_ref and the request to improve it
+    assert by_name["eval"].read == (33 + 24) + (33 + 24 + IMPROVE_TOKENS + 24)
     # a longer last round, and nothing else
     longer = {stage.name: stage for stage in stages(last_steps=48)}
     assert [longer[name].rows / by_name[name].rows for name in MEASURED] == [1] * 7 + [3]
