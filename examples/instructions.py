@@ -45,7 +45,8 @@ REQUIREMENTS = {
 def quality(prompt, answer):
     """The share of the prompt's requirements that the answer meets, in [0, 1].
 
-    A title is the last word, in small letters, alone on the first line. It is text like the rest.
+    A title is the last word, in small letters, alone on the first line. It counts as text: it may
+    be one of the words to use, or to avoid.
     """
     words = words_of(answer)
     met = []
@@ -122,9 +123,9 @@ def fluent_sentences(path):
 def draw_pair(prompt, pool, rng):
     """A better and a worse text: the worse one is the better one with flaws, mostly just one.
 
-    PIT mostly changes one word. A reward model that has seen no such pair cannot judge that.
-    What differs only where it matters seems to matter everywhere. So the marks of two texts
-    mostly differ where any mark will do.
+    PIT mostly changes one word, and a reward model that has seen no such pair cannot judge that.
+    If marks differed only where they count, it would learn that they always count. So the marks
+    of two texts mostly differ where any mark will do.
     """
 
     def good(text):
