@@ -60,7 +60,10 @@ class Key(NamedTuple):
         return name
 
     def before(self):
-        """The side that an improvement starts from: the round before, or the draft."""
+        """The side that an improvement starts from: the round before, or the draft.
+
+        A side that improves nothing is measured against the draft, too.
+        """
         if self.round > 1:
             return self._replace(round=self.round - 1)
         if self.method == "pit_given":

@@ -97,7 +97,8 @@ def elo(scores, margin=SAME):
     """
     scores = np.array(scores)
     # 1. what side i gets against side j on all prompts, each 1, 0.5 or 0; half an extra drawn
-    # game keeps the rating finite for a side that never wins
+    # game keeps the rating finite for a side that never wins. On the diagonal each side plays
+    # itself: that cancels in the fit, but without it the steps below could swing for ever.
     points = (outcomes(scores[:, None], scores[None], margin) + 1) / 2  # (K, K, N)
     wins = points.sum(2) + 0.25  # (K, K)
     # 2. the likeliest strengths, by the iteration of Newman (2023), "Efficient computation of
@@ -129,7 +130,7 @@ class View:
         return compare(self.scores(a), self.scores(b), self.judge.margin)
 
     def gaps(self, key):
-        """By R_PIT: how much better each text is than the one that it improves -> (N,)."""
+        """By R_PIT: how much better each text is than the one that `Key.before` names -> (N,)."""
         contexts = self.answers.to_improve(key)
         texts = self.answers.side(key).texts
         before = self.answers.before(key).texts
@@ -215,7 +216,7 @@ def sides_table(answers, scores, keys):
     """What the sides of Table 1 are: their length, cost, and means of scores.
 
     scores: by name, how to score a side. tokens, texts: all that was generated for one answer.
-    unchanged: the share of answers that are empty, or equal to the text before.
+    unchanged: the share of answers that are empty, or equal to the text that `Key.before` names.
     """
     table = {}
     for key in keys:
@@ -310,6 +311,7 @@ def written_pairs(view):
     """Two samples of the policy as preference pairs, by this judge; ties are left out.
 
     Not PIT's answers: RL optimised them for R_PIT, so "PIT is better" is right on nearly all.
+    (RL optimised the policy's for R_P, which may cost R_P a little here.)
     """
     answers = view.answers
     second = Key("second_sample")

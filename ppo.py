@@ -148,7 +148,10 @@ def policy_loss(logprobs, old_logprobs, advantages):
 
 
 def value_loss(values, old_values, returns):
-    """The squared error of each value, clipped to a step of VALUE_CLIP from the old value."""
+    """Half the squared error of each value, or of its clipped version, whichever is larger.
+
+    The clipped one is at most VALUE_CLIP away from the old value.
+    """
     clipped = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -246,9 +249,9 @@ def minibatches(n, size, epochs):
 def policy_gradient(lm, sample, advantages, rows, cfg):
     """Add the policy's gradient on one minibatch.
 
-    -> (3,): its loss, its KL to the policy that sampled, its share of clipped tokens. All sums are
-    divided by the minibatch's tokens, so that the micro-batch size changes the gradient only by
-    rounding: where 4-bit weights are multiplied in bf16, that was 4 to 5% of it.
+    -> (3,): its loss, the KL from the policy that sampled, its share of clipped tokens. All sums
+    are divided by the minibatch's tokens, so that the micro-batch size changes the gradient only by
+    rounding (4 to 5% of it with 4-bit weights that are multiplied in bf16).
     """
     n_tokens = sample.tokens.response_mask[rows].sum()
     totals = 0.0
@@ -338,14 +341,15 @@ def train(
 def rollout_metrics(sample, eos):
     """What is logged of a rollout, one line per iteration -> dict of scalars.
 
-    Together with the metrics of ppo_update, except its losses and the policy's gradient norm:
-
         score               mean raw score
         kl                  from policy to reference, nats per answer: the sum of k1
         k3                  the same KL, nats per token
         length              tokens per answer, EOS included
         eos                 share of answers with an EOS
-        approx_kl           KL to the sampling policy before each step, nats per token
+
+    From `ppo_update`, besides losses and the policy's gradient norm, the same line has:
+
+        approx_kl           KL from the policy that sampled, before each step, nats per token
         clip_fraction       share of tokens whose ratio left the clip range
         explained_variance  share of the returns' variance that the critic's values explain
     """

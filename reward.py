@@ -45,8 +45,8 @@ def bradley_terry(chosen, rejected):
 def gap_loss(ww, lw, wl, ll):
     """Eq. 2 of each pair -> (B,): -log sigma over the five comparisons of Eq. 1.
 
-    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first. sigma(gap) is not a
-    probability: where annotators agree on 80%, the loss is lowest at sigma(gap) = 0.75.
+    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first. sigma(r^wl - r^ll)
+    is not a probability: where 80% of annotators prefer y_w, the loss is lowest at 0.75.
     """
     return three_terms(ww, lw, wl, ll) + bradley_terry(ww, lw) + bradley_terry(ll, lw)
 
@@ -219,7 +219,8 @@ def encode_written(lm, text, cfg):
 
     One that fills max_response was cut off, and has no EOS: RL rates it so, and so does evaluation.
     (Text can come back as other tokens than were sampled: a few cut-off answers end up one token
-    shorter, and get an EOS; special tokens other than EOS are gone.)
+    shorter, and get an EOS; other special tokens are gone, and with the tokenizer's own EOS, where
+    that is another token, all that followed it.)
     """
     return lm.encode_response(text)[: cfg.max_response]
 
