@@ -111,17 +111,20 @@ def read_pairs(source, skip_bad=False, columns=""):
     """All pairs of a source, and counts of what was read and dropped.
 
     A row that teaches nothing (equal or empty answers, seen before) is dropped and counted. A row
-    that is not a pair is an error, unless skip_bad.
+    that is not a pair is an error, unless skip_bad and there are others. Prints the names of
+    columns that nobody reads.
     """
     forms = [form_of_columns(columns)] if columns else FORMS
     notes = Counter()
     kept = {}
+    unread = set()
     for place, row in rows_of(source):
         # from a row to a pair, and why not
         try:
             row = read_columns(row)
             form = find_form(row, forms)
             notes[f"read as {form}"] += 1
+            unread |= row.keys() - form.reads()
             pair = Pair(*read_pair(row, form))
             if pair.key() in kept:
                 raise TeachesNothing("seen before")
@@ -129,12 +132,17 @@ def read_pairs(source, skip_bad=False, columns=""):
         except TeachesNothing as reason:
             notes[f"dropped ({reason})"] += 1
         except BadRow as error:
+            hint = f"The row: {str(row)[:90]}"
+            if kept:
+                hint = "To go on without such rows: --skip-bad"
+            bad = UserError(f"{source}, {place}: {error}.\n{hint}")
             if not skip_bad:
-                hint = f"The row: {str(row)[:90]}"
-                if kept:
-                    hint = "To go on without such rows: --skip-bad"
-                raise UserError(f"{source}, {place}: {error}.\n{hint}") from None
+                raise bad from None
             notes["dropped (not a pair)"] += 1
+    if notes["dropped (not a pair)"] and not kept:
+        raise bad
+    if unread:
+        print(f"{source}: columns that are not read: {', '.join(sorted(unread))[:200]}")
     return list(kept.values()), notes
 
 

@@ -2,7 +2,8 @@
 
 FILE                 .json, .jsonl, .csv, .tsv or .parquet, also in gzip, bzip2 or zstd
 FOLDER               with one such file, or written by `save_to_disk` of the library `datasets`
-hh, tldr, a hub id   through the same library; hh:test names a split other than train
+hh, tldr, a hub id   through the same library; hh:test names a split other than train, and
+                     NAME:CONFIG:SPLIT a configuration
 
 To read one more form, add a line to TABLE. The tests go through it line by line.
 """
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import pyarrow
 from pyarrow import parquet
 
-from errors import UserError, first_line
+from errors import UserError, explained
 
 # A dot leads to a field within a column. The prompt may have several parts (+), of which the first
 # must be there; "-" means transcripts, which hold the prompt. `chosen` is the better answer, unless
@@ -62,6 +63,7 @@ KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 ENDINGS = f"{', '.join(KINDS)}, alone or followed by .gz, .bz2 or .zst"
 # the first bytes say how a file is compressed; its name may not
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
+HUB_PAGE = "https://huggingface.co/datasets/"
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -76,6 +78,11 @@ ROLES = {
 # as cells of tables do, or as Python prints them.
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
+# the markup of chat templates, at the beginning of a text or at its end
+MARKUP = re.compile(
+    r"^(<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>|<\|user\|>|<\|system\|>"
+    r"|<start_of_turn>|<s>\[INST\]|\[INST\])|(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>)$"
+)
 
 
 class BadRow(UserError):
@@ -98,6 +105,11 @@ class Form:
     low: str = "0"
     high: str = "1"
 
+    def reads(self):
+        """The columns of a row that are read."""
+        parts = [*self.prompt.split("+"), self.chosen, self.rejected, self.label]
+        return {part.partition(".")[0] for part in parts} | {*parts, "system", "response"}
+
     def columns(self):
         """What a row of this form must have."""
         first_of_prompt = self.prompt.split("+")[0]
@@ -115,7 +127,7 @@ class Form:
 FORMS = [Form(*line.split()) for line in (TABLE.strip() + UNPAIRED).splitlines()[1:]]
 FORMS_HELP = f"""Known forms:{TABLE}For other columns: --columns prompt=...,chosen=...,rejected=...
 If a label says which answer is better, add label=...,low=0,high=1 (its value when the first is
-better, and when the second is)."""
+better, and when the second is; or words, such as low=model_a,high=model_b)"""
 
 
 # From a source to its rows
@@ -130,7 +142,8 @@ def rows_of(source):
     except UserError:
         raise
     except Exception as error:  # each library has its own errors for a damaged file
-        raise UserError(f"{source}: it cannot be read after {place}: {first_line(error)}") from None
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{source}: it cannot be read after {place}: {said}") from None
 
 
 def find_rows(source, path):
@@ -139,7 +152,7 @@ def find_rows(source, path):
         return rows_of_folder(path)
     if path.exists():
         return rows_of_file(path)
-    if kind_of(path) in KINDS or source.startswith(("/", ".", "~")):
+    if kind_of(path) in KINDS or source.startswith(("/", ".", "~")) or "\\" in source:
         raise UserError(f"{source}: there is no such file.")
     return rows_of_hub(source)
 
@@ -154,28 +167,36 @@ def numbered(rows):
 
 
 def rows_of_hub(source):
-    """Rows of NAME or NAME:SPLIT, through the download cache of `datasets`."""
+    """Rows of NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, through the download cache of `datasets`."""
     from datasets import load_dataset  # takes a second, and few runs need it
 
-    name, _, split = source.partition(":")
+    name, *which = source.removeprefix(HUB_PAGE).split(":")
     name = HUB.get(name, name)
-    split = split or "train"
+    *config, split = which or ["train"]
     print(f"{name}: no file here; looking in the download cache and on the hub", flush=True)
     print(f"  for its split {split} (another one: --data {name}:SPLIT)", flush=True)
-    return numbered(load_dataset(name, split=split))
+    return numbered(load_dataset(name, *config, split=split))
 
 
 def rows_of_folder(path):
-    """Rows of a folder written by `save_to_disk`, or of the only data file in any other folder."""
+    """Rows of a folder: written by `save_to_disk`, with one data file, or as on the hub."""
     for saved in (path, path / "train"):
         if (saved / "state.json").exists():
             from datasets import load_from_disk
 
             return numbered(load_from_disk(saved))
+    splits = sorted(file.parent.name for file in path.glob("*/state.json"))
+    if splits:
+        raise UserError(f"{path} has no split train. Give the folder of one: {', '.join(splits)}.")
     files = [file for file in path.glob("[!.]*") if kind_of(file) in KINDS]
-    if len(files) != 1:
-        raise UserError(f"{path} is a folder with {len(files)} data files. Give one file.")
-    return rows_of_file(files[0])
+    if len(files) == 1:
+        return rows_of_file(files[0])
+    if len(set(map(kind_of, files))) > 1:
+        raise UserError(f"{path} has data files of several kinds. Give one file.")
+    from datasets import load_dataset
+
+    with explained(f"{path}: its files cannot be read as one data set", "Give one file."):
+        return numbered(load_dataset(str(path), split="train"))
 
 
 def rows_of_file(path):
@@ -268,15 +289,20 @@ def find(row, path):
 def form_of_columns(text):
     """--columns prompt=...,chosen=...,rejected=... -> its form."""
     try:
-        form = Form("--columns", **dict(part.split("=") for part in text.split(",")))
-        if float(form.low) == float(form.high):
-            raise UserError("--columns: low and high must be two different numbers.")
-        return form
+        named = dict(map(str.strip, part.split("=")) for part in text.split(","))
+        form = Form("--columns", **named)
     except (TypeError, ValueError):
         raise UserError(
             f"--columns {text}: name your columns: prompt=...,chosen=...,rejected=...\n"
             "A dot leads to a field within a column: answers.0.text. For transcripts: prompt=-"
         ) from None
+    words = [end for end in (form.low, form.high) if math.isnan(number_in(end))]
+    same = form.low == form.high or number_in(form.low) == number_in(form.high)
+    if same or len(words) == 1:
+        raise UserError("--columns: low and high must be two different numbers, or two words.")
+    if named.keys() & {"low", "high"} and not form.label:
+        raise UserError("--columns: low and high are values of a label: add label=...")
+    return form
 
 
 def find_form(row, forms):
@@ -290,7 +316,11 @@ def find_form(row, forms):
             return form
     if len(forms) == 1:  # that of --columns
         raise BadRow(f"no {', '.join(missing)} in these columns: {columns}")
-    raise BadRow(f"no prompt with two answers in these columns: {columns}\n{FORMS_HELP}")
+    raise BadRow(no_form(row))
+
+
+def no_form(row):
+    return f"no prompt with two answers in these columns: {', '.join(row)[:200]}\n{FORMS_HELP}"
 
 
 def read_pair(row, form):
@@ -308,6 +338,8 @@ def read_pair(row, form):
         raise TeachesNothing("equal answers")
     if before != also_before:
         raise TeachesNothing("conversations that differ before the last answer")
+    if not before and form.prompt == "-" and "Human:" not in str(find(row, form.chosen)):
+        raise BadRow(no_form(row))
     if not before:
         raise TeachesNothing("no prompt")
     before = with_system_message(before, row)
@@ -316,6 +348,9 @@ def read_pair(row, form):
             "in the prompt, user and assistant must take turns, the user first and last; "
             "a system message may come before them"
         )
+    texts = [turn["content"] for turn in before] + [chosen, rejected]
+    if found := next(filter(None, map(MARKUP.search, texts)), None):
+        raise BadRow(f"{found[0]} is the markup of a chat template. Give messages, or plain text")
     given = row.get("response")
     given = real_text(given, "response") if isinstance(given, str) else ""
     return before, chosen, rejected, given or None
@@ -347,21 +382,29 @@ def read_answer(row, column, prompt):
 
 
 def label_is_high(row, form):
-    """Whether the label prefers `form.rejected`. Files write it as 1, 1.0, "1" or true."""
+    """Whether the label prefers `form.rejected`. Files write it as 1, 1.0, "1", true, or a word."""
     text = str(find(row, form.label)).lower()
-    low = float(form.low)
-    high = float(form.high)
-    try:
-        label = float(json.loads(text))
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        label = math.nan
+    low = number_in(form.low)
+    high = number_in(form.high)
+    if math.isnan(high - low):  # words, such as model_a and model_b; any other is a tie
+        if text not in (form.low.lower(), form.high.lower()):
+            raise TeachesNothing("no preference")
+        return text == form.high.lower()
     # 0 at `low`, 1 at `high`, whichever is the larger number
-    position = (label - low) / (high - low)
+    position = (number_in(text) - low) / (high - low)
     if not 0 <= position <= 1:
         raise BadRow(f"`{form.label}` must be a number from {form.low} to {form.high}: {text[:20]}")
     if position == 0.5:
         raise TeachesNothing("no preference")
     return position > 0.5
+
+
+def number_in(text):
+    """The number that a text is, or NaN."""
+    try:
+        return float(json.loads(text))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return math.nan
 
 
 def read_turns(value, column, speaker="user"):
@@ -387,11 +430,12 @@ def holds_messages(text):
 
 
 def read_transcript(text):
-    r"""The turns of "\n\nHuman: ... \n\nAssistant: ...", or none if the text does not begin so."""
-    text = text.lstrip()
-    if not text.startswith("Human:"):
+    r"""The turns of "\n\nHuman: ... \n\nAssistant: ...", or none if the text is no such thing."""
+    text = text.replace("\r\n", "\n")
+    if not re.match(r"\n\nHuman:|\s*Human:.*\nAssistant:", text, re.DOTALL):
         return []
-    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)[1:]
+    between = "\n\n" if "\n\nAssistant:" in text else "\n"
+    parts = re.split(f"{between}(Human|Assistant):", between + text.lstrip())[1:]
     return [{"role": who, "content": said} for who, said in zip(parts[::2], parts[1::2])]
 
 
@@ -424,7 +468,7 @@ def real_text(value, column):
         raise BadRow(f"`{column}` must be text, and nothing else")
     if re.search("[\ud800-\udfff]", value):
         raise BadRow(f'`{column}` is not in UTF-8. In Excel, save the file as "CSV UTF-8"')
-    return value.strip()
+    return value.replace("\r\n", "\n").strip()
 
 
 # Rows to improve
@@ -449,7 +493,7 @@ def read_rows(source):
             prompt = read_turns(row.get("prompt", ""), "prompt")
             response = real_text(row.get("response", ""), "response")
             if not prompt:
-                raise BadRow(f"no `prompt` in these columns: {', '.join(row)[:200]}")
+                raise BadRow(f"no `prompt`, or an empty one, in: {', '.join(row)[:200]}")
             prompt = with_system_message(prompt, row)
         except BadRow as error:
             raise UserError(f"{place}: {error}.") from None

@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import json
+import re
 
 import pyarrow
 import pytest
@@ -152,9 +153,48 @@ def test_a_prompt_may_be_all_of_the_conversation_its_beginning_or_its_end(whole)
         read({"prompt": "x", "chosen": human + "a", "rejected": human + "b"})
 
 
-def test_text_about_transcripts_is_not_one():
-    for text in ("What does\n\nHuman: mean?", "Assistant: that is me"):
-        assert files.read_turns(text, "prompt") == [{"role": "user", "content": text}]
+@pytest.mark.parametrize(
+    "text", ["What does\n\nHuman: mean?", "Assistant: that is me", "Human: is a great novel?"]
+)
+def test_text_about_transcripts_is_not_one(text):
+    assert files.read_turns(text, "prompt") == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("between", ["\n\n", "\r\n\r\n", "\n", "\r\n"])
+def test_a_transcript_may_come_from_windows_or_lack_empty_lines(between):
+    text = f"Human: hi{between}Assistant: ho{between}Human: hey{between}Assistant:"
+    assert files.read_turns(text, "prompt") == TURNS
+
+
+def test_an_empty_line_parts_turns_where_there_is_one():
+    text = "\n\nHuman: Go on:\nHuman: hi\n\nAssistant: ho"
+    assert files.read_turns(text, "prompt")[0]["content"] == "Go on:\nHuman: hi"
+
+
+def test_line_ends_of_windows_are_no_part_of_a_text():
+    assert read({"prompt": "x\r\ny", "chosen": "a\r\nb", "rejected": "c"})[1] == Pair(
+        [{"role": "user", "content": "x\ny"}], "a\nb", "c"
+    )
+
+
+def test_a_label_may_be_a_word_and_any_other_word_is_a_tie():
+    form = files.form_of_columns(
+        "prompt=q, chosen=a, rejected=b, label=winner, low=model_a, high=model_b"
+    )
+    row = {"q": "x", "a": "left", "b": "right"}
+    assert files.read_pair(row | {"winner": "Model_A"}, form)[1] == "left"
+    assert files.read_pair(row | {"winner": "model_b"}, form)[1] == "right"
+    with pytest.raises(files.TeachesNothing, match="no preference"):
+        files.read_pair(row | {"winner": "tie"}, form)
+
+
+def test_columns_that_nobody_reads_are_named(tmp_path, capsys):
+    row = {"instruction": "x", "input": "y", "chosen": "a", "rejected": "b", "system": "s"}
+    rows = [row, row | {"history": [["p", "q"]], "id": 7, "chosen": "c", "response": "d"}]
+    read_pairs(write(tmp_path / "p.jsonl", rows))
+    assert capsys.readouterr().out.endswith("columns that are not read: history, id\n")
+    read_pairs(write(tmp_path / "p.jsonl", rows[:1]))
+    assert "not read" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("label", [1, 1.0, True, "1", "1.0", "true", "True ", 0.8])
@@ -208,7 +248,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path):
         "seen before": good,
         "equal answers": good | {"chosen": "z "},
         "an empty answer": good | {"chosen": " \n"},
-        "no prompt": {"chosen": "y", "rejected": "z"},
+        "no prompt": {"chosen": "\n\nHuman: \n\nAssistant: y", "rejected": "z"},
         "no preference": tie,
         "conversations that differ before the last answer": {
             "chosen": TEXT + " a",
@@ -235,6 +275,9 @@ BAD = {
     '{"prompt": "x", "completion": "y", "label": true}': "KTO data has one answer per row",
     '{"prompt": "x", "response": "y"}': "SFT data has one answer per row",
     '{"messages": [{"role": "user", "content": "x"}]}': "SFT data has one answer per row",
+    '{"query": "x", ' + ANSWERS: "no prompt with two answers in these columns: query, chosen",
+    '{"prompt": "x", "chosen": "a<|im_end|>", "rejected": "b"}': "<|im_end|> is the markup",
+    '{"prompt": "[INST] x [/INST]", ' + ANSWERS: "is the markup of a chat template",
     '{"prompt": "x", "chosen": 3, "rejected": "b"}': "`chosen` must be",
     '{"prompt": "\\ud800", ' + ANSWERS: "`prompt` is not in UTF-8",
     '{"prompt": [1], ' + ANSWERS: "`prompt` must be",
@@ -254,7 +297,7 @@ BAD = {
 def test_a_bad_line_is_named_and_can_be_skipped(tmp_path, line):
     path = tmp_path / "p.jsonl"
     path.write_bytes(GOOD + b"\n" + line.encode(errors="surrogateescape") + b"\n")
-    with pytest.raises(UserError, match=f"p.jsonl, line 2: .*{BAD[line]}") as error:
+    with pytest.raises(UserError, match=f"p.jsonl, line 2: .*{re.escape(BAD[line])}") as error:
         read_pairs(str(path))
     *said, hint = str(error.value).splitlines()
     assert hint == "To go on without such rows: --skip-bad"
@@ -274,8 +317,8 @@ def test_a_first_row_of_no_form_brings_the_list_of_forms_and_not_skip_bad(tmp_pa
         "--columns prompt=" in text and "--skip-bad" not in text and "\nThe row: {'a': 'x" in text
     )
     assert max(map(len, text.splitlines()[1:])) <= 100
-    with pytest.raises(UserError, match="no pair to learn from"):
-        load_pairs(path, 10, 0, skip_bad=True)
+    with pytest.raises(UserError, match="row 1: no prompt with two answers"):
+        load_pairs(path, 10, 0, skip_bad=True)  # no other row is a pair
     path = write(tmp_path / "p.jsonl", [{"messages": TURNS}])
     with pytest.raises(UserError, match="SFT data has one answer.*\\nThe row: .'messages'"):
         read_pairs(path)
@@ -413,13 +456,32 @@ def test_parquet_folders_and_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("one/p.parquet", "one", "saved", "saved/train"):
         assert read_pairs("~/" + name)[0] == expected
-    for name in ("b.csv", "a.json"):
-        (tmp_path / "one" / name).touch()
-    with pytest.raises(UserError, match="a folder with 3 data files. Give one"):
+    (tmp_path / "one" / "q.parquet").touch()
+    with pytest.raises(UserError, match="as one data set: .*\nGive one file."):
+        read_pairs(str(tmp_path / "one"))
+    (tmp_path / "one" / "b.csv").touch()
+    with pytest.raises(UserError, match="of several kinds. Give one file."):
         read_pairs(str(tmp_path / "one"))
     (tmp_path / "saved" / "train" / "state.json").write_text("{")
     with pytest.raises(UserError, match="saved: it cannot be read after the start"):
         read_pairs(str(tmp_path / "saved"))
+
+
+def test_a_copy_of_a_hub_data_set_and_its_splits(tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict, config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (tmp_path / "hub" / "README.md").write_text("notes")
+    parts = {"train-00000-of-00002": ROWS[:2], "train-00001-of-00002": ROWS[2:], "test": ROWS}
+    for name, rows in parts.items():
+        Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "data" / f"{name}.parquet")
+    assert read_pairs(str(tmp_path / "hub"))[0] == [read(row)[1] for row in ROWS]
+    splits = {"train_prefs": Dataset.from_list(ROWS), "test_prefs": Dataset.from_list(ROWS)}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="the folder of one: test_prefs, train_prefs"):
+        read_pairs(str(tmp_path / "saved"))
+    assert len(read_pairs(str(tmp_path / "saved" / "test_prefs"))[0]) == len(ROWS)
 
 
 @pytest.mark.parametrize("how", [{}, {"sort_keys": True}, {"indent": 2}], ids=str)
@@ -489,15 +551,17 @@ def test_absurd_rows_are_bad_rows(tmp_path, row):
 @pytest.mark.parametrize(
     "end, said",
     [
-        ("low=bad", "name your columns"),
-        ("high=good", "name your columns"),
-        ("low=1", "two different numbers"),
-        ("high=0", "two different numbers"),
+        ("label=d,low=bad", "two different numbers"),
+        ("label=d,high=good", "two different numbers"),
+        ("label=d,low=1", "two different numbers"),
+        ("label=d,high=0.0", "two different numbers"),
+        ("label=d,low=bad,high=bad", "two different numbers"),
+        ("low=1,high=2", "add label="),
     ],
 )
-def test_the_ends_of_a_label_must_be_two_numbers(end, said):
+def test_the_ends_of_a_label_must_be_two_numbers_or_two_words(end, said):
     with pytest.raises(UserError, match=said):
-        files.form_of_columns(f"prompt=a,chosen=b,rejected=c,label=d,{end}")
+        files.form_of_columns(f"prompt=a,chosen=b,rejected=c,{end}")
 
 
 def test_a_column_whose_name_has_a_dot_can_be_named():
@@ -538,7 +602,9 @@ def test_damaged_and_unknown_files_are_named(tmp_path, name, content, message):
     assert name in str(error.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "~/nowhere", "nowhere.CSV.gz"])
+@pytest.mark.parametrize(
+    "source", ["nowhere.jsonl", "./nowhere", "~/nowhere", "nowhere.CSV.gz", r"C:\nowhere"]
+)
 def test_a_missing_file_is_not_looked_for_on_the_hub(source):
     with pytest.raises(UserError, match=r"there is no such file\.$"):
         read_pairs(source)
@@ -550,15 +616,17 @@ def test_a_hub_id_is_read_through_datasets_and_without_a_network_said(monkeypatc
     asked = []
     rows = [{"chosen": TEXT + " a", "rejected": TEXT + " b"}]  # as Anthropic/hh-rlhf has them
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(*name, split):
+        asked.append((*name, split))
         return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in ("hh", "hh:test", "some/set:test"):
+    page = "https://huggingface.co/datasets/some/set"
+    for source in ("hh", "hh:test", "some/set:test", "some/set:small:test", page):
         assert read_pairs(source)[0] == [Pair(TURNS, "a", "b")]
     hh = "Anthropic/hh-rlhf"
-    assert asked == [(hh, "train"), (hh, "test"), ("some/set", "test")]
+    of_set = [("some/set", "test"), ("some/set", "small", "test"), ("some/set", "train")]
+    assert asked == [(hh, "train"), (hh, "test"), *of_set]
     monkeypatch.undo()
     with pytest.raises(UserError, match="no/such: it cannot be read after the start: .*Hub"):
         read_pairs("no/such")
@@ -587,7 +655,7 @@ def test_rows_to_improve(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ('{"response": "x"}', "no `prompt` in these columns: response"),
+        ('{"response": "x"}', "no `prompt`, or an empty one, in: response"),
         ('{"prompt": " "}', "no `prompt`"),
         ('{"prompt": "x", "response": 3}', "`response` must be text"),
         ('{"prompt": 3}', "`prompt` must be"),
