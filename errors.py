@@ -1,6 +1,8 @@
 """Error messages: in a line or two, what went wrong, where, and what to do."""
 
+import os
 import shlex
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -21,7 +23,12 @@ def first_line(error):
 
 def typed():
     """The command that the user typed."""
-    return shlex.join(["python", *sys.argv])
+    return command_line(["python", *sys.argv])
+
+
+def command_line(words):
+    """A command as this system's shell reads it."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def to_continue():

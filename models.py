@@ -454,8 +454,9 @@ def control_tokens(tokenizer):
 def find_model(name):
     """What a name stands for -> folder or hub id.
 
-    "tiny", a local folder, a hub id, or a short name such as "Qwen2-0.5B".
+    "tiny", a local folder, a hub id or its page, or a short name such as "Qwen2-0.5B".
     """
+    name = name.removeprefix("https://huggingface.co/")
     if name == "tiny":
         return TINY
     for start, publisher in PUBLISHERS.items():

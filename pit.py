@@ -168,6 +168,8 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     """What `all` does: the named arguments are those in NOT_STORED; options go to config.json."""
     from run import Run, learned, read_config
 
+    if from_run and not run:
+        raise UserError("--from needs a folder for the new run: --run NEW")
     if ctx and from_run:
         # the options that were not typed are those of that run, or of a run in miniature
         config = read_config(from_run)
@@ -464,7 +466,7 @@ def judge_command(
 
     Example: python pit.py judge --run runs/tiny --by me
     """
-    if by != "me" and not (llm and by.startswith("http")):
+    if not (by == "me" and not llm or by.startswith("http") and llm):
         raise UserError(
             "Who judges? Give --by me, or a server's address and the name of a model there:\n"
             "--by http://localhost:8000/v1 --llm NAME"
@@ -510,7 +512,7 @@ def runs_command(
 
     columns = "run", "model", "data", "seed", "stage", "delta (judge)"
     table = Table(*[Column(name, overflow="fold") for name in columns])
-    for file in sorted(folder.glob("*/metrics.jsonl")):
+    for file in sorted([*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")]):
         try:
             summary = Run(file.parent).summary()
         except (UserError, KeyError, TypeError):  # damaged, or edited by hand

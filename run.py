@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import shutil
 import signal
 import sys
@@ -40,7 +39,7 @@ from types import SimpleNamespace
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from errors import UserError, explained, to_continue, typed
+from errors import UserError, command_line, explained, to_continue, typed
 
 # all that a run writes: nothing else in its folder is ever moved or deleted
 RUN_FILES = """adapters checkpoints metrics.jsonl samples.md answers.json answers.jsonl votes.jsonl
@@ -178,7 +177,7 @@ class Run:
 
     def command(self, name):
         """A command for this run, to be copied from a message."""
-        return shlex.join(["python", "pit.py", name, "--run", str(self.path)])
+        return command_line(["python", "pit.py", name, "--run", str(self.path)])
 
     def results(self):
         """What results.json holds, a dict."""
@@ -479,8 +478,8 @@ def learned(path):
 
 
 def check_free(path):
-    """UserError if a folder is not a run, but has files named like those of a run."""
-    for name in RUN_FILES:
+    """UserError if a folder is not a run, but has files named like those of a run, or this code."""
+    for name in [*RUN_FILES, "pit.py"]:
         if (path / name).exists():
             raise UserError(
                 f"{path} is not a run, but holds {name}. It may be somebody else's, and is left "

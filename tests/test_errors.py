@@ -1,11 +1,12 @@
 """What people are told: an error that they can fix gets a line or two, our mistakes a traceback."""
 
 import errno
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from errors import UserError, explain
+from errors import UserError, command_line, explain
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,13 @@ def test_only_our_own_mistakes_keep_their_traceback(error, said):
         assert text is None
     else:
         assert said in text and len(text.splitlines()) <= 4
+
+
+def test_a_command_to_repeat_is_quoted_for_the_system_shell(monkeypatch):
+    words = ["python", "pit.py", "--run", r"runs\my run"]
+    assert command_line(words) == r"python pit.py --run 'runs\my run'"
+    monkeypatch.setattr("errors.os", SimpleNamespace(name="nt"))
+    assert command_line(words) == r'python pit.py --run "runs\my run"'
 
 
 def test_a_missing_file_is_not_told_as_a_full_disk():

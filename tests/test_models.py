@@ -466,6 +466,7 @@ def test_short_names_stand_for_hub_ids_and_folders_come_first(tmp_path, monkeypa
     assert models.find_model("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (
         models.find_model("me/Qwen2-mine") == "me/Qwen2-mine"
+        and models.find_model("https://huggingface.co/me/mine") == "me/mine"
         and models.find_model("tiny") == models.TINY
     )
     monkeypatch.chdir(tmp_path)

@@ -217,6 +217,7 @@ def test_runs_are_listed(mini, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # nothing is folded
     out = works("runs", mini[0].parent.name)
     assert f"{mini[0].parent.name}/mini" in out and "synthetic" in out and "(smoke)" in out
+    assert f"{mini[0].parent.name}/mini" in works("runs", f"{mini[0].parent.name}/mini")
     # whose delta that is: other tests may have had it judged again
     assert re.search(r"[+-]\d+\.\d \((quality|judge)\)", out)
 
@@ -379,10 +380,12 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         # runs
         ("infer --run {root}/tiny", "no run in"),
         ("rl --run nowhere", "no run in"),
-        ("runs {tmp}", "no runs in"),
+        ("runs {root}/docs", "no runs in"),
         ("all --run {tmp}", "is not a run, but holds metrics.jsonl"),
         ("all --run {mini} --seed 5", "other settings"),
+        ("all --run {root}", "is not a run, but holds pit.py"),
         ("all --run {tmp}/new --from {tmp}/nowhere", "no run in"),
+        ("all --from {mini}", "--run NEW"),
         # models
         ("all --run {tmp}/new --model {mini}", "not a model"),
         ("all --run {tmp}/new --model ./nowhere", "no such folder"),
@@ -393,6 +396,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("judge --run {mini}", "--by"),
         ("judge --run {mini} --by http://127.0.0.1:9", "--llm"),
         ("judge --run {mini} --by localhost:8000 --llm NAME", "--by http://"),
+        ("judge --run {mini} --by me --llm NAME", "--by http://"),
         # data
         ("all --run {tmp}/new --data no-such-file.jsonl", "no-such-file.jsonl"),
         ("all --run {tmp}/new --columns prompt=a,chosen=b,rejected=c", "give that, too"),
@@ -411,7 +415,10 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
             ": the run has ",
         ),
         ("export --run {mini} --adapter reward_gap --to {tmp}/x --merge", "leave out --merge"),
-        ("infer --run {mini} Human:", "the prompt: user and assistant must take turns"),
+        (
+            """infer --run {mini} '[{{"role": "user", "content": ""}}]'""",
+            "the prompt: user and assistant must take turns",
+        ),
         ("""infer --run {mini} '[{{"role": "tool", "content": "x"}}]'""", "a turn by a tool"),
         ("all --run {root}/README.md", "is a file"),
     ],
