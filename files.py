@@ -78,7 +78,7 @@ ROLES = {
 # as cells of tables do, or as Python prints them.
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
-# the markup of chat templates, at the beginning of a text or at its end
+# markup of chat templates, at the beginning of a text or at its end
 MARKUP = re.compile(
     r"^(<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>|<\|user\|>|<\|system\|>"
     r"|<start_of_turn>|<s>\[INST\]|\[INST\])|(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>)$"
@@ -348,9 +348,9 @@ def read_pair(row, form):
             "in the prompt, user and assistant must take turns, the user first and last; "
             "a system message may come before them"
         )
-    texts = [turn["content"] for turn in before] + [chosen, rejected]
-    if found := next(filter(None, map(MARKUP.search, texts)), None):
-        raise BadRow(f"{found[0]} is the markup of a chat template. Give messages, or plain text")
+    for text in (chosen, rejected, *[turn["content"] for turn in before]):
+        if found := MARKUP.search(text):
+            raise BadRow(f"{found[0]} is markup of a chat template. Give messages, or plain text")
     given = row.get("response")
     given = real_text(given, "response") if isinstance(given, str) else ""
     return before, chosen, rejected, given or None
