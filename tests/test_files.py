@@ -166,8 +166,9 @@ def test_a_transcript_may_come_from_windows_or_lack_empty_lines(between):
     assert files.read_turns(text, "prompt") == TURNS
 
 
-def test_an_empty_line_parts_turns_where_there_is_one():
-    text = "\n\nHuman: Go on:\nHuman: hi\n\nAssistant: ho"
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_an_empty_line_parts_turns_where_there_is_one(end):
+    text = f"Human: Go on:{end}Human: hi{end}{end}Assistant: ho"
     assert files.read_turns(text, "prompt")[0]["content"] == "Go on:\nHuman: hi"
 
 
@@ -190,10 +191,11 @@ def test_a_label_may_be_a_word_and_any_other_word_is_a_tie():
 
 def test_columns_that_nobody_reads_are_named(tmp_path, capsys):
     row = {"instruction": "x", "input": "y", "chosen": "a", "rejected": "b", "system": "s"}
-    rows = [row, row | {"history": [["p", "q"]], "id": 7, "chosen": "c", "response": "d"}]
+    parts = {"instruction": "x", "output": ["a", "b"]}  # a form with fields of a column
+    rows = [row | {"history": [["p", "q"]], "id": 7, "response": "d"}, row | {"chosen": "c"}, parts]
     read_pairs(write(tmp_path / "p.jsonl", rows))
     assert capsys.readouterr().out.endswith("columns that are not read: history, id\n")
-    read_pairs(write(tmp_path / "p.jsonl", rows[:1]))
+    read_pairs(write(tmp_path / "p.jsonl", rows[1:]))
     assert "not read" not in capsys.readouterr().out
 
 
@@ -277,6 +279,7 @@ BAD = {
     '{"messages": [{"role": "user", "content": "x"}]}': "SFT data has one answer per row",
     '{"query": "x", ' + ANSWERS: "no prompt with two answers in these columns: query, chosen",
     '{"prompt": "x", "chosen": "a<|im_end|>", "rejected": "b"}': "<|im_end|> is markup of a chat",
+    '{"prompt": "x", "chosen": "a", "rejected": "b<|eot_id|>"}': "<|eot_id|> is markup of a chat",
     '{"prompt": "[INST] x [/INST]", ' + ANSWERS: "is markup of a chat template",
     '{"prompt": "x", "chosen": 3, "rejected": "b"}': "`chosen` must be",
     '{"prompt": "\\ud800", ' + ANSWERS: "`prompt` is not in UTF-8",
