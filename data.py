@@ -111,13 +111,14 @@ def read_pairs(source, skip_bad=False, columns=""):
     """All pairs of a source, and counts of what was read and dropped.
 
     A row that teaches nothing (equal or empty answers, seen before) is dropped and counted. A row
-    that is not a pair is an error, unless skip_bad and there are others. Prints the names of
+    that is not a pair is an error; with skip_bad, only if no row is a pair. Prints the names of
     columns that nobody reads.
     """
     forms = [form_of_columns(columns)] if columns else FORMS
     notes = Counter()
     kept = {}
     unread = set()
+    bad = None
     for place, row in rows_of(source):
         # from a row to a pair, and why not
         try:
@@ -135,11 +136,11 @@ def read_pairs(source, skip_bad=False, columns=""):
             hint = f"The row: {str(row)[:90]}"
             if kept:
                 hint = "To go on without such rows: --skip-bad"
-            bad = UserError(f"{source}, {place}: {error}.\n{hint}")
+            bad = bad or UserError(f"{source}, {place}: {error}.\n{hint}")
             if not skip_bad:
                 raise bad from None
             notes["dropped (not a pair)"] += 1
-    if notes["dropped (not a pair)"] and not kept:
+    if bad and not kept:
         raise bad
     if unread:
         print(f"{source}: columns that are not read: {', '.join(sorted(unread))[:200]}")

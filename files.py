@@ -1,7 +1,8 @@
 """Every form in which people keep preference pairs, and rows to improve.
 
 FILE                 .json, .jsonl, .csv, .tsv or .parquet, also in gzip, bzip2 or zstd
-FOLDER               with one such file, or written by `save_to_disk` of the library `datasets`
+FOLDER               with one such file, or one that the library `datasets` reads: a copy of a
+                     hub data set, or what `save_to_disk` wrote
 hh, tldr, a hub id   through the same library; hh:test names a split other than train, and
                      NAME:CONFIG:SPLIT a configuration
 
@@ -80,8 +81,8 @@ MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:"""
 OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
 # markup of chat templates, at the beginning of a text or at its end
 MARKUP = re.compile(
-    r"^(<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>|<\|user\|>|<\|system\|>"
-    r"|<start_of_turn>|<s>\[INST\]|\[INST\])|(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>)$"
+    r"^(<s>|<bos>)?\s*(<\|(im_start|start_header_id|begin_of_text|user|system)\|>|<start_of_turn>"
+    r"|\[INST\])|(<\|(im_end|eot_id|endoftext)\|>|<end_of_turn>|</s>)$"
 )
 
 
@@ -108,6 +109,7 @@ class Form:
     def reads(self):
         """The columns of a row that are read."""
         parts = [*self.prompt.split("+"), self.chosen, self.rejected, self.label]
+        # a column's own name may have dots
         return {part.partition(".")[0] for part in parts} | {*parts, "system", "response"}
 
     def columns(self):
@@ -170,11 +172,11 @@ def rows_of_hub(source):
     """Rows of NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, through the download cache of `datasets`."""
     from datasets import load_dataset  # takes a second, and few runs need it
 
-    name, *which = source.removeprefix(HUB_PAGE).split(":")
+    name, *which = source.removeprefix(HUB_PAGE).rstrip("/:").split(":")
     name = HUB.get(name, name)
     *config, split = which or ["train"]
     print(f"{name}: no file here; looking in the download cache and on the hub", flush=True)
-    print(f"  for its split {split} (another one: --data {name}:SPLIT)", flush=True)
+    print(f"  for its split {split} (others: NAME:SPLIT, or NAME:CONFIG:SPLIT)", flush=True)
     return numbered(load_dataset(name, *config, split=split))
 
 
@@ -189,12 +191,14 @@ def rows_of_folder(path):
     if splits:
         raise UserError(f"{path} has no split train. Give the folder of one: {', '.join(splits)}.")
     files = [file for file in path.glob("[!.]*") if kind_of(file) in KINDS]
+    files = [file for file in files if file.name != "dataset_infos.json"]  # says nothing of rows
     if len(files) == 1:
         return rows_of_file(files[0])
-    if len(set(map(kind_of, files))) > 1:
-        raise UserError(f"{path} has data files of several kinds. Give one file.")
+    if {*map(kind_of, files)} - {".parquet"}:  # their columns have no types yet
+        raise UserError(f"{path} has {len(files)} data files. Give one file.")
     from datasets import load_dataset
 
+    print(f"{path}: reading its split train")
     with explained(f"{path}: its files cannot be read as one data set", "Give one file."):
         return numbered(load_dataset(str(path), split="train"))
 
@@ -348,11 +352,11 @@ def read_pair(row, form):
             "in the prompt, user and assistant must take turns, the user first and last; "
             "a system message may come before them"
         )
-    for text in (chosen, rejected, *[turn["content"] for turn in before]):
-        if found := MARKUP.search(text):
-            raise BadRow(f"{found[0]} is markup of a chat template. Give messages, or plain text")
     given = row.get("response")
     given = real_text(given, "response") if isinstance(given, str) else ""
+    for text in (chosen, rejected, given, *[turn["content"] for turn in before]):
+        if found := MARKUP.search(text):
+            raise BadRow(f"{found[0]} is markup of a chat template. Give messages, or plain text")
     return before, chosen, rejected, given or None
 
 
@@ -383,12 +387,12 @@ def read_answer(row, column, prompt):
 
 def label_is_high(row, form):
     """Whether the label prefers `form.rejected`. Files write it as 1, 1.0, "1", true, or a word."""
-    text = str(find(row, form.label)).lower()
+    text = str(find(row, form.label)).strip().lower()
     low = number_in(form.low)
     high = number_in(form.high)
-    if math.isnan(high - low):  # words, such as model_a and model_b; any other is a tie
+    if math.isnan(low):  # words, such as model_a and model_b; any other is a tie
         if text not in (form.low.lower(), form.high.lower()):
-            raise TeachesNothing("no preference")
+            raise TeachesNothing(f"no preference: {text[:20]}")
         return text == form.high.lower()
     # 0 at `low`, 1 at `high`, whichever is the larger number
     position = (number_in(text) - low) / (high - low)
@@ -434,7 +438,8 @@ def read_transcript(text):
     text = text.replace("\r\n", "\n")
     if not re.match(r"\n\nHuman:|\s*Human:.*\nAssistant:", text, re.DOTALL):
         return []
-    between = "\n\n" if "\n\nAssistant:" in text else "\n"
+    is_parted = text.startswith("\n\nHuman:") or "\n\nAssistant:" in text
+    between = "\n\n" if is_parted else "\n"
     parts = re.split(f"{between}(Human|Assistant):", between + text.lstrip())[1:]
     return [{"role": who, "content": said} for who, said in zip(parts[::2], parts[1::2])]
 

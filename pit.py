@@ -468,7 +468,7 @@ def judge_command(
     """
     if not (by == "me" and not llm or by.startswith("http") and llm):
         raise UserError(
-            "Who judges? Give --by me, or a server's address and the name of a model there:\n"
+            "Who judges? Give --by me alone, or a server's address and the name of a model there:\n"
             "--by http://localhost:8000/v1 --llm NAME"
         )
     import evaluate

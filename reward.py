@@ -219,8 +219,8 @@ def encode_written(lm, text, cfg):
 
     One that fills max_response was cut off, and has no EOS: RL rates it so, and so does evaluation.
     (Text can come back as other tokens than were sampled: a few cut-off answers end up one token
-    shorter, and get an EOS; other special tokens are gone, and with the tokenizer's own EOS, where
-    that is another token, all that followed it.)
+    shorter, and get an EOS. Other special tokens are gone. Where the tokenizer's own EOS is another
+    token, so is all text after it.)
     """
     return lm.encode_response(text)[: cfg.max_response]
 

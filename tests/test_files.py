@@ -170,6 +170,8 @@ def test_a_transcript_may_come_from_windows_or_lack_empty_lines(between):
 def test_an_empty_line_parts_turns_where_there_is_one(end):
     text = f"Human: Go on:{end}Human: hi{end}{end}Assistant: ho"
     assert files.read_turns(text, "prompt")[0]["content"] == "Go on:\nHuman: hi"
+    text = "\n\nHuman: Go on:\nHuman: hi"
+    assert files.read_turns(text, "prompt")[0]["content"] == "Go on:\nHuman: hi"
 
 
 def test_line_ends_of_windows_are_no_part_of_a_text():
@@ -184,9 +186,9 @@ def test_a_label_may_be_a_word_and_any_other_word_is_a_tie():
     )
     row = {"q": "x", "a": "left", "b": "right"}
     assert files.read_pair(row | {"winner": "Model_A"}, form)[1] == "left"
-    assert files.read_pair(row | {"winner": "model_b"}, form)[1] == "right"
-    with pytest.raises(files.TeachesNothing, match="no preference"):
-        files.read_pair(row | {"winner": "tie"}, form)
+    assert files.read_pair(row | {"winner": " model_b"}, form)[1] == "right"
+    with pytest.raises(files.TeachesNothing, match="no preference: both are bad"):
+        files.read_pair(row | {"winner": "Both are bad "}, form)
 
 
 def test_columns_that_nobody_reads_are_named(tmp_path, capsys):
@@ -280,7 +282,8 @@ BAD = {
     '{"query": "x", ' + ANSWERS: "no prompt with two answers in these columns: query, chosen",
     '{"prompt": "x", "chosen": "a<|im_end|>", "rejected": "b"}': "<|im_end|> is markup of a chat",
     '{"prompt": "x", "chosen": "a", "rejected": "b<|eot_id|>"}': "<|eot_id|> is markup of a chat",
-    '{"prompt": "[INST] x [/INST]", ' + ANSWERS: "is markup of a chat template",
+    '{"prompt": "<s> [INST] x [/INST]", ' + ANSWERS: "is markup of a chat template",
+    '{"prompt": "x", "response": "c</s>", ' + ANSWERS: "</s> is markup of a chat",
     '{"prompt": "x", "chosen": 3, "rejected": "b"}': "`chosen` must be",
     '{"prompt": "\\ud800", ' + ANSWERS: "`prompt` is not in UTF-8",
     '{"prompt": [1], ' + ANSWERS: "`prompt` must be",
@@ -311,7 +314,7 @@ def test_a_bad_line_is_named_and_can_be_skipped(tmp_path, line):
 
 
 def test_a_first_row_of_no_form_brings_the_list_of_forms_and_not_skip_bad(tmp_path):
-    path = write(tmp_path / "p.jsonl", [{"a": "x" * 1000, "b": 1}])
+    path = write(tmp_path / "p.jsonl", [{"a": "x" * 1000, "b": 1}, {"c": 1}])
     with pytest.raises(UserError, match="these columns: a, b\n") as error:
         read_pairs(path)
     text = str(error.value)
@@ -320,7 +323,7 @@ def test_a_first_row_of_no_form_brings_the_list_of_forms_and_not_skip_bad(tmp_pa
         "--columns prompt=" in text and "--skip-bad" not in text and "\nThe row: {'a': 'x" in text
     )
     assert max(map(len, text.splitlines()[1:])) <= 100
-    with pytest.raises(UserError, match="row 1: no prompt with two answers"):
+    with pytest.raises(UserError, match="line 1: no prompt with two answers"):
         load_pairs(path, 10, 0, skip_bad=True)  # no other row is a pair
     path = write(tmp_path / "p.jsonl", [{"messages": TURNS}])
     with pytest.raises(UserError, match="SFT data has one answer.*\\nThe row: .'messages'"):
@@ -463,7 +466,7 @@ def test_parquet_folders_and_home(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="as one data set: .*\nGive one file."):
         read_pairs(str(tmp_path / "one"))
     (tmp_path / "one" / "b.csv").touch()
-    with pytest.raises(UserError, match="of several kinds. Give one file."):
+    with pytest.raises(UserError, match="has 3 data files. Give one file."):
         read_pairs(str(tmp_path / "one"))
     (tmp_path / "saved" / "train" / "state.json").write_text("{")
     with pytest.raises(UserError, match="saved: it cannot be read after the start"):
@@ -476,6 +479,7 @@ def test_a_copy_of_a_hub_data_set_and_its_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "hub" / "data").mkdir(parents=True)
     (tmp_path / "hub" / "README.md").write_text("notes")
+    (tmp_path / "hub" / "dataset_infos.json").write_text("{}")
     parts = {"train-00000-of-00002": ROWS[:2], "train-00001-of-00002": ROWS[2:], "test": ROWS}
     for name, rows in parts.items():
         Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "data" / f"{name}.parquet")
@@ -625,11 +629,12 @@ def test_a_hub_id_is_read_through_datasets_and_without_a_network_said(monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     page = "https://huggingface.co/datasets/some/set"
-    for source in ("hh", "hh:test", "some/set:test", "some/set:small:test", page):
+    for source in ("hh", "hh:test", "some/set:test", "some/set:small:test", page, page + "/"):
         assert read_pairs(source)[0] == [Pair(TURNS, "a", "b")]
     hh = "Anthropic/hh-rlhf"
-    of_set = [("some/set", "test"), ("some/set", "small", "test"), ("some/set", "train")]
-    assert asked == [(hh, "train"), (hh, "test"), *of_set]
+    whole = ("some/set", "train")
+    parts = [("some/set", "test"), ("some/set", "small", "test")]
+    assert asked == [(hh, "train"), (hh, "test"), *parts, whole, whole]
     monkeypatch.undo()
     with pytest.raises(UserError, match="no/such: it cannot be read after the start: .*Hub"):
         read_pairs("no/such")
