@@ -8,7 +8,7 @@ Run: python pit.py infer --run runs/tiny "..."                                  
 import json
 import os
 import zlib
-from difflib import ndiff
+from difflib import SequenceMatcher
 from pathlib import Path
 from tempfile import gettempdir
 from textwrap import fill
@@ -60,24 +60,22 @@ def answer(lm, cfg, settings, turns, response=None):
 def is_other_task(question, response):
     """Whether a question is not of the built-in task, or a response has no line of an answer."""
     people = task.read(question)
-    known = question == task.ask(people) and people.keys() <= set(task.NAMES)
     try:
         task.solve(people)
-    except (ValueError, KeyError):  # it has other words for directions or turns
-        known = False
-    return not known or response is not None and not task.read(response)
+    except (ValueError, KeyError):  # other words for directions or turns
+        return True
+    known = people and question == task.ask(people) and people.keys() <= set(task.NAMES)
+    return not known or (response is not None and not task.read(response))
 
 
 def mark_changes(old, new):
     """`new` with *stars* around the words that are not in `old` at that place."""
+    old = old.split(" ")
+    new = new.split(" ")
     words = []
-    for line in ndiff(old.split(" "), new.split(" ")):
-        sign = line[0]
-        word = line[2:]
-        if sign == "+":
-            words.append(f"*{word}*")
-        elif sign == " ":
-            words.append(word)
+    for what, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for word in new[start:end]:
+            words.append(word if what == "equal" or not word else f"*{word}*")
     return " ".join(words)
 
 
@@ -137,7 +135,8 @@ def improve_file(lm, cfg, settings, requests, path):
                     made_with=stamp,
                     gaps=[round(gap, 3) for gap in gaps],
                 )
-                # "made_with" comes twice: to be first in the line, and to override the row's own
+                # "made_with" stands here twice: once so that the line begins with it, once so that
+                # it wins over a column of that name
                 line = {"made_with": stamp, **row, **ours}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
@@ -147,7 +146,7 @@ def improve_file(lm, cfg, settings, requests, path):
 def rows_done(path, begin, total, batch):
     """How many rows an earlier run of this command wrote to `path`; half a batch is cut off.
 
-    begin: what each line begins with: a checksum of the settings, the weights and all rows.
+    begin: what each line begins with: a checksum of the settings, PIT's weights and all rows.
     """
     text = path.read_bytes() if path.exists() else b""
     *lines, cut_off = text.split(b"\n")  # cut_off: what a kill left of a line, or nothing

@@ -42,6 +42,7 @@ def test_changed_words_are_marked():
     new = "Ann south: west south.\n\nBen west: back again."
     assert chat.mark_changes(old, new) == "Ann *south:* west south.\n\nBen west: *back* *again.*"
     assert chat.mark_changes("a b c", "a c") == "a c"
+    assert chat.mark_changes("a b", "a  b") == "a  b"
 
 
 # ---- the conversation --------------------------------------------------------------------------
@@ -89,6 +90,7 @@ def test_a_conversation_survives_what_it_cannot_answer_and_says_what_is_cut(
         (ROWS[0]["prompt"], ROWS[1]["response"], False),
         ("What is the capital of France?", None, True),
         (ROWS[0]["prompt"].replace("Ann", "Alice"), None, True),
+        ("Where does each look in the end?", None, True),  # about nobody
         (ROWS[0]["prompt"].replace("north:", "nroth:"), None, True),
         (ROWS[0]["prompt"].replace("left", "lft"), None, True),
         (ROWS[0]["prompt"], "<|end|>", True),
