@@ -106,7 +106,8 @@ def read_votes(run):
                 del cast[vote["question"]]
             else:
                 cast[vote["question"]] = vote
-    return votes
+    # a judge may have taken back all that it said
+    return defaultdict(dict, {judge: cast for judge, cast in votes.items() if cast})
 
 
 def add_vote(run, judge, question, vote, **more):
@@ -158,8 +159,8 @@ def ask_llm(run, url, llm, n=128):
     ask_one = partial(ask_both_orders, run, client, llm)
     # ties last: a mistyped name ends at the first question, before any tie is recorded
     questions = sorted(questions_left(run, llm, n), key=Question.is_tie)
-    for question in questions[:1]:
-        ask_one(question)
+    if questions:
+        ask_one(questions[0])
     # each vote goes to votes.jsonl as it comes; an error ends the loop, and asks no more
     thread_map(ask_one, questions[1:], max_workers=WORKERS, ncols=80, disable=None)
 

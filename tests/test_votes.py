@@ -289,7 +289,7 @@ def type_in(run, monkeypatch, keys):
 
 def test_a_person_votes_undoes_quits_and_goes_on(run, monkeypatch, capsys):
     type_in(run, monkeypatch, "u1uq")
-    assert votes.read_votes(run)["me"] == {}
+    assert "me" not in votes.read_votes(run)  # all that was said was taken back
     type_in(run, monkeypatch, "1?2u2q")
     assert len(votes.read_votes(run)["me"]) == 2
     type_in(run, monkeypatch, "t" * 99)
