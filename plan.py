@@ -34,6 +34,7 @@ WORK = {
 # the built-in base on a CPU, and assumed for everything else until a stage of the kind is measured
 READING = 0.4
 WRITING = 2.5
+clock = tqdm.format_interval  # seconds -> "01:02" or "1:02:03"
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def plan_stages(cfg, x, y, pairs):
     ]
     rounds = curriculum.rounds(cfg.rounds.split(","), curriculum.round_steps(cfg), "pit_rl")
     for role, source, _, steps in rounds:
-        # one more reading, by R_PIT: y_ref, for the score of "no change"
+        # one more reading: R_PIT also scores y_ref itself ("no change")
         stage = train(
             role,
             "rl",
@@ -242,7 +243,6 @@ class Plan:
         names = [stage.name for stage in self.stages]
         number = names.index(name)
         self.stage = self.stages[number]
-        self.stage.seconds = 0
         self.ends = []  # when each of its steps ended
         return f"[{number + 1} of {len(names)}] "
 
@@ -290,19 +290,17 @@ class Plan:
             "  (passes over the pairs; tokens; memory without that of the libraries)",
             "  stage          passes  trained     read  written   memory     time",
         ]
-        row = "  {name:14}{passes:7.1f}{:8,.0f}k{:8,.0f}k{:8,.0f}k{memory:5.1f} GiB"
         for stage in self.stages:
-            tokens = [stage.rows * n / 1000 for n in (stage.trained, stage.read, stage.written)]
-            line = row.format(*tokens, **vars(stage))
+            line = f"  {stage.name:14}{stage.passes:7.1f}"
+            for per_row in (stage.trained, stage.read, stage.written):
+                line += f"{stage.rows * per_row / 1000:8,.0f}k"
+            line += f"{stage.memory:5.1f} GiB"
             if self.measured():
                 line += f"{clock(self.expect(stage)):>9}"
             lines.append(line)
         if self.measured():
             lines.append(f"  {'all':57}{clock(self.total()):>9}")
         return "\n".join(lines)
-
-
-clock = tqdm.format_interval  # seconds -> "01:02" or "1:02:03"
 
 
 def make_plan(lm, run, parts, commands):
