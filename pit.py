@@ -603,9 +603,9 @@ def export_command(
     from run import new_folder
 
     opened = open_run(run)
-    roles = sorted(folder.name for folder in opened.adapter("").glob("[!.]*"))
-    if adapter not in roles:
-        raise UserError(f"--adapter {adapter}: the run has {', '.join(roles) or 'none yet'}.")
+    if adapter not in opened.roles():
+        found = ", ".join(opened.roles()) or "none yet"
+        raise UserError(f"--adapter {adapter}: the run has {found}.")
     if to.exists():
         raise UserError(f"--to {to} already exists. Give a new folder.")
     if merge and (opened.adapter(adapter) / "head.safetensors").exists():

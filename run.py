@@ -60,7 +60,7 @@ ONLY = {
     "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),
     OF_RL: ("policy_rl", "pit_rl", "ablate"),
     "rounds": ("pit_rl", "ablate"),
-    "eval_n": (),
+    "eval_n": (),  # to none
 }
 
 
@@ -72,6 +72,7 @@ class Run:
     source = None  # another run, whose adapters `begin` is to take over
     in_step = False
     stop_signal = None
+    # `stage` sets name, warned and started; `steps` sets step and bar
 
     def __init__(self, path, config=None):
         """Open the run in `path`. `start` gives the config of a run that has yet to begin."""
@@ -102,7 +103,7 @@ class Run:
             if changes:
                 told = ", ".join(changes)
                 raise UserError(f"{path} holds a run with other settings: {told}.\n{WAYS_OUT}")
-            options = old | options
+            options = old | options  # with what was pinned, such as the fingerprint of the data
         run = cls(path, options)
         run.replace = overwrite and bool(old)
         if source:
@@ -114,7 +115,7 @@ class Run:
     def begin(self):
         """Write config.json, now that options, model and data are known to be good."""
         self.path.mkdir(parents=True, exist_ok=True)
-        config = vars(self.config)
+        config = vars(self.config)  # no copy: what is added below is added to self.config
         # a kill may have stopped an --overwrite halfway
         halfway = (self.path / REPLACED).exists() and not learned(self.path)
         if self.replace or halfway:
@@ -201,7 +202,8 @@ class Run:
         """
         config = self.config
         gain = self.gain()
-        stage = [*self.results().get("time_s", ["none yet"])][-1]
+        ended = [*self.results().get("time_s", {})]  # in the order in which they ended
+        stage = ended[-1] if ended else "none yet"
         if is_smoke(config):
             stage += " (smoke)"
         delta = f"{100 * gain['delta']:+.1f} ({gain['judge']})" if gain else ""
@@ -218,6 +220,10 @@ class Run:
 
     def adapter(self, role):
         return self.path / "adapters" / role
+
+    def roles(self):
+        """The roles that have an adapter, intact or not, by name."""
+        return sorted(folder.name for folder in (self.path / "adapters").glob("[!.]*"))
 
     def done(self, role):
         """Whether `role` has been trained. A damaged one is reported, and counts as untrained."""
@@ -262,7 +268,7 @@ class Run:
         """Save the trained `role` as an adapter of this run."""
         with new_folder(self.adapter(role), role) as folder:
             lm.save(role, folder)
-            # first: a kill in between must not leave an adapter without its seconds
+            # before the folder gets its name: an adapter never lacks its seconds
             self.add_seconds()
         remove(self.path / "checkpoints" / role)
         remove(self.path / REPLACED)
@@ -313,7 +319,7 @@ class Run:
         """Append a line to metrics.jsonl: stage, step, numbers by name. The bar shows three."""
         metrics = {name: round(float(value), 6) for name, value in metrics.items()}
         for name, value in metrics.items():
-            if not math.isfinite(value):  # no checkpoint has it yet
+            if not math.isfinite(value):  # stop before a checkpoint can hold it
                 raise UserError(
                     f"{self.name}, step {self.step}: {name} is {value}. The last checkpoint is "
                     "kept, but the same options would end here again.\nLook for odd texts in the "
@@ -326,9 +332,14 @@ class Run:
     def metrics(self):
         """All lines of metrics.jsonl, a dict each, the oldest first."""
         path = self.path / "metrics.jsonl"
-        with explained(f"{path} is damaged", "Delete the line; only the curves need it."):
-            # what follows the last newline was cut off by a kill: that step is done again
-            return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
+        # what follows the last newline was cut off by a kill: that step is done again
+        lines = read_text(path, errors="replace").split("\n")[:-1]
+        rows = []
+        for number, line in enumerate(lines, 1):
+            damage = f"{path} is damaged in line {number}"
+            with explained(damage, "Delete that line; only the curves need it."):
+                rows.append(json.loads(line))
+        return rows
 
     def forget(self, step):
         """Drop the lines of this stage from `step` on, so that no step appears twice."""
@@ -403,8 +414,8 @@ def take_over(run, source):
     """
     # which roles: those with the same options
     roles = []
-    for folder in sorted(source.adapter("").glob("[!.]*")):
-        role = folder.name
+    for role in source.roles():
+        folder = source.adapter(role)
         names = differing(vars(source.config), vars(run.config), role)
         if names:
             print(f"{folder} is not taken over: {', '.join(names)} differ.")
@@ -531,12 +542,10 @@ def checksums(folder, role):
 
 
 def is_intact(folder, role):
-    """Whether a folder holds what `new_folder` wrote for `role`; reports a damaged one.
-
-    Files beside its own (a .DS_Store) do no harm.
-    """
+    """Whether a folder holds what `new_folder` wrote for `role`; reports a damaged one."""
     with suppress(OSError, ValueError, AttributeError):  # no checksums, or damaged ones
         stored = json.loads((folder / "sha256.json").read_bytes())
+        # a subset: other files, such as a .DS_Store, do no harm
         if stored.items() <= checksums(folder, role).items():
             return True
     if folder.exists():

@@ -374,7 +374,7 @@ def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
     assert len(run.metrics()) == len(lines) == 7
     for damaged in ('{"stage": "toy", "st', "\xff", ""):
         metrics.write_text("".join([*lines[:2], damaged + "\n", *lines[2:]]), encoding="latin-1")
-        with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+        with pytest.raises(UserError, match="metrics.jsonl is damaged in line 3"):
             run.metrics()
     (tmp_path / "results.json").write_text('{"time_s"')
     with pytest.raises(UserError, match="results.json is damaged.*\nDelete it"):
