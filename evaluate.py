@@ -158,7 +158,7 @@ def evaluate(lm, run, pairs, last, judges, lasts=None):
         # 1. every side: its texts, and their scores
         for key in keys:
             bar.set_postfix_str(f"  {key}")
-            # the other sides are for the main judge alone
+            # other judges than the main one see only the sides of Table 1
             asked = views if key in of_table1 else [main]
             for view in asked:
                 view.scores(key)

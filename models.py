@@ -1,8 +1,8 @@
 """One frozen base, many LoRA adapters: the single model-loading helper of the project.
 
 Every role of PIT (policy, PIT model, reward models, judge) is a small LoRA adapter on the same
-base, which is loaded once, in 4-bit. A reward model also has a scalar head: one nn.Linear on the
-last hidden states.
+base, which is loaded once (in 4-bit by default). A reward model also has a scalar head: one
+nn.Linear on the last hidden states.
 
                         head (D -> 1)               LM head (D -> V)
                              ^                            ^
@@ -108,13 +108,13 @@ class LM:
         self.pad = 1 if self.eos == 0 else 0
         self.size = base.num_parameters()
         shape = base.config.get_text_config()
-        is_windowed = getattr(shape, "sliding_window", None)  # a mask of our own would lose that
+        is_windowed = getattr(shape, "sliding_window", None)  # our own mask would override it
         self.shared_row = shape.model_type in SHARED_ROW and not is_windowed
         self.backbone = base.get_decoder()
         self.hidden_size = base.get_input_embeddings().embedding_dim
         # "blank" is the base itself: the B of a new LoRA is zero
         self.peft = get_peft_model(base, lora, adapter_name="blank")
-        if not isinstance(lora.target_modules, str):  # a set is written in no fixed order
+        if not isinstance(lora.target_modules, str):  # peft made it a set, which has no order
             lora.target_modules = sorted(lora.target_modules)
         self.lm_head = base.get_output_embeddings()
         self.heads = nn.ModuleDict()
@@ -191,7 +191,7 @@ class LM:
         head = folder / "head.safetensors"
         self.add(role, head=head.exists())
         self.set_weights(role, load_file(folder / "adapter_model.safetensors"))
-        if role in self.heads:
+        if head.exists():
             self.heads[role].load_state_dict(load_file(head))
 
     # ---- text to tokens ------------------------------------------------------------------------
@@ -204,12 +204,13 @@ class LM:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
+            is_shown = system in text
         except TemplateError:
             if not system:
                 raise
-            text = ""
+            is_shown = False
         # some templates refuse or ignore system messages: then the user says it
-        if system not in text:
+        if not is_shown:
             user = f"{system}\n\n{messages[1]['content']}"
             return self.encode_prompt([{"role": "user", "content": user}, *messages[2:]])
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -329,14 +330,13 @@ class LM:
         """
         self.activate(role)
         start = self.collate(prompts, [[]] * len(prompts))  # (B, P)
-        # top_k, top_p: the whole distribution, or samples and log-probs would be of different
-        # policies
+        # no top-k or top-p cut: the samples must come from the policy whose log-probs are computed
         out = self.peft.generate(
             input_ids=start.ids,
             attention_mask=start.mask,
             max_new_tokens=max_tokens,
             do_sample=temperature > 0,
-            temperature=max(temperature, 1e-6),  # of a greedy answer: any but 0
+            temperature=max(temperature, 1e-6),  # greedy decoding ignores it, but 0 is refused
             top_k=0,
             top_p=1.0,
             prefill_chunk_size=PREFILL,
@@ -597,12 +597,13 @@ def check_base(lm):
     # likeliest three, since a cap changes large logits most, and three others
     prompt = [9, 5]
     logits = lm.peft(input_ids=torch.tensor([prompt], device=lm.device)).logits[0, -1]
-    tokens = [*logits.topk(3).indices.tolist(), 6, 7, 8]
-    sampled = logits.float().log_softmax(-1)[tokens]
-    # The same as in training, with later tokens after them, and with padding before them: the
-    # seventh prompt is longer.
-    answers = [[token, 9, 5] for token in (*tokens, 9)]
-    ours = lm.logprobs(lm.collate([prompt] * 6 + [[5, 6, 7]], answers))[:6, 0]
+    six = [*logits.topk(3).indices.tolist(), 6, 7, 8]
+    sampled = logits.float().log_softmax(-1)[six]
+    # The same as in training, with later tokens after them. A seventh row, whose prompt is longer,
+    # puts padding before the six.
+    prompts = [prompt] * 6 + [[5, 6, 7]]
+    answers = [[token, 9, 5] for token in (*six, 9)]
+    ours = lm.logprobs(lm.collate(prompts, answers))[:6, 0]
     # room for bf16, where logits of 40 are 0.25 apart; NaN is close to nothing
     if not torch.allclose(ours, sampled, rtol=0.02, atol=0.4):
         raise ValueError(

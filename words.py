@@ -32,9 +32,10 @@ def shape_of(text):
 def log_odds(a, b, background):
     """Counts of two groups, and of all texts around them -> {feature: z}, above 0: a has more.
 
-    Log-odds with an informative Dirichlet prior over their standard error, as in Monroe, Colaresi
-    and Quinn (2008), "Fightin' Words". The prior has the shares of the background, and as much
-    weight as one group: it keeps rare words from coming first.
+    z is the difference in log-odds, smoothed by an informative Dirichlet prior, divided by its
+    standard error, as in Monroe, Colaresi and Quinn (2008), "Fightin' Words". The prior has the
+    shares of the background, and as much weight as one group: it keeps rare words from coming
+    first.
     """
     if len(background) < 2:
         return {}  # nothing to compare with
@@ -99,4 +100,9 @@ def measure(lines, pairs, judge):
     for row in words:
         row["without"] = delta(partial(without, row["feature"]))
     rows = words + standing_out(shape_of, sides)
-    return {"answers": len(lines), "pairs": len(pairs), "delta": delta(str), "rows": rows}
+    return {
+        "answers": len(lines),
+        "pairs": len(pairs),
+        "delta": delta(lambda text: text),
+        "rows": rows,
+    }
