@@ -275,7 +275,7 @@ def prepare(run, roles=()):
 
     cfg = run.config
     pairs = data.load_pairs(cfg.data, cfg.pairs, cfg.seed, cfg.skip_bad, cfg.columns)
-    run.pin("data fingerprint", data.fingerprint(pairs))
+    run.pin_data(data.fingerprint(pairs))
     curriculum.check_given(cfg.rounds.split(","), pairs)
     lm = load_base(run, roles)
     print(f"{cfg.model}: {lm.describe()}")

@@ -129,7 +129,10 @@ class Run:
             take_over(self, self.source)
 
     def lock(self):
-        """Keep other processes out, and let Ctrl-C and SIGTERM wait for the end of a step."""
+        """Keep other processes out, and let Ctrl-C and SIGTERM wait for the end of a step.
+
+        The lock is held as long as this process lives.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self.lock_file.acquire(blocking=False)
@@ -138,10 +141,6 @@ class Run:
             raise UserError(used) from None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-
-    def close(self):
-        """Let other processes in; when this process ends, that happens anyway."""
-        self.lock_file.release()
 
     def on_signal(self, number, frame):
         """Stop after the step in progress; outside a step, or at a second signal, at once."""
@@ -168,9 +167,9 @@ class Run:
 
     # ---- options and results -------------------------------------------------------------------
 
-    def pin(self, name, value):
+    def pin_data(self, fingerprint):
         """Record the fingerprint of the data in the config; UserError if it has changed."""
-        if vars(self.config).setdefault(name, value) != value:
+        if vars(self.config).setdefault("data fingerprint", fingerprint) != fingerprint:
             raise UserError(
                 f"{self.config.data} no longer holds the data that {self.path} began with.\n"
                 "Put back the old data to continue, or give a new --run, or --overwrite."

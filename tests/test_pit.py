@@ -56,7 +56,7 @@ def pit(*words, stdin=""):
                 command_line.main()
         finally:
             for run in runs:
-                run.close()
+                run.lock_file.release()
     texts = []
     for name in ("stdout", "stderr"):
         streams[name].flush()
@@ -279,7 +279,7 @@ def test_the_card_of_a_4_bit_run_says_so(mini, lm):
     run.config.bits = 4
     card = command_line.card(lm, run, "pit_rl1", merge=True)
     assert "trained on the base in 4-bit" in card and "at temperature 1, on the base in 4-" in card
-    run.close()
+    run.lock_file.release()
 
 
 def test_an_export_carries_a_card(mini, tmp_path):

@@ -97,7 +97,7 @@ def train(folder, stages=(pit.sft_stage, pit.reward_stage, pit.rl_stage), **star
         for stage in stages:
             stage(*shared)
     finally:
-        run.close()
+        run.lock_file.release()
 
 
 def outcome(folder):
@@ -404,20 +404,20 @@ def test_a_run_continues_with_its_own_options_only(tmp_path):
     with pytest.raises(UserError, match=r"seed=0 \(now 1\)(.|\n)*--run(.|\n)*--overwrite"):
         toy(tmp_path, seed=1)
     run = Run.start(tmp_path, TOY | dict(save_every=5))  # may change: no result depends on it
-    run.pin("data fingerprint", "abc")
+    run.pin_data("abc")
     run.begin()
     assert run.config.versions.keys() >= {"python", "torch"}
     run.lock()
     with pytest.raises(UserError, match="in use"):
         Run.start(tmp_path, TOY, overwrite=True).lock()
-    run.close()
+    run.lock_file.release()
     config = json.loads((tmp_path / "config.json").read_text())
     config["versions"] = {"python": "1.5"}  # other versions are no reason to refuse
     (tmp_path / "config.json").write_text(json.dumps(config))
     run = Run.start(tmp_path, TOY)
     run.config.data = "x.jsonl"
     with pytest.raises(UserError, match="x.jsonl no longer holds the data.*\nPut back"):
-        run.pin("data fingerprint", "abd")
+        run.pin_data("abd")
 
 
 def test_options_are_checked_again_under_the_lock(tmp_path):
@@ -607,7 +607,7 @@ def test_held_out_prompts_come_once(whole, monkeypatch):
     pairs = data.synthetic_pairs(80, seed=0)
     twice = pairs + [data.Pair(pair.prompt, pair.chosen, "another") for pair in pairs]
     monkeypatch.setattr(data, "load_pairs", lambda *_: twice)
-    monkeypatch.setattr(Run, "pin", lambda *_: None)
+    monkeypatch.setattr(Run, "pin_data", lambda *_: None)
     monkeypatch.setattr(Run, "lock", lambda self: None)
     _, _, parts = pit.prepare(Run(whole))
     prompts = [pair.prompt for pair in parts["held_out"]]
