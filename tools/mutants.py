@@ -1,4 +1,4 @@
-r"""Which mistakes in RLHF are silent, and which test notices? 315 of them, one line each.
+r"""Which mistakes in RLHF are silent, and which test notices? 317 of them, one line each.
 
 Nearly all of these run to the end, print falling losses, and train something worse. Each is made in
 a temporary copy of the project, where the test that should notice it must fail; if it does not,
