@@ -61,7 +61,8 @@ def rounds(sources, steps, prefix):
     """
     roles = [f"{prefix}{number}" for number in range(len(sources))]
     # the first starts from M_PIT^SFT, each other where the last one ended
-    return zip(roles, sources, ["pit_sft", *roles], steps)
+    starts = ["pit_sft", *roles[:-1]]
+    return zip(roles, sources, starts, steps, strict=True)
 
 
 # ---- the policy --------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def gap_problem(lm, pairs, source, cfg, step):
     """Eqs. 4 and 5, one PPO iteration: improve y_ref -> prompts, score (see `ppo.train`)."""
     xs, references = draw_references(lm, pairs, source, step, cfg)
     chats = list(map(improve_prompt, xs, references))
-    # the same for all y: a baseline, good where y is often a copy of y_ref
+    # does not depend on y: a baseline, which lowers the variance where y is often a copy of y_ref
     unchanged = rewards(lm, "reward_gap", chats, references, cfg)  # (B,)
 
     def score(tokens, states):

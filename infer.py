@@ -61,7 +61,9 @@ def end_of(stop, texts, gaps):
 def improve_rounds(lm, cfg, settings, prompts, responses):
     """Improve an answer to each prompt, round by round -> yields (texts, gaps over those before).
 
-    The first texts are the responses, or the policy's answers for None; they have no gaps.
+    The first texts are the responses, or the policy's answers for None; they have no gaps. All
+    `settings.rounds` rounds come, whatever the stop rule: the caller stops, by `goes_on`, or picks
+    the answer afterwards, by `end_of`.
     """
     # y_0: the given text, or the policy's answer
     unanswered = [x for x, response in zip(prompts, responses) if response is None]

@@ -48,7 +48,7 @@ VALUE_CLIP = 0.2  # Huang et al.
 SCORE_CLIP = 5.0  # in standard deviations, so that one outlier does not dominate a batch
 NO_EOS = -1.0  # added to the normalised score of an answer that was cut off
 WILD_KL = 1.0  # nats per token from the reference: a healthy run stays several times lower
-NO_SPREAD = 1e-3  # a standard deviation of raw scores; it can be no more than rounding
+NO_SPREAD = 1e-3  # standard deviation of raw scores: below it, they may differ by rounding alone
 STOP_KL = 0.1  # nats per token from the policy that sampled: above it, updates on this sample end
 
 
@@ -134,7 +134,7 @@ def gae(rewards, values, mask):
         next_advantage = (delta + GAMMA * LAMBDA * next_advantage) * mask[:, t]
         next_value = values[:, t]
         advantages[:, t] = next_advantage
-    return advantages, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def policy_loss(logprobs, old_logprobs, advantages):
@@ -185,9 +185,9 @@ def rate(lm, tokens, score, *, policy, reference, reward_role, critic, cfg):
     scores = score(tokens, states)
     # the value of token t may not see it: states[:, t] has seen t tokens, so drop the last state
     critic_states = states[:, :-1]
-    # The policy's log-probs come from the same pass as in training, not from the sampler, so
-    # that the first ratio is 1 up to rounding. In a bf16 base, rounding is coarse: |ratio - 1| was
-    # 0.02 on average, and about 1% of tokens began outside the clip range.
+    # The policy's log-probs come from training's own forward pass, not from the sampler, so that
+    # the first ratio is 1 up to rounding. In a bf16 base, rounding is coarse: even so, |ratio - 1|
+    # was 0.02 on average, and about 1% of tokens began outside the clip range.
     return Rollout(
         tokens=tokens,
         logprobs=logprobs_by(lm, policy, tokens, cfg),
@@ -228,10 +228,10 @@ def ppo_update(lm, policy, critic, optimizers, sample, scores, *, decay, cfg, ad
         # the critic
         values = critic(sample.states[rows]).squeeze(-1)
         per_token = value_loss(values, sample.values[rows], returns[rows])
-        loss = masked_mean(per_token, mask[rows])
-        loss.backward()
+        critic_loss = masked_mean(per_token, mask[rows])
+        critic_loss.backward()
         take_step(critic_optimizer, cfg.critic_lr * decay)
-        history["value_loss"].append(loss.detach())
+        history["value_loss"].append(critic_loss.detach())
     metrics = {name: torch.stack(values).mean() for name, values in history.items()}
     metrics["explained_variance"] = explained_variance(sample.values, returns, mask)
     return metrics
@@ -247,11 +247,12 @@ def minibatches(n, size, epochs):
 
 
 def policy_gradient(lm, sample, advantages, rows, cfg):
-    """Add the policy's gradient on one minibatch.
+    """Backpropagate the policy's loss on one minibatch: its gradients add up in .grad.
 
-    -> (3,): its loss, the KL from the policy that sampled, its share of clipped tokens. All sums
-    are divided by the minibatch's tokens, so that the micro-batch size changes the gradient only by
-    rounding (4 to 5% of it with 4-bit weights that are multiplied in bf16).
+    -> (3,): the loss, the KL from the policy that sampled, the share of tokens whose ratio is
+    outside the clip range. All sums are divided by the minibatch's tokens, so that the micro-batch
+    size changes the gradient only by rounding (4 to 5% of it with 4-bit weights that are multiplied
+    in bf16).
     """
     n_tokens = sample.tokens.response_mask[rows].sum()
     totals = 0.0
@@ -269,8 +270,8 @@ def policy_gradient(lm, sample, advantages, rows, cfg):
         with torch.no_grad():
             kl = (k3(old_logprobs, logprobs) * mask).sum() / n_tokens
             outside = (torch.exp(logprobs - old_logprobs) - 1).abs() > CLIP
-            clipped = (outside * mask).sum() / n_tokens
-            totals += torch.stack([loss.detach(), kl, clipped])
+            outside_share = (outside * mask).sum() / n_tokens
+            totals += torch.stack([loss.detach(), kl, outside_share])
     return totals
 
 
@@ -286,10 +287,12 @@ def train(
     that model already knows what is good, and since it stays frozen, one pass over a rollout serves
     all epochs.
 
-    problem(step) -> prompts, lists of token ids, and score(Tokens, states) -> (B,) raw scores; the
-        states, (B, R + 1, D), are those of `reward_role`, which is active then.
+    problem(step) gives two things: the prompts (lists of token ids), and a function
+        score(tokens, states) -> (B,), the raw scores. Its states, (B, R + 1, D), are those of
+        `reward_role`, whose adapter is active then.
+    Two more functions, for variants of your own (nothing here passes others):
     advantage(rewards, values, mask) -> advantages, returns.
-    penalty(Tokens, eos) -> (B,), added to the normalised scores, which are then centred again;
+    penalty(tokens, eos) -> (B,), added to the normalised scores, which are then centred again;
         not part of the logged score.
     """
     cfg = run.config
@@ -301,7 +304,8 @@ def train(
     # what later iterations need besides the parameters: it goes into the checkpoints
     state = {"scale": None}
     for step in run.steps(steps, optimizers, state):
-        # what to answer, and how to score it; that may draw random numbers, so seed again
+        # What to answer, and how to score it. Then seed again, so that samples do not depend on how
+        # much the problem drew.
         prompts, score = problem(step)
         seed_all(cfg.seed, run.name, step, "sample")
         tokens = lm.generate(role, prompts, cfg.max_response, cfg.temperature)
@@ -370,6 +374,6 @@ def check_health(run, sample, logged):
         run.warn(f"the KL is above {WILD_KL} nats per token. Raise --kl or lower --rl-lr.")
     if logged["eos"] == 0:
         run.warn("every answer was cut off. Try a higher --max-response or more --sft-steps.")
-    answers = sample.tokens.responses * sample.tokens.response_mask
-    if len(answers.unique(dim=0)) == 1:
+    # after EOS all are padded alike
+    if len(sample.tokens.responses.unique(dim=0)) == 1:
         run.warn("all answers are the same. Raise --kl or --temperature, or lower --rl-lr.")

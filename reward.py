@@ -22,8 +22,8 @@ from models import adamw, take_step
 from run import shuffled_batch
 from tokens import in_parts, micro_batches
 
-# weight of (r^ww)^2 + (r^ll)^2: the coefficient that TRL recommends for centring rewards, where
-# Eisenstein et al. (2023, Eq. 2) have (r_w + r_l)^2
+# weight of (r^ww)^2 + (r^ll)^2. TRL recommends 0.01 for its own centring term, (r_w + r_l)^2, from
+# Eisenstein et al. (2023, Eq. 2)
 CENTRE = 0.01
 # share of the steps: Adam's first steps at full size would undo what R_PIT took over from R_P;
 # R_P and the judge, whose heads are random at first, warm up, too
@@ -45,8 +45,9 @@ def bradley_terry(chosen, rejected):
 def gap_loss(ww, lw, wl, ll):
     """Eq. 2 of each pair -> (B,): -log sigma over the five comparisons of Eq. 1.
 
-    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first. sigma(r^wl - r^ll)
-    is not a probability: where 80% of annotators prefer y_w, the loss is lowest at 0.75.
+    Eq. 1: r^wl >= r^ww ~ r^ll >= r^lw, the candidate's letter first. Unlike with Bradley-Terry,
+    sigma(r^wl - r^ll) is not the probability that y_w is preferred: where 80% of annotators prefer
+    it, the loss is lowest at 0.75 (with r^ww = r^ll, halfway between r^wl and r^lw).
     """
     return three_terms(ww, lw, wl, ll) + bradley_terry(ww, lw) + bradley_terry(ll, lw)
 
@@ -159,7 +160,7 @@ def finish(lm, run, role, contexts_of, held_out):
     """Measure on held-out pairs, print, store and save."""
     measured = held_out_metrics(score_pairs(lm, role, contexts_of, held_out, run.config))
     n = len(held_out)
-    two_standard_errors = n**-0.5
+    two_standard_errors = n**-0.5  # 2 sqrt(0.5 * 0.5 / n)
     if measured["accuracy"] < 0.5 + two_standard_errors:
         run.warn(f"{role} may be no better than chance on {n} pairs. More --rm-steps, or --pairs?")
     run.add_results(reward=run.results().get("reward", {}) | {role: measured})

@@ -59,7 +59,8 @@ def train(lm, run, role, examples):
         loss = 0.0
         for part in micro_batches(batch, cfg.micro_batch, example_length):
             tokens = lm.collate(*zip(*part))
-            # divided by the tokens of the whole batch: the micro-batch size changes no gradient
+            # divided by the tokens of the whole batch: the micro-batch size changes the gradient by
+            # rounding alone
             part_loss = -log_likelihood(lm.logprobs(tokens), tokens.response_mask) / n_tokens
             part_loss.backward()
             loss += part_loss.detach()

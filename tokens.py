@@ -98,7 +98,8 @@ def in_parts(function, tokens, size):
     order = tokens.mask.sum(1).argsort()
     rows = []
     for part in order.split(size):
-        rows += function(tokens[part].trim())  # each (), (R_part,) or (R_part + 1, D)
+        # a tensor with one row per response: each (), (R_part,) or (R_part + 1, D)
+        rows.extend(function(tokens[part].trim()))
     # parts differ in R: pad each row to the longest
     joined = pad_sequence(rows, batch_first=True) if rows[0].dim() > 0 else torch.stack(rows)
     # back to the order of `tokens`

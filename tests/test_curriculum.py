@@ -53,7 +53,7 @@ def test_the_policy_answers_prompts_for_r_p_and_is_held_to_sft(lm, pairs, calls)
     assert equal(weights(lm, "policy_rl"), weights(lm, "policy_sft"))
     first, _ = problem(0)
     second, score = problem(1)
-    # x after x of D_RL, in the order of the pass; a prompt may be asked for several answers
+    # x after x of D_RL, in the order of the pass
     asked = list(dict.fromkeys(map(tuple, first + second)))
     chosen = triples_of(pairs, len(asked), step=0)
     assert asked == [tuple(lm.encode_prompt(pair.prompt)) for pair in chosen]
