@@ -44,6 +44,9 @@ COLOR_OF = {  # of curves: a role has the same color in all panels
     "pit_rl0": "C1",
     "pit_rl1": "C2",
     "pit_rl2": "C3",
+    "pit_rl3": "C4",
+    "reward_gap2": "C3",
+    "reward_gap3": "C4",
 }
 MUCH = 0.05  # five points of delta: a word must win more than this to be worth a warning
 LABELS = {
@@ -63,6 +66,11 @@ LABELS = {
     "same": "when the text stays the same",
     "gap": "when the gap is not above 0",
 } | GAP_MODELS
+
+
+def ablated(curriculum):
+    """How the names of a curriculum's adapters begin, in `ablate`."""
+    return f"ablate_{curriculum.replace(',', '-')}_"
 
 
 def label(name):
@@ -239,7 +247,7 @@ def zero_line(ax):
     ax.axhline(0, color="black", linewidth=1)
 
 
-def bars(ax, rows, name, x, mean):
+def points_with_intervals(ax, rows, name, x, mean):
     """Means with their intervals, a line for each value of column `name`; x and mean: columns."""
     for value, group in grouped(rows, name).items():
         means = np.array([row[mean] for row in group])
@@ -274,7 +282,7 @@ def plot_curves(run, metrics):
                 ax.axhline(run.config.max_response, color="black", linestyle="--", label="limit")
             zero_line(ax)
             ax.set_title(title)
-        ax.figure.supxlabel("optimiser steps; in RL: PPO iterations")
+        axes.flat[0].figure.supxlabel("optimiser steps; in RL: PPO iterations")
 
 
 def plot_result(run, results, metrics):
@@ -332,7 +340,7 @@ def plot_fig3(run, results):
         xlabel="sampling temperature of the improvement",
         ylabel="win - lose, in points (95% interval)",
     ) as ax:
-        bars(ax, results["fig3"], "method", "temperature", "delta")
+        points_with_intervals(ax, results["fig3"], "method", "temperature", "delta")
         zero_line(ax)
         ax.yaxis.set_major_formatter(IN_POINTS)
 
@@ -342,11 +350,12 @@ def plot_stops(run, results):
     with drawing(
         run,
         "stops.png",
-        title="When to stop improving? Each point allows one more round",
+        title="When to stop improving? Each point allows one more round. "
+        f"Judged by {label(results['main'])}",
         xlabel="tokens generated per answer",
-        ylabel=f"mean score by {label(results['main'])} (95% interval)",
+        ylabel="mean score (95% interval)",
     ) as ax:
-        bars(ax, results["stops"], "stop", "tokens", "mean")
+        points_with_intervals(ax, results["stops"], "stop", "tokens", "mean")
         ax.axhline(results["table3"][0]["mean"], color="black", linewidth=1, label="the original")
 
 
@@ -362,21 +371,20 @@ def plot_fig4(run, results, metrics):
         ax.axhspan(-NEAR, NEAR, color="lightgray", label="no change")
         for row in results["table2"]:
             name = row["curriculum"]
-            rounds = f"ablate_{name.replace(',', '-')}_"
-            lines = [line for line in metrics if line["stage"].startswith(rounds)]
+            lines = [line for line in metrics if line["stage"].startswith(ablated(name))]
             curve(ax, lines, "score", label=name.replace(",", ", then "))
 
 
 # ---- the templates: the page of a run, and the card of an export -------------------------------
 
 
-PAGES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-PAGE = PAGES.get_template("report.md.jinja")
+PAGE = TEMPLATES.get_template("report.md.jinja")
 # what the template may call
 for function in (alarms, estimate, examples, is_smoke, judged_by, label, points, scorecard):
     PAGE.globals[function.__name__] = function
