@@ -45,14 +45,14 @@ REQUIREMENTS = {
 def quality(prompt, answer):
     """The share of the prompt's requirements that the answer meets, in [0, 1].
 
-    A title is the last word, in small letters, alone on the first line. It counts as text: it may
+    A title is the last word, in lower case, alone on the first line. It counts as text: it may
     be one of the words to use, or to avoid.
     """
     words = words_of(answer)
     met = []
     for wording, check in REQUIREMENTS.items():
         if stated := re.search(wording, prompt):
-            # an empty answer avoids every word, but is not an answer
+            # three words or fewer avoid nearly every word, but are no answer
             met.append(len(words) > 3 and bool(check(answer.strip(), words, *stated.groups())))
     return sum(met) / len(met)
 
@@ -90,8 +90,8 @@ def write_sentences(model, path, batch=64):
     lm = load_model(model, bits=16)
     jobs = [(topic, word) for topic in TOPICS for word in TOPICS[topic].split() * 8]
     path.touch()
-    lines = path.read_text().splitlines(keepends=True)
-    lines = lines[: len(lines) // batch * batch]  # a kill may have cut a batch off
+    lines = re.findall(".*\n", path.read_text())  # whole lines: a kill may have cut one off,
+    lines = lines[: len(lines) // batch * batch]  # and with it a batch
     path.write_text("".join(lines))
     for start in trange(len(lines), len(jobs), batch):
         prompts = [lm.encode_prompt(writer_prompt(*job)) for job in jobs[start : start + batch]]
@@ -105,7 +105,7 @@ def write_sentences(model, path, batch=64):
 def fluent_sentences(path):
     """{topic: sentences}: the first of each text, if short, on topic, and with a new last word.
 
-    The last word has over three letters, and no such word comes twice.
+    The last word has more than three letters, and no such word comes twice in the sentence.
     """
     pools = {topic: {} for topic in TOPICS}
     for line in path.read_text().splitlines():
@@ -124,8 +124,8 @@ def draw_pair(prompt, pool, rng):
     """A better and a worse text: the worse one is the better one with flaws, mostly just one.
 
     PIT mostly changes one word, and a reward model that has seen no such pair cannot judge that.
-    If marks differed only where they count, it would learn that they always count. So the marks
-    of two texts mostly differ where any mark will do.
+    If marks differed only where one is asked for, it would learn that they always matter. So
+    where any mark will do, those of the two texts mostly differ.
     """
 
     def good(text):
@@ -158,13 +158,13 @@ def draw_rows(pools, pairs, prompts, rng):
     while len(rows) < pairs:
         prompt, topic = draw_prompt(rng)
         better, worse = draw_pair(prompt, pools[topic], rng)
-        gains = quality(prompt, better) > quality(prompt, worse)
-        longer = len(words_of(better)) - len(words_of(worse))
-        # The longer text wins as often as the shorter one, so that length says nothing.
-        if gains and longer * lead <= 0 and prompt not in drawn:
+        is_better = quality(prompt, better) > quality(prompt, worse)
+        # So that length says nothing: while longer texts have won more often, no longer one wins.
+        extra = len(words_of(better)) - len(words_of(worse))
+        if is_better and extra * lead <= 0 and prompt not in drawn:
             drawn.add(prompt)
             rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
-            lead += (longer > 0) - (longer < 0)
+            lead += (extra > 0) - (extra < 0)
     return rows, [{"prompt": prompt} for prompt in fresh]
 
 
