@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from errors import UserError
 from tools import bench, compare, mutants
 
 PAGES = Path(__file__).parent.parent / "docs"
@@ -63,6 +64,9 @@ def test_compare_draws_a_stage_of_several_runs(miniature, tmp_path):
     compare.main([miniature, miniature], stage="pit_rl0", plot=plot)
     assert plot.stat().st_size > 10_000
     assert [line["step"] for line in compare.lines_of(miniature, "pit_rl0")] == [0, 1]
+    for stage in ("pit_r1", "policy_sft"):
+        with pytest.raises(UserError, match=f"has no RL stage {stage}"):
+            compare.lines_of(miniature, stage)
 
 
 def test_every_line_of_the_list_of_mutants_is_there():

@@ -44,7 +44,10 @@ def main(runs: list[Path], stage: str = "policy_rl", plot: Path = Path("compare.
 
 def lines_of(run, stage):
     """The lines of a run's metrics.jsonl that belong to the stage."""
-    return [line for line in Run(run).metrics() if line["stage"] == stage]
+    lines = [line for line in Run(run).metrics() if line["stage"] == stage]
+    if not lines or "kl" not in lines[0]:
+        raise UserError(f"{run} has no RL stage {stage}.")
+    return lines
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ END
 
 # Kill a run in the middle of a stage, start it again, and compare it with the run that was left alone.
 resume() {
-    python pit.py all --smoke --save-every 1 --run "$work/killed" >/dev/null 2>&1 &
+    python pit.py all --smoke --run "$work/killed" >/dev/null 2>&1 &
     local pid=$!
     until ls "$work"/killed/checkpoints/p*_rl*/0* >/dev/null 2>&1; do
         sleep 0.2
@@ -55,7 +55,7 @@ resume() {
     done
     kill -9 $pid
     wait $pid 2>/dev/null
-    python pit.py all --smoke --save-every 1 --run "$work/killed" || return 1
+    python pit.py all --smoke --run "$work/killed" || return 1
     local same=0 all=0 folder
     for folder in "$work"/smoke/adapters/*/; do
         ((all += 1))
@@ -63,12 +63,13 @@ resume() {
             "$work/killed/adapters/$(basename "$folder")/adapter_model.safetensors" && ((same += 1))
     done
     echo "killed in RL and continued: $same of $all adapters are equal bit for bit"
+    ((same == all))
 }
 export -f resume machine
 export work
 
 part "machine" 10 bash -c machine
-part "all --smoke" 12 python pit.py all --smoke --save-every 1 --run "$work/smoke"
+part "all --smoke" 12 python pit.py all --smoke --run "$work/smoke"
 part "kill and resume" 3 bash -c resume
 part "random weights" 1 python tools/bench.py make "$work/model"
 part "stages in 4-bit" 20 python tools/bench.py stages --model "$work/model" --steps 1
