@@ -27,20 +27,12 @@ from files import (
     rows_of,
 )
 
-# Our wording, as the paper does not give its own: a natural turn, without any rubric in words.
+# The paper does not give its wording. Ours is a plain request, which says nothing about what to
+# improve.
 IMPROVE = "Please improve your answer."
 IMPROVE_TOKENS = 16  # that, and the template around it, in Qwen2; 8 in the built-in base
 # Equal thirds for the stages, after what is set aside for judging.
 PARTS = {"held_out": 0.10, "judge": 0.15, "sft": 0.25, "rm": 0.25, "rl": 0.25}
-
-
-def improve_prompt(prompt, reference):
-    """(x, y_ref) as chat messages: M_PIT continues them, and R_PIT(x, y, y_ref) scores them."""
-    return [
-        *prompt,
-        {"role": "assistant", "content": reference},
-        {"role": "user", "content": IMPROVE},
-    ]
 
 
 def talk(prompt, *texts):
@@ -49,6 +41,11 @@ def talk(prompt, *texts):
     for k, text in enumerate(texts):
         chat.append({"role": "user" if k % 2 else "assistant", "content": text})
     return chat
+
+
+def improve_prompt(prompt, reference):
+    """(x, y_ref) as chat messages: M_PIT continues them, and R_PIT(x, y, y_ref) scores them."""
+    return talk(prompt, reference, IMPROVE)
 
 
 def max_length(cfg):
@@ -133,10 +130,11 @@ def read_pairs(source, skip_bad=False, columns=""):
         except TeachesNothing as reason:
             notes[f"dropped ({reason})"] += 1
         except BadRow as error:
-            hint = f"The row: {str(row)[:90]}"
-            if kept:
-                hint = "To go on without such rows: --skip-bad"
-            bad = bad or UserError(f"{source}, {place}: {error}.\n{hint}")
+            if not bad:  # the first one is told
+                hint = f"The row: {str(row)[:90]}"
+                if kept:
+                    hint = "To go on without such rows: --skip-bad"
+                bad = UserError(f"{source}, {place}: {error}.\n{hint}")
             if not skip_bad:
                 raise bad from None
             notes["dropped (not a pair)"] += 1
@@ -235,16 +233,16 @@ def split(pairs, beginnings, seed):
     parts = {}
     start = 0.0
     for name, share in PARTS.items():
-        chosen = groups[round(start * n) : round((start + share) * n)]
+        own = groups[round(start * n) : round((start + share) * n)]
         if name == "held_out":
             # one pair of each: answers to one prompt or dialogue are not independent evidence
-            chosen = [group[:1] for group in chosen]
-        parts[name] = [pair for group in chosen for pair in group]
+            own = [group[:1] for group in own]
+        parts[name] = [pair for group in own for pair in group]
         start += share
-        if len(chosen) < 8:
+        if len(own) < 8:
             raise UserError(
                 f"Too few pairs: {len(pairs)}, dialogues: {n}. The part {name} would get "
-                f"{len(chosen)} of these, but needs 8.\n"
+                f"{len(own)} of these, but needs 8.\n"
                 "Give more --data, or raise --pairs, --max-prompt or --max-response."
             )
     return parts

@@ -26,7 +26,7 @@ from errors import UserError, explained
 
 # A dot leads to a field within a column. The prompt may have several parts (+), of which the first
 # must be there; "-" means transcripts, which hold the prompt. `chosen` is the better answer, unless
-# there is a label: `low` prefers `chosen`, `high` prefers `rejected`, halfway neither is better.
+# there is a label: `low` prefers `chosen`, `high` prefers `rejected`, halfway is a tie.
 TABLE = """
 form            prompt              chosen           rejected             label             low high
 TRL             prompt              chosen           rejected
@@ -87,7 +87,7 @@ MARKUP = re.compile(
 
 
 class BadRow(UserError):
-    """A row that is not a pair, and the reason."""
+    """A row or a prompt that cannot be read, and the reason."""
 
 
 class TeachesNothing(ValueError):
@@ -266,7 +266,7 @@ def rows_of_object(table):
 
 
 def read_columns(row):
-    """A line of JSON, or what should be a dict already -> {column: value}, without empty ones."""
+    """A row, as a dict or a line of JSON -> {column: value}, without empty ones."""
     try:
         row = json.loads(row) if isinstance(row, str) else row
         columns = row.items()
@@ -379,7 +379,8 @@ def read_answer(row, column, prompt):
     if not turns or turns[-1]["role"] != "assistant":
         raise TeachesNothing("an empty answer")
     *before, answer = turns
-    # the conversation may repeat the prompt: as all of it, at its beginning or at its end
+    # the conversation may repeat the prompt: as all of it, at its beginning or at its end (so it
+    # does where the prompt is empty, as with transcripts)
     length = len(prompt)
     repeated = prompt in (before[:length], before[-length:])
     return before if repeated else prompt + before, answer["content"]
