@@ -5,10 +5,11 @@
     python pit.py infer --run runs/tiny "..."  answer a prompt like those in samples.md, and improve
 
 The signature of `all` is the configuration: its options go to runs/NAME/config.json, where the
-other commands read them. What depends on the size of the base is None there: see PRESETS.
+other commands read them. An option whose default depends on the base is None in the signature, and
+is filled in from PRESETS.
 
-The libraries take seconds to import. So each function imports what it needs, and `--help` answers,
-and a typo fails, at once.
+The libraries take seconds to import, so each function imports only what it needs: `--help` and
+typos are answered at once.
 """
 
 import inspect
@@ -24,7 +25,7 @@ import typer
 
 from errors import UserError, explain
 
-StopRule = Literal["gap", "same", "rounds"]
+StopRule = Literal["gap", "same", "rounds"]  # infer.STOPS, which would import torch
 SOURCES = ("annotated", "policy", "sft", "given")  # of y_ref, see curriculum.py
 NOT_STORED = {"ctx", "run", "smoke", "overwrite", "from_run", "until"}  # how `all` starts
 PRESETS = {
@@ -168,13 +169,14 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
     """What `all` does: the named arguments are those in NOT_STORED; options go to config.json."""
     from run import Run, learned, read_config
 
-    if from_run and not run:
-        raise UserError("--from needs a folder for the new run: --run NEW")
-    if ctx and from_run:
-        # the options that were not typed are those of that run, or of a run in miniature
+    if from_run:
+        if not run:
+            raise UserError("--from needs a folder for the new run: --run NEW")
         config = read_config(from_run)
-        own = PRESETS["smoke"].keys() | {"last_steps"} if smoke else set()
-        for name in options.keys() & config.keys() - own:
+        names = options.keys() & config.keys()
+        if smoke:  # a run in miniature has its own sizes
+            names -= PRESETS["smoke"].keys() | {"last_steps"}
+        for name in names:  # what was not typed is as in that run
             if ctx.get_parameter_source(name).name == "DEFAULT":
                 options[name] = config[name]
     options["model"] = options["model"].rstrip("/")
@@ -183,7 +185,7 @@ def start(ctx, run, smoke, overwrite, from_run, until, **options):
         options["model"] = "tiny"
     folder = run or Path("runs") / (model.name + ("-smoke" if smoke else ""))
 
-    # fail early, in the order a person thinks: options, model, data (in `prepare`); then the base
+    # fail early: check the options, the model's name and the data before the base is loaded
     if learned(folder) and not overwrite:
         # continued with more or less free memory, a run keeps its presets
         old = read_config(folder)
@@ -222,7 +224,7 @@ def fill_in(options, smoke):
         vram = options["vram"] or round(plan.free_memory(), 1)
         preset = PRESETS["real"] | {"vram": vram}
         if vram < 5:
-            preset |= PRESETS["small"]
+            preset = preset | PRESETS["small"]
     if smoke:
         preset = preset | PRESETS["smoke"]
     return options | preset | given
@@ -233,8 +235,9 @@ def is_finished(run):
     stages = [*run.results().get("time_s", {})]  # in the order in which they ended
     if run.replace or "eval" not in stages:
         return False
-    roles = run.trained_by().keys()
-    if roles & stages[stages.index("eval") :]:  # trained again since
+    since = stages[stages.index("eval") + 1 :]
+    roles = run.trained_by()
+    if any(role in since for role in roles):  # trained again
         return False
     return (run.path / "report.md").exists() and all(map(run.done, roles))
 
@@ -372,12 +375,12 @@ def open_run(path):
     return opened
 
 
-StageRun = option(Path, "Folder of a run that `all` has started.")
-Judges = option(list[str], "quality, judge, FILE.py, folder, hub id; the first one decides.")
+RunFolder = option(Path, "Folder of a run that `all` has started.")
+JudgeNames = option(list[str], "quality, judge, FILE.py, folder, hub id; the first one decides.")
 
 
 @app.command(name="sft")
-def sft_command(run: StageRun):
+def sft_command(run: RunFolder):
     """Stage 1 of a run: learn to answer, and to improve (M_P^SFT, M_PIT^SFT).
 
     Example: python pit.py sft --run runs/tiny
@@ -386,7 +389,7 @@ def sft_command(run: StageRun):
 
 
 @app.command(name="reward")
-def reward_command(run: StageRun):
+def reward_command(run: RunFolder):
     """Stage 2 of a run: the reward models R_P and R_PIT, and the judge.
 
     Example: python pit.py reward --run runs/tiny
@@ -395,7 +398,7 @@ def reward_command(run: StageRun):
 
 
 @app.command(name="rl")
-def rl_command(run: StageRun):
+def rl_command(run: RunFolder):
     """Stage 3 of a run: PPO for the policy, then for PIT, round by round.
 
     Example: python pit.py rl --run runs/tiny
@@ -426,7 +429,7 @@ def open_to_judge(path, names):
 
 
 @app.command(name="eval")
-def eval_command(run: StageRun, judge: Judges = None):
+def eval_command(run: RunFolder, judge: JudgeNames = None):
     """Judge a run again: scorecard, tables, figures.
 
     Example: python pit.py eval --run runs/tiny --judge judge
@@ -435,13 +438,14 @@ def eval_command(run: StageRun, judge: Judges = None):
 
 
 @app.command()
-def ablate(run: StageRun, judge: Judges = None):
+def ablate(run: RunFolder, judge: JudgeNames = None):
     """Train other curricula and variants of Eq. 2, and compare: Table 2, Fig. 4.
 
     Example: python pit.py ablate --run runs/tiny
     """
     lm, run, parts, judges = open_to_judge(run, judge)
     import curriculum
+    import report
     import reward
 
     # Eq. 2 as published, and with its first three terms
@@ -450,14 +454,13 @@ def ablate(run: StageRun, judge: Judges = None):
     # Table 2: one adapter per curriculum, its last
     lasts = {}
     for name in curriculum.CURRICULA:
-        prefix = f"ablate_{name.replace(',', '-')}_"
-        lasts[name] = train_rounds(lm, run, parts, name, prefix)
+        lasts[name] = train_rounds(lm, run, parts, name, prefix=report.ablated(name))
     eval_stage(lm, run, parts, judges, lasts)
 
 
 @app.command(name="judge")
 def judge_command(
-    run: StageRun,
+    run: RunFolder,
     by: option(str, "me, or a server's address, such as http://localhost:8000/v1."),
     llm: option(str, "The model's name there; its key: JUDGE_API_KEY in the environment.") = None,
     n: option(int, "Held-out prompts to ask about.", min=1) = 128,
@@ -466,7 +469,9 @@ def judge_command(
 
     Example: python pit.py judge --run runs/tiny --by me
     """
-    if not (by == "me" and not llm or by.startswith("http") and llm):
+    is_person = by == "me" and not llm
+    is_server = by.startswith("http") and llm
+    if not (is_person or is_server):
         raise UserError(
             "Who judges? Give --by me alone, or a server's address and the name of a model there:\n"
             "--by http://localhost:8000/v1 --llm NAME"
@@ -488,13 +493,13 @@ def judge_command(
     if any(judge not in known for judge in first["scores"]):
         raise UserError(f"An evaluation was cut short. First run: {opened.command('eval')}")
     # 2. their votes
-    if by == "me":
+    if is_person:
         votes.ask_person(opened, n)
     else:
         votes.ask_llm(opened, by, llm, n)
     # 3. the tables with these votes
     evaluate.add_votes(opened)
-    report.write_report(opened, voter=votes.ME if by == "me" else llm)
+    report.write_report(opened, voter=llm or votes.ME)
 
 
 @app.command(name="runs")
@@ -528,7 +533,7 @@ def runs_command(
 
 @app.command(name="infer")
 def infer_command(
-    run: StageRun,
+    run: RunFolder,
     prompt: Annotated[str, typer.Argument(help="What to answer (omit for a conversation).")] = None,
     response: option(str, "Improve this text; - reads it from a pipe, or from < FILE.") = None,
     input: option(Path, "Rows with `prompt`, optionally `response`.", exists=True) = None,
@@ -565,7 +570,7 @@ def infer_command(
     if response == "":
         raise UserError("--response -: nothing came through the pipe.")
 
-    # in the order in which they are trained
+    # in training order: an error names the command that trains the first one that is missing
     lm = load_base(opened, ["reward_gap", infer.POLICY, settings.pit])
     if output:
         chat.improve_file(lm, cfg, settings, rows, output)
@@ -584,14 +589,14 @@ def check_request(prompt, response, input, output):
     if response and not prompt:
         raise UserError("--response needs its prompt: give the prompt too.")
     if output and output.exists() and not output.is_file():
-        raise UserError(f"--output {output}: give a file, which can be continued after a stop.")
+        raise UserError(f"--output {output} is no ordinary file: give a file name.")
     if output and output.suffix != ".jsonl":
         raise UserError(f"--output {output}: rows are written as JSON lines; name it FILE.jsonl.")
 
 
 @app.command(name="export")
 def export_command(
-    run: StageRun,
+    run: RunFolder,
     adapter: option(str, "Which role, such as pit_rl1 or policy_rl."),
     to: option(Path, "A new folder."),
     merge: option(bool, "A whole transformers model, which does not need peft.") = False,
@@ -625,13 +630,13 @@ def card(lm, run, role, merge):
     """The model card of an export, card.md.jinja filled in: how to prompt it, what it is worth."""
     from data import improve_prompt
     from models import find_model
-    from report import PAGES, label
+    from report import TEMPLATES, label
 
     base = find_model(run.config.model)
     turns = [{"role": "user", "content": "THE QUESTION"}]
     if not role.startswith(("policy", "reward_policy", "judge")):
         turns = improve_prompt(turns, "THE ANSWER TO IMPROVE")
-    page = PAGES.get_template("card.md.jinja")
+    page = TEMPLATES.get_template("card.md.jinja")
     return page.render(
         lm=lm,
         run=run,
@@ -664,7 +669,7 @@ def licence_of(base):
 def check_words(words):
     """Complain about empty words, which unset variables leave, and about broken UTF-8."""
     for before, word in pairwise(words):
-        if re.fullmatch(r"\s*|--[\w-]+=", word):
+        if re.fullmatch(r"(--[\w-]+=)?\s*", word):
             raise UserError(f"{before} {word!r}: there is no value. Is a shell variable unset?")
         if re.search("[\ud800-\udfff]", word):
             raise UserError(
@@ -675,7 +680,7 @@ def check_words(words):
 def main():
     if os.name == "nt":
         import pyarrow  # noqa: F401  on Windows, loading torch before it can crash the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run holds it: Ctrl-C without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback, until Run.lock
     sys.stdin = sys.stdin or open(os.devnull)  # it may be closed: <&-
     for stream in (sys.stdin, sys.stdout):
         if stream:  # it may be closed: >&-
