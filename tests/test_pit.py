@@ -377,6 +377,7 @@ def test_a_missing_adapter_is_trained_by_its_own_command(mini, tmp_path, monkeyp
         ("all --data=", "--data="),
         ("infer --run {mini} '  '", "variable"),
         ("infer --run {mini} hello --response ''", "--response ''"),
+        ("infer --run {mini} hello '--response= '", "hello '--response= '"),
         # runs
         ("infer --run {root}/tiny", "no run in"),
         ("rl --run nowhere", "no run in"),
