@@ -60,7 +60,7 @@ ONLY = {
     "rm_steps rm_lr rm_batch": ("reward", "judge", "policy_rl", "pit_rl", "ablate"),
     OF_RL: ("policy_rl", "pit_rl", "ablate"),
     "rounds": ("pit_rl", "ablate"),
-    "eval_n": (),  # to none
+    "eval_n": (),  # matters to no adapter
 }
 
 
@@ -267,7 +267,7 @@ class Run:
         """Save the trained `role` as an adapter of this run."""
         with new_folder(self.adapter(role), role) as folder:
             lm.save(role, folder)
-            # before the folder gets its name: an adapter never lacks its seconds
+            # before the folder is renamed, so that no adapter is ever without its seconds
             self.add_seconds()
         remove(self.path / "checkpoints" / role)
         remove(self.path / REPLACED)
@@ -332,7 +332,7 @@ class Run:
         """All lines of metrics.jsonl, a dict each, the oldest first."""
         path = self.path / "metrics.jsonl"
         # what follows the last newline was cut off by a kill: that step is done again
-        lines = read_text(path, errors="replace").split("\n")[:-1]
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         rows = []
         for number, line in enumerate(lines, 1):
             damage = f"{path} is damaged in line {number}"

@@ -372,7 +372,7 @@ def test_damaged_text_files_get_one_error_that_names_them(tmp_path):
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines) + '{"stage": "toy", "st')  # cut off by a kill: no damage
     assert len(run.metrics()) == len(lines) == 7
-    for damaged in ('{"stage": "toy", "st', "\xff", ""):
+    for damaged in ('{"stage": "toy", "st', "\xff", '{"stage": "t\xffy", "step": 1}', ""):
         metrics.write_text("".join([*lines[:2], damaged + "\n", *lines[2:]]), encoding="latin-1")
         with pytest.raises(UserError, match="metrics.jsonl is damaged in line 3"):
             run.metrics()
