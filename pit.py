@@ -25,7 +25,7 @@ import typer
 
 from errors import UserError, explain
 
-StopRule = Literal["gap", "same", "rounds"]  # infer.STOPS, which would import torch
+StopRule = Literal["gap", "same", "rounds"]  # as infer.STOPS, whose import takes seconds
 SOURCES = ("annotated", "policy", "sft", "given")  # of y_ref, see curriculum.py
 NOT_STORED = {"ctx", "run", "smoke", "overwrite", "from_run", "until"}  # how `all` starts
 PRESETS = {
@@ -589,7 +589,7 @@ def check_request(prompt, response, input, output):
     if response and not prompt:
         raise UserError("--response needs its prompt: give the prompt too.")
     if output and output.exists() and not output.is_file():
-        raise UserError(f"--output {output} is no ordinary file: give a file name.")
+        raise UserError(f"--output {output} is not a regular file: give a file name.")
     if output and output.suffix != ".jsonl":
         raise UserError(f"--output {output}: rows are written as JSON lines; name it FILE.jsonl.")
 

@@ -290,7 +290,7 @@ def train(
     problem(step) gives two things: the prompts (lists of token ids), and a function
         score(tokens, states) -> (B,), the raw scores. Its states, (B, R + 1, D), are those of
         `reward_role`, whose adapter is active then.
-    Two more functions, for variants of your own (nothing here passes others):
+    Two more functions, for variants of your own (all stages keep the defaults):
     advantage(rewards, values, mask) -> advantages, returns.
     penalty(tokens, eos) -> (B,), added to the normalised scores, which are then centred again;
         not part of the logged score.

@@ -90,8 +90,9 @@ def write_sentences(model, path, batch=64):
     lm = load_model(model, bits=16)
     jobs = [(topic, word) for topic in TOPICS for word in TOPICS[topic].split() * 8]
     path.touch()
-    lines = re.findall(".*\n", path.read_text())  # whole lines: a kill may have cut one off,
-    lines = lines[: len(lines) // batch * batch]  # and with it a batch
+    # whole lines of whole batches: a kill may have cut the last one off
+    lines = re.findall(".*\n", path.read_text())
+    lines = lines[: len(lines) // batch * batch]
     path.write_text("".join(lines))
     for start in trange(len(lines), len(jobs), batch):
         prompts = [lm.encode_prompt(writer_prompt(*job)) for job in jobs[start : start + batch]]
@@ -159,7 +160,7 @@ def draw_rows(pools, pairs, prompts, rng):
         prompt, topic = draw_prompt(rng)
         better, worse = draw_pair(prompt, pools[topic], rng)
         is_better = quality(prompt, better) > quality(prompt, worse)
-        # So that length says nothing: while longer texts have won more often, no longer one wins.
+        # Length must say nothing: while longer texts lead, no pair that one wins, and vice versa.
         extra = len(words_of(better)) - len(words_of(worse))
         if is_better and extra * lead <= 0 and prompt not in drawn:
             drawn.add(prompt)

@@ -124,7 +124,7 @@ def test_a_second_look_samples_nothing_unless_an_adapter_changed(run, pairs):
     assert texts_of(anew) == texts_of(again)
 
 
-def test_damaged_texts_get_one_error(run, pairs):
+def test_a_damaged_cache_gets_one_error(run, pairs):
     (run.path / "answers.json").write_text("not JSON")
     with pytest.raises(UserError, match="answers.json is damaged.*\nDelete it"):
         Answers(Scribe(), run, pairs)
