@@ -160,7 +160,8 @@ def draw_rows(pools, pairs, prompts, rng):
         prompt, topic = draw_prompt(rng)
         better, worse = draw_pair(prompt, pools[topic], rng)
         is_better = quality(prompt, better) > quality(prompt, worse)
-        # Length must say nothing: while longer texts lead, no pair that one wins, and vice versa.
+        # Length must say nothing: while longer texts have won more often, skip pairs that a longer
+        # one wins; while shorter ones have, those that a shorter one wins.
         extra = len(words_of(better)) - len(words_of(worse))
         if is_better and extra * lead <= 0 and prompt not in drawn:
             drawn.add(prompt)

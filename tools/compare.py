@@ -43,7 +43,7 @@ def main(runs: list[Path], stage: str = "policy_rl", plot: Path = Path("compare.
 
 
 def lines_of(run, stage):
-    """The lines of a run's metrics.jsonl that belong to the stage."""
+    """The lines of a run's metrics.jsonl that belong to an RL stage; UserError without any."""
     lines = [line for line in Run(run).metrics() if line["stage"] == stage]
     if not lines or "kl" not in lines[0]:
         raise UserError(f"{run} has no RL stage {stage}.")
